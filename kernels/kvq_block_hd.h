@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The one definition of how a token's key or value vector becomes bytes and comes back. Simulation, CPU decoder and
+// GPU decoder all compile this text, so what validation measured is what an engine stores.
+//
+// A *row* is one token's K or V of one layer, d = n_kv_heads * head_dim elements, channel c = head * head_dim + i:
+//
+//     K row   | codes, b bits each | 2 * n_side outliers |
+//     V row   | codes, b bits each | z, r (two f16)      | 2 * n_side outliers |
+//
+//     codes     one little-endian bit stream, code c at bits [c*b, (c+1)*b), padded with zeros to a multiple of 4 bytes
+//     outlier   { u16 channel, f16 residual }; first the n_side slots of the upper side, then those of the lower side;
+//               an unused slot (K only) has channel 0xFFFF and residual 0
+//
+// Decoded value: level[code] * r + z in f32, each operation rounded; where an outlier names the channel its residual is added.
+// The rules (method.md section 9.1 and design.md section 8 of the project's notes, restated in docs/format.md):
+//   * Normalised value x' = (x - z) / r in f32; code = nearest level by |x' - level| in f32, the lower index on a tie.
+//   * K: z, r are fixed per channel. x' beyond +-(1 + 2^-14) is an outlier; a side with more than n_side of them keeps
+//     the n_side with the largest |x'| (ties: the lower channel), the rest are clamped to an end level.
+//   * V: per token, the n_side smallest and n_side largest elements in (value, channel) order are outliers; z and r are
+//     the middle and half width of the range of the rest, rounded to f16 before anything is coded with them.
+//   * r = 0 (a constant channel or token): every code is 0 and decodes to z.
+#ifndef KVQ_BLOCK_HD_H
+#define KVQ_BLOCK_HD_H
+
+#include "kvq_hd.h"
+
+#define KVQ_MAX_BITS 8
+#define KVQ_NO_CHANNEL 0xFFFFu
+#define KVQ_OUTLIER_EDGE 1.00006103515625f // 1 + 2^-14: data often EQUALS a threshold, and a bare > 1 would be decided by the last bit
+
+typedef struct kvq_block_outlier {
+    uint16_t channel;
+    uint16_t residual; // f16
+} kvq_block_outlier;
+KVQ_STATIC_ASSERT(sizeof(kvq_block_outlier) == 4, "an outlier is four bytes on every machine");
+
+// What is needed to code the rows of one tensor of one layer. All pointers are borrowed.
+typedef struct kvq_block_spec {
+    int          d;      // row width, 1 .. 65535 - 1
+    int          bits;   // 1 .. KVQ_MAX_BITS
+    int          n_side; // outliers per side and token; 0 = none; 2 * n_side < d
+    const float *levels; // [2^bits] ascending, normalised
+    const float *z, *r;  // K: [d] offset and half range of each channel, r >= 0.  V: NULL, found per token
+} kvq_block_spec;
+
+KVQ_HD int kvq_block_code_bytes(int d, int bits) { return (d * bits + 31) / 32 * 4; }
+
+KVQ_HD int kvq_block_row_bytes(const kvq_block_spec *s) {
+    return kvq_block_code_bytes(s->d, s->bits) + (s->r == 0 ? 4 : 0) + 2 * s->n_side * (int)sizeof(kvq_block_outlier);
+}
+
+// Outliers per side for a two-sided fraction o of d channels: floor(o/2 * d) + 1, and none for o = 0. The small
+// constant keeps products such as 0.005 * 200 from falling below the integer they stand for.
+KVQ_HD int kvq_block_n_side(double fraction, int d) { return fraction > 0 ? (int)(fraction / 2 * d + 1e-9) + 1 : 0; }
+
+KVQ_HD float kvq_block_normalise(float x, float z, float r) { return r > 0 ? (x - z) / r : 0.0f; }
+
+// Index of the nearest of n ascending levels by |x - level| in f32; the lower index on a tie. Levels ascend, so the
+// distance falls and then rises, and the first level that does not come nearer ends the search; levels that are equal
+// do not come nearer either, but a later one may, hence the test on strictly farther.
+KVQ_HD int kvq_block_nearest(float x, const float *levels, int n) {
+    int   best = 0;
+    float distance = x - levels[0];
+    distance = distance < 0 ? -distance : distance;
+    for (int i = 1; i < n; i++) {
+        float next = x - levels[i];
+        next = next < 0 ? -next : next;
+        if (next < distance) {
+            distance = next;
+            best = i;
+        } else if (next > distance) {
+            break;
+        }
+    }
+    return best;
+}
+
+KVQ_HD void kvq_block_put_code(uint8_t *codes, int c, int bits, int code) {
+    int      at = c * bits;
+    uint32_t window = (uint32_t)code << (at & 7);
+    codes[at >> 3] = (uint8_t)(codes[at >> 3] | (window & 0xffu));
+    if ((at & 7) + bits > 8) codes[(at >> 3) + 1] = (uint8_t)(codes[(at >> 3) + 1] | (window >> 8));
+}
+
+KVQ_HD int kvq_block_get_code(const uint8_t *codes, int c, int bits) {
+    int      at = c * bits;
+    uint32_t window = codes[at >> 3];
+    if ((at & 7) + bits > 8) window |= (uint32_t)codes[(at >> 3) + 1] << 8;
+    return (int)((window >> (at & 7)) & ((1u << bits) - 1u));
+}
+
+// Keeps the `capacity` best of a stream of (key, channel) pairs in order, best first. A key that equals a kept one
+// ranks behind it when `later_wins` is 0, in front of it when 1. Channels must arrive in ascending order.
+KVQ_HD int kvq_block_keep_best(float *keys, uint16_t *channels, int count, int capacity, float key, int channel, int later_wins) {
+    int at = count;
+    while (at > 0 && (later_wins ? key >= keys[at - 1] : key > keys[at - 1])) at--;
+    if (at >= capacity) return count;
+    int last = count < capacity ? count : capacity - 1;
+    for (int i = last; i > at; i--) {
+        keys[i] = keys[i - 1];
+        channels[i] = channels[i - 1];
+    }
+    keys[at] = key;
+    channels[at] = (uint16_t)channel;
+    return count < capacity ? count + 1 : count;
+}
+
+// Scratch of one selection: keys and channels of the two sides. `n_side` + 1 entries each, because the value rule also
+// needs the first element that is not an outlier.
+typedef struct kvq_block_scratch {
+    float    *upper_key, *lower_key;         // [n_side + 1]
+    uint16_t *upper_channel, *lower_channel; // [n_side + 1]
+    int       n_upper, n_lower;
+} kvq_block_scratch;
+
+// Selects the outliers of a key row: scratch->n_upper and n_lower (each at most n_side) with their channels.
+KVQ_HD void kvq_block_select_k(const kvq_block_spec *s, const float *x, kvq_block_scratch *w) {
+    w->n_upper = w->n_lower = 0;
+    if (s->n_side == 0) return;
+    for (int c = 0; c < s->d; c++) {
+        float xn = kvq_block_normalise(x[c], s->z[c], s->r[c]);
+        if (xn > KVQ_OUTLIER_EDGE) w->n_upper = kvq_block_keep_best(w->upper_key, w->upper_channel, w->n_upper, s->n_side, xn, c, 0);
+        if (xn < -KVQ_OUTLIER_EDGE) w->n_lower = kvq_block_keep_best(w->lower_key, w->lower_channel, w->n_lower, s->n_side, -xn, c, 0);
+    }
+}
+
+// Selects the outliers of a value row, exactly n_side per side, and gives the range of the rest: z its middle, r half its
+// width, both as f16 bits. In (value, channel) order the low end prefers low channels and the high end high ones.
+KVQ_HD void kvq_block_select_v(const kvq_block_spec *s, const float *x, kvq_block_scratch *w, uint16_t *z, uint16_t *r) {
+    int keep = s->n_side + 1;
+    w->n_upper = w->n_lower = 0;
+    for (int c = 0; c < s->d; c++) {
+        w->n_upper = kvq_block_keep_best(w->upper_key, w->upper_channel, w->n_upper, keep, x[c], c, 1);
+        w->n_lower = kvq_block_keep_best(w->lower_key, w->lower_channel, w->n_lower, keep, -x[c], c, 0);
+    }
+    float high = w->upper_key[s->n_side], low = -w->lower_key[s->n_side];
+    w->n_upper = w->n_lower = s->n_side;
+    *z = kvq_half_of_float((high + low) / 2.0f);
+    *r = kvq_half_of_float((high - low) / 2.0f);
+}
+
+KVQ_HD void kvq_block_store_half(uint8_t *at, uint16_t h) {
+    at[0] = (uint8_t)(h & 0xffu);
+    at[1] = (uint8_t)(h >> 8);
+}
+
+KVQ_HD uint16_t kvq_block_load_half(const uint8_t *at) { return (uint16_t)(at[0] | at[1] << 8); }
+
+// Residuals of one side's outliers against what their dense codes decode to. Returns 1 when all of them fit into f16.
+KVQ_HD int kvq_block_store_side(const kvq_block_spec *s, const float *x, const uint8_t *codes, const float *z, const float *r,
+                                int step, const uint16_t *channels, int count, uint8_t *slots) {
+    int finite = 1;
+    for (int i = 0; i < s->n_side; i++) {
+        uint16_t channel = KVQ_NO_CHANNEL, residual = 0;
+        if (i < count) {
+            channel = channels[i];
+            float dense = s->levels[kvq_block_get_code(codes, channel, s->bits)] * r[channel * step] + z[channel * step];
+            residual = kvq_half_of_float(x[channel] - dense);
+            if ((residual & 0x7c00u) == 0x7c00u) finite = 0;
+        }
+        kvq_block_store_half(slots + 4 * i, channel);
+        kvq_block_store_half(slots + 4 * i + 2, residual);
+    }
+    return finite;
+}
+
+// Encodes x [d] into row [kvq_block_row_bytes]. Returns 1, or 0 when a number does not fit into f16 (the row is then
+// unusable). NaN and infinities must have been refused before.
+KVQ_HD int kvq_block_encode(const kvq_block_spec *s, const float *x, kvq_block_scratch *w, uint8_t *row) {
+    int      bytes = kvq_block_code_bytes(s->d, s->bits), n_levels = 1 << s->bits, step = 1, finite = 1;
+    uint8_t *rest = row + bytes;
+    float    token_z = 0, token_r = 0;
+    const float *z = s->z, *r = s->r;
+    for (int i = 0; i < bytes; i++) row[i] = 0;
+    if (r != 0) {
+        kvq_block_select_k(s, x, w);
+    } else {
+        uint16_t half_z, half_r;
+        kvq_block_select_v(s, x, w, &half_z, &half_r);
+        kvq_block_store_half(rest, half_z);
+        kvq_block_store_half(rest + 2, half_r);
+        rest += 4;
+        finite = (half_z & 0x7c00u) != 0x7c00u && (half_r & 0x7c00u) != 0x7c00u;
+        token_z = kvq_float_of_half(half_z);
+        token_r = kvq_float_of_half(half_r);
+        z = &token_z;
+        r = &token_r;
+        step = 0;
+    }
+    for (int c = 0; c < s->d; c++) {
+        float range = r[c * step];
+        int   code = range > 0 ? kvq_block_nearest((x[c] - z[c * step]) / range, s->levels, n_levels) : 0;
+        kvq_block_put_code(row, c, s->bits, code);
+    }
+    finite &= kvq_block_store_side(s, x, row, z, r, step, w->upper_channel, w->n_upper, rest);
+    finite &= kvq_block_store_side(s, x, row, z, r, step, w->lower_channel, w->n_lower, rest + 4 * s->n_side);
+    return finite;
+}
+
+KVQ_HD void kvq_block_decode(const kvq_block_spec *s, const uint8_t *row, float *x) {
+    const uint8_t *rest = row + kvq_block_code_bytes(s->d, s->bits);
+    const float   *z = s->z, *r = s->r;
+    float          token_z = 0, token_r = 0;
+    int            step = 1;
+    if (r == 0) {
+        token_z = kvq_float_of_half(kvq_block_load_half(rest));
+        token_r = kvq_float_of_half(kvq_block_load_half(rest + 2));
+        rest += 4;
+        z = &token_z;
+        r = &token_r;
+        step = 0;
+    }
+    for (int c = 0; c < s->d; c++) x[c] = s->levels[kvq_block_get_code(row, c, s->bits)] * r[c * step] + z[c * step];
+    for (int i = 0; i < 2 * s->n_side; i++) {
+        uint16_t channel = kvq_block_load_half(rest + 4 * i);
+        if (channel < s->d) x[channel] += kvq_float_of_half(kvq_block_load_half(rest + 4 * i + 2));
+    }
+}
+
+#endif

@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the suites share; see kvq_test.h.
+#include <cjson/cJSON.h>
+#include <ftw.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "kvq_test.h"
+
+#define TEST_TIMEOUT_S 300 // generous: sanitizers and busy machines; it only ends what hangs
+
+const char *kvq_test_shared(void) {
+    const char *folder = getenv("KVQ_SHARED");
+    if (folder == NULL) folder = KVQ_TEST_DEFAULT_SHARED;
+    return access(folder, R_OK) == 0 ? folder : NULL;
+}
+
+void kvq_test_shared_path(char *out, size_t size, const char *name) {
+    (void)snprintf(out, size, "%s/%s", kvq_test_shared(), name);
+}
+
+int kvq_test_run(const char *suite_name, const kvq_test_case *cases, int n_cases) {
+    Suite *suite = suite_create(suite_name);
+    TCase *tcase = tcase_create("all");
+    int    n_skipped = 0;
+    tcase_set_timeout(tcase, TEST_TIMEOUT_S);
+    for (int i = 0; i < n_cases; i++) {
+        if (cases[i].need_shared && kvq_test_shared() == NULL) {
+            printf("skipped: %s/%s (no reference data; set KVQ_SHARED)\n", suite_name, cases[i].name);
+            n_skipped++;
+        } else {
+            tcase_add_loop_test(tcase, cases[i].test, 0, cases[i].n_loops > 1 ? cases[i].n_loops : 1);
+        }
+    }
+    suite_add_tcase(suite, tcase);
+    SRunner *runner = srunner_create(suite);
+    srunner_run_all(runner, CK_NORMAL);
+    int n_failed = srunner_ntests_failed(runner), n_run = srunner_ntests_run(runner);
+    printf("%s: %d passed, %d failed, %d skipped\n", suite_name, n_run - n_failed, n_failed, n_skipped);
+    srunner_free(runner);
+    return n_failed == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
+}
+
+kvq_context kvq_test_context(void) {
+    kvq_context ctx = kvq_context_default();
+    ctx.n_threads = 2;
+    return ctx;
+}
+
+static char  test_folder[64];
+static pid_t test_folder_owner;
+
+static int remove_entry(const char *path, const struct stat *info, int type, struct FTW *where) {
+    (void)info, (void)type, (void)where;
+    return remove(path);
+}
+
+static void remove_folder(void) {
+    if (test_folder_owner == getpid()) (void)nftw(test_folder, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+}
+
+const char *kvq_test_folder(void) {
+    if (test_folder_owner != getpid()) {
+        strcpy(test_folder, "/tmp/kvq-test-XXXXXX");
+        ck_assert_ptr_nonnull(mkdtemp(test_folder));
+        test_folder_owner = getpid();
+        (void)atexit(remove_folder);
+    }
+    return test_folder;
+}
+
+void kvq_test_ok(kvq_status status, const kvq_error *err) {
+    ck_assert_msg(status == KVQ_OK, "KVQ-E%d: %s", kvq_status_number(status), err != NULL ? err->message : "");
+}
+
+void kvq_test_failed(kvq_status status, kvq_status expected, const kvq_error *err, const char *fragment) {
+    ck_assert_msg(status == expected, "status KVQ-E%d instead of KVQ-E%d: %s", kvq_status_number(status),
+                  kvq_status_number(expected), status == KVQ_OK ? "(no error)" : err->message);
+    ck_assert_msg(strstr(err->message, fragment) != NULL, "'%s' does not contain '%s'", err->message, fragment);
+}
+
+struct kvq_golden {
+    cJSON *index;
+    char  *bytes;
+};
+
+static char *read_all(const char *path) {
+    FILE *file = fopen(path, "rb");
+    ck_assert_msg(file != NULL, "cannot open %s", path);
+    ck_assert_int_eq(fseek(file, 0, SEEK_END), 0);
+    long  size = ftell(file);
+    char *data = malloc((size_t)size + 1);
+    rewind(file);
+    ck_assert_uint_eq(fread(data, 1, (size_t)size, file), (size_t)size);
+    data[size] = 0;
+    (void)fclose(file);
+    return data;
+}
+
+kvq_golden *kvq_golden_open(const char *folder_under_shared, const char *stem) {
+    char path[1024];
+    kvq_golden *golden = calloc(1, sizeof *golden);
+    (void)snprintf(path, sizeof path, "%s/%s/%s.json", kvq_test_shared(), folder_under_shared, stem);
+    char *text = read_all(path);
+    golden->index = cJSON_Parse(text);
+    free(text);
+    ck_assert_msg(golden->index != NULL, "%s is not JSON", path);
+    (void)snprintf(path, sizeof path, "%s/%s/%s.bin", kvq_test_shared(), folder_under_shared, stem);
+    golden->bytes = read_all(path);
+    return golden;
+}
+
+void kvq_golden_close(kvq_golden *golden) {
+    cJSON_Delete(golden->index);
+    free(golden->bytes);
+    free(golden);
+}
+
+static const void *golden_find(const kvq_golden *golden, const char *name, const char *dtype, int64_t *n_elements) {
+    const cJSON *entry;
+    cJSON_ArrayForEach(entry, cJSON_GetObjectItemCaseSensitive(golden->index, "tensors")) {
+        if (strcmp(cJSON_GetObjectItem(entry, "name")->valuestring, name) != 0) continue;
+        ck_assert_str_eq(cJSON_GetObjectItem(entry, "dtype")->valuestring, dtype);
+        if (n_elements != NULL) *n_elements = (int64_t)cJSON_GetObjectItem(entry, "nbytes")->valuedouble / 4;
+        return golden->bytes + (size_t)cJSON_GetObjectItem(entry, "offset")->valuedouble;
+    }
+    return NULL;
+}
+
+const float *kvq_golden_f32(const kvq_golden *golden, const char *name, int64_t *n_elements) {
+    return golden_find(golden, name, "f32", n_elements);
+}
+
+const int32_t *kvq_golden_i32(const kvq_golden *golden, const char *name, int64_t *n_elements) {
+    return golden_find(golden, name, "i32", n_elements);
+}
+
+double kvq_test_relative_error(const float *a, const float *b, int64_t n) {
+    double difference = 0, scale = 0;
+    for (int64_t i = 0; i < n; i++) {
+        difference = fmax(difference, fabs((double)a[i] - (double)b[i]));
+        scale = fmax(scale, fabs((double)b[i]));
+        if (isnan(a[i])) return HUGE_VAL;
+    }
+    return difference / scale;
+}

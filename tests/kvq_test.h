@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Private to the suites: one way to run a Check suite and count, one way to find the shared reference data.
+#ifndef KVQ_TEST_H
+#define KVQ_TEST_H
+
+#include <check.h>
+
+#include "kvq_core.h"
+
+// A test that needs reference data outside the repository. $KVQ_SHARED, else ../shared beside the repository; a test
+// registered with need_shared is counted as skipped, and said to be, when there is none.
+const char *kvq_test_shared(void);                                          // folder or NULL
+void        kvq_test_shared_path(char *out, size_t size, const char *name); // "<shared>/<name>"
+
+typedef struct kvq_test_case {
+    const char  *name;
+    const TTest *test;
+    bool         need_shared;
+    int          n_loops; // 0 or 1 = once; otherwise _i runs over [0, n_loops)
+} kvq_test_case;
+
+// Runs all cases, each in a forked process with a time limit, prints every failure and then the line
+// "<suite>: N passed, N failed, N skipped". Returns the exit status for main.
+int kvq_test_run(const char *suite, const kvq_test_case *cases, int n_cases);
+#define KVQ_TEST_MAIN(suite, cases)                                                                                    \
+    int main(void) { return kvq_test_run(suite, cases, (int)(sizeof(cases) / sizeof *(cases))); }
+
+// A context on two threads whose log goes nowhere.
+kvq_context kvq_test_context(void);
+
+// A temporary folder, removed at exit of the process that asked for it.
+const char *kvq_test_folder(void);
+
+// Asserts a status and, on failure, shows the error's message. `fragment` must occur in the message of an error.
+void kvq_test_ok(kvq_status status, const kvq_error *err);
+void kvq_test_failed(kvq_status status, kvq_status expected, const kvq_error *err, const char *fragment);
+
+// Reference arrays: golden.json names dtype, shape and offset of arrays in golden.bin.
+typedef struct kvq_golden kvq_golden;
+kvq_golden    *kvq_golden_open(const char *folder_under_shared, const char *stem);
+void           kvq_golden_close(kvq_golden *golden);
+const float   *kvq_golden_f32(const kvq_golden *golden, const char *name, int64_t *n_elements); // NULL when absent
+const int32_t *kvq_golden_i32(const kvq_golden *golden, const char *name, int64_t *n_elements);
+
+// The measure the reference data uses: max |a - b| / max |b|.
+double kvq_test_relative_error(const float *a, const float *b, int64_t n);
+
+#endif
