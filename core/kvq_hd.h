@@ -24,9 +24,9 @@
 #endif
 
 #if defined(__GNUC__)
-#define KVQ_PRINTF(format, first) __attribute__((format(printf, format, first)))
+#define KVQ_PRINTF(text, first) __attribute__((format(printf, text, first)))
 #else
-#define KVQ_PRINTF(format, first)
+#define KVQ_PRINTF(text, first)
 #endif
 
 KVQ_HD uint32_t kvq_bits_of_float(float x) {
