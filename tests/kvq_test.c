@@ -33,7 +33,7 @@ int kvq_test_run(const char *suite_name, const kvq_test_case *cases, int n_cases
             printf("skipped: %s/%s (no reference data; set KVQ_SHARED)\n", suite_name, cases[i].name);
             n_skipped++;
         } else {
-            tcase_add_loop_test(tcase, cases[i].test, 0, cases[i].n_loops > 1 ? cases[i].n_loops : 1);
+            tcase_add_loop_test(tcase, *cases[i].test, 0, cases[i].n_loops > 1 ? cases[i].n_loops : 1);
         }
     }
     suite_add_tcase(suite, tcase);

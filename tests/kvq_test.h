@@ -14,11 +14,16 @@ const char *kvq_test_shared(void);                                          // f
 void        kvq_test_shared_path(char *out, size_t size, const char *name); // "<shared>/<name>"
 
 typedef struct kvq_test_case {
-    const char  *name;
-    const TTest *test;
-    bool         need_shared;
-    int          n_loops; // 0 or 1 = once; otherwise _i runs over [0, n_loops)
+    const char         *name;
+    const TTest *const *test;
+    bool                need_shared;
+    int                 n_loops; // 0 = once; otherwise _i runs over [0, n_loops)
 } kvq_test_case;
+
+#define KVQ_CASE(test) {#test, (const TTest *const *)&test, false, 0}
+#define KVQ_LOOP(test, n) {#test, (const TTest *const *)&test, false, n}
+#define KVQ_GOLDEN_CASE(test) {#test, (const TTest *const *)&test, true, 0}
+#define KVQ_GOLDEN_LOOP(test, n) {#test, (const TTest *const *)&test, true, n}
 
 // Runs all cases, each in a forked process with a time limit, prints every failure and then the line
 // "<suite>: N passed, N failed, N skipped". Returns the exit status for main.

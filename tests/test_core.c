@@ -138,14 +138,14 @@ START_TEST(status_table_is_complete) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    {"half_round_trip_and_rounding", half_round_trip_and_rounding, false, 0},
-    {"fixed_sums_do_not_depend_on_order", fixed_sums_do_not_depend_on_order, false, 0},
-    {"fixed_negative_and_tiny", fixed_negative_and_tiny, false, 0},
-    {"philox_known_answers", philox_known_answers, false, 0},
-    {"random_numbers_stay_in_range", random_numbers_stay_in_range, false, 0},
-    {"sha256_of_abc", sha256_of_abc, false, 0},
-    {"allocation_is_checked", allocation_is_checked, false, 0},
-    {"parallel_for_visits_each_item_once", parallel_for_visits_each_item_once, false, 0},
-    {"status_table_is_complete", status_table_is_complete, false, 0},
+    KVQ_CASE(half_round_trip_and_rounding),
+    KVQ_CASE(fixed_sums_do_not_depend_on_order),
+    KVQ_CASE(fixed_negative_and_tiny),
+    KVQ_CASE(philox_known_answers),
+    KVQ_CASE(random_numbers_stay_in_range),
+    KVQ_CASE(sha256_of_abc),
+    KVQ_CASE(allocation_is_checked),
+    KVQ_CASE(parallel_for_visits_each_item_once),
+    KVQ_CASE(status_table_is_complete),
 };
 KVQ_TEST_MAIN("core", CASES)
