@@ -1,2 +1,72 @@
 // SPDX-License-Identifier: Apache-2.0
-typedef int kvq_placeholder;
+// What can be asked of a calibration, and what it will cost.
+#include "calib_impl.h"
+
+#define MAX_OUTLIER_FRACTION 0.05
+
+kvq_calib_options kvq_calib_options_default(void) {
+    return (kvq_calib_options){
+        .k_bits = 3, .v_bits = 3, .outlier_fraction = 0.01, .sink_tokens = 1, .weighting = KVQ_WEIGHT_FISHER_SCALED};
+}
+
+static kvq_status check_bits(const char *option, int bits, kvq_error *err) {
+    if (bits >= 2 && bits <= 4) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, "choose 2, 3 or 4", "%s %d: supported widths are 2, 3 and 4 bits", option,
+                    bits);
+}
+
+kvq_status kvq_calib_options_check(const kvq_calib_options *o, const kvq_model_config *config, int64_t seq_len,
+                                   kvq_error *err) {
+    int        d = config->n_kv_heads * config->head_dim;
+    kvq_status status = check_bits("--k-bits", o->k_bits, err);
+    if (status == KVQ_OK) status = check_bits("--v-bits", o->v_bits, err);
+    if (status != KVQ_OK) return status;
+    if (!(o->outlier_fraction >= 0 && o->outlier_fraction <= MAX_OUTLIER_FRACTION)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "1% is the usual choice", "--outliers %g: the fraction must lie in 0 .. %g",
+                        o->outlier_fraction, MAX_OUTLIER_FRACTION);
+    }
+    if (seq_len < 2) {
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL,
+                        "--seq-len %lld: a window needs two tokens, one to see and one to predict", (long long)seq_len);
+    }
+    if (config->max_positions > 0 && seq_len > config->max_positions) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "use shorter windows",
+                        "--seq-len %lld: the model was made for at most %lld positions", (long long)seq_len,
+                        (long long)config->max_positions);
+    }
+    if (o->sink_tokens < 0 || o->sink_tokens >= seq_len) {
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL,
+                        "--sink-tokens %lld: must lie in 0 .. %lld for windows of %lld tokens",
+                        (long long)o->sink_tokens, (long long)(seq_len - 1), (long long)seq_len);
+    }
+    int n_side = kvq_block_n_side(o->outlier_fraction, d);
+    if (2 * n_side >= d || n_side > KVQ_BLOCK_MAX_SIDE || d >= (int)KVQ_NO_CHANNEL) {
+        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "use a smaller --outliers",
+                        "K and V have %d channels: %d outliers on either side do not fit", d, n_side);
+    }
+    return KVQ_OK;
+}
+
+static int64_t layer_floats(const kvq_model_config *c) {
+    int64_t q = (int64_t)c->n_heads * c->head_dim, d = (int64_t)c->n_kv_heads * c->head_dim;
+    return c->hidden_size * (2 * q + 2 * d + 3 * c->intermediate_size + 2);
+}
+
+kvq_calib_plan kvq_calib_estimate(const kvq_context *ctx, const kvq_model *model, int64_t n_windows, int64_t seq_len) {
+    const kvq_model_config *c = kvq_model_describe(model);
+    int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim, tokens = n_windows * seq_len;
+    int64_t                 histograms = 2 * ctx->n_threads * (int64_t)(KVQ_HISTOGRAM_BINS * sizeof(kvq_bin));
+    int64_t window = 4 * (kvq_workspace_floats(model, seq_len, true) + 2 * seq_len * c->hidden_size + 4 * seq_len * d);
+    int64_t layer = 4 * layer_floats(c) + 4 * tokens * d + histograms, head = 4 * c->vocab_size * c->hidden_size;
+    double  layer_flops = 2.0 * (double)layer_floats(c) * (double)tokens;
+    double  attention =
+        2.0 * (double)(c->n_heads * c->head_dim) * (double)tokens * (double)seq_len; // QK and PV, causal half
+    kvq_calib_plan plan;
+    plan.memory_bytes = window + (layer > head ? layer : head);
+    plan.scratch_bytes = 4 * tokens * c->hidden_size * (c->n_layers + 2);
+    // forward; recomputed forward and gradients; the head forward and backward
+    plan.tera_flops = ((double)c->n_layers * (3 * layer_flops + 4.5 * attention) +
+                       4.0 * (double)c->vocab_size * (double)c->hidden_size * (double)tokens) *
+                      1e-12;
+    return plan;
+}

@@ -28,8 +28,8 @@ kvq_context kvq_context_default(void) {
 kvq_status kvq_alloc(const kvq_context *ctx, int64_t count, size_t size, const char *what, void **out, kvq_error *err) {
     size_t limit = SIZE_MAX / 2 - ALIGNMENT;
     if (count < 0 || size == 0 || (uint64_t)count > limit / size) {
-        return kvq_fail(err, KVQ_ERR_MEMORY, NULL, "%s: %lld elements of %zu bytes are more than can be addressed", what,
-                        (long long)count, size);
+        return kvq_fail(err, KVQ_ERR_MEMORY, NULL, "%s: %lld elements of %zu bytes are more than can be addressed",
+                        what, (long long)count, size);
     }
     size_t bytes = (size_t)count * size;
     size_t padded = (bytes / ALIGNMENT + 1) * ALIGNMENT;

@@ -72,6 +72,10 @@ typedef struct kvq_error {
 // `next` NULL means the general advice of the status list.
 kvq_status kvq_fail(kvq_error *err, kvq_status status, const char *next, const char *format, ...) KVQ_PRINTF(4, 5);
 
+// Puts words in front of an error's message on its way up ("window 3: "), where the outer frame knows something the
+// deepest one cannot.
+void kvq_error_prefix(kvq_error *err, const char *format, ...) KVQ_PRINTF(2, 3);
+
 // Forwards a failure: evaluates `call` once and leaves the function through its `done:` label.
 #define KVQ_TRY(call)                                                                                                  \
     do {                                                                                                               \

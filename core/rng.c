@@ -8,7 +8,8 @@ void kvq_rng_block(uint64_t seed, uint32_t purpose, uint32_t stream, uint64_t in
     uint32_t x[4] = {(uint32_t)index, (uint32_t)(index >> 32), stream, purpose};
     for (int round = 0; round < 10; round++) {
         uint64_t p0 = (uint64_t)0xD2511F53u * x[0], p1 = (uint64_t)0xCD9E8D57u * x[2];
-        uint32_t y[4] = {(uint32_t)(p1 >> 32) ^ x[1] ^ key[0], (uint32_t)p1, (uint32_t)(p0 >> 32) ^ x[3] ^ key[1], (uint32_t)p0};
+        uint32_t y[4] = {(uint32_t)(p1 >> 32) ^ x[1] ^ key[0], (uint32_t)p1, (uint32_t)(p0 >> 32) ^ x[3] ^ key[1],
+                         (uint32_t)p0};
         for (int i = 0; i < 4; i++) x[i] = y[i];
         key[0] += 0x9E3779B9u; // golden ratio
         key[1] += 0xBB67AE85u; // square root of 3

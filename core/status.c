@@ -2,6 +2,7 @@
 // Status codes and error records.
 #include <stdarg.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "kvq_core.h"
 
@@ -30,4 +31,16 @@ kvq_status kvq_fail(kvq_error *err, kvq_status status, const char *next, const c
         va_end(args);
     }
     return status;
+}
+
+void kvq_error_prefix(kvq_error *err, const char *format, ...) {
+    if (err == NULL) return;
+    char    text[sizeof err->message];
+    va_list args;
+    va_start(args, format);
+    int n = vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    if (n < 0 || (size_t)n >= sizeof text) return;
+    (void)snprintf(text + n, sizeof text - (size_t)n, "%s", err->message);
+    memcpy(err->message, text, sizeof text);
 }

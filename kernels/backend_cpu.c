@@ -1,2 +1,86 @@
 // SPDX-License-Identifier: Apache-2.0
-typedef int kvq_placeholder;
+// The CPU backend: its table, and the operations that are only memory.
+#include <string.h>
+
+#include "kernels_impl.h"
+
+static kvq_status alloc_floats(const kvq_backend *be, int64_t n_floats, const char *what, float **out, kvq_error *err) {
+    return KVQ_NEW(be->ctx, n_floats, what, out, err);
+}
+
+static void release_floats(const kvq_backend *be, float *p) { kvq_free(be->ctx, p); }
+
+static void copy_floats(const kvq_backend *be, float *to, const float *from, int64_t n) {
+    (void)be;
+    memcpy(to, from, (size_t)n * sizeof *to);
+}
+
+static void zero_floats(const kvq_backend *be, float *x, int64_t n) {
+    (void)be;
+    memset(x, 0, (size_t)n * sizeof *x);
+}
+
+static void add_floats(const kvq_backend *be, float *y, const float *x, int64_t n) {
+    (void)be;
+    for (int64_t i = 0; i < n; i++) y[i] += x[i];
+}
+
+// Blocks are tested without branches, so that the usual case runs at the speed of memory.
+static int64_t find_nonfinite(const kvq_backend *be, const float *x, int64_t n) {
+    enum { BLOCK = 4096 };
+    (void)be;
+    for (int64_t first = 0; first < n; first += BLOCK) {
+        int64_t  end = first + BLOCK < n ? first + BLOCK : n;
+        uint32_t bad = 0;
+        for (int64_t i = first; i < end; i++) bad |= (kvq_bits_of_float(x[i]) & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
+        if (bad == 0) continue;
+        for (int64_t i = first; i < end; i++) {
+            if ((kvq_bits_of_float(x[i]) & 0x7f800000u) == 0x7f800000u) return i;
+        }
+    }
+    return -1;
+}
+
+static void destroy(kvq_backend **be) {
+    if (*be == NULL) return;
+    kvq_free((*be)->ctx, *be);
+    *be = NULL;
+}
+
+kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_backend **out, kvq_error *err) {
+    kvq_backend *be = NULL;
+    kvq_status   status = KVQ_NEW(ctx, 1, "backend", &be, err);
+    if (status != KVQ_OK) return status;
+    *be = (kvq_backend){
+        .name = "cpu",
+        .matmul = kvq_gemm_library(),
+        .ctx = ctx,
+        .destroy = destroy,
+        .alloc = alloc_floats,
+        .release = release_floats,
+        .upload = copy_floats,
+        .download = copy_floats,
+        .copy = copy_floats,
+        .zero = zero_floats,
+        .add = add_floats,
+        .linear = kvq_linear_cpu,
+        .linear_backward = kvq_linear_backward_cpu,
+        .rmsnorm = kvq_rmsnorm_cpu,
+        .rmsnorm_backward = kvq_rmsnorm_backward_cpu,
+        .rope = kvq_rope_cpu,
+        .silu_mul = kvq_silu_mul_cpu,
+        .silu_mul_backward = kvq_silu_mul_backward_cpu,
+        .attention_scratch_floats = kvq_attention_scratch_floats_cpu,
+        .attention = kvq_attention_cpu,
+        .attention_backward = kvq_attention_backward_cpu,
+        .attention_step = kvq_attention_step_cpu,
+        .cross_entropy = kvq_cross_entropy_cpu,
+        .compare = kvq_compare_cpu,
+        .sample = kvq_sample_cpu,
+        .encode = kvq_encode_cpu,
+        .decode = kvq_decode_cpu,
+        .find_nonfinite = find_nonfinite,
+    };
+    *out = be;
+    return KVQ_OK;
+}

@@ -26,6 +26,7 @@
 #include "kvq_hd.h"
 
 #define KVQ_MAX_BITS 8
+#define KVQ_BLOCK_MAX_SIDE 2047 // bounds n_side, so that selection scratch can live on the stack
 #define KVQ_NO_CHANNEL 0xFFFFu
 #define KVQ_OUTLIER_EDGE 1.00006103515625f // 1 + 2^-14: data often EQUALS a threshold, and a bare > 1 would be decided by the last bit
 
@@ -39,7 +40,7 @@ KVQ_STATIC_ASSERT(sizeof(kvq_block_outlier) == 4, "an outlier is four bytes on e
 typedef struct kvq_block_spec {
     int          d;      // row width, 1 .. 65535 - 1
     int          bits;   // 1 .. KVQ_MAX_BITS
-    int          n_side; // outliers per side and token; 0 = none; 2 * n_side < d
+    int          n_side; // outliers per side and token; 0 = none; 2 * n_side < d, at most KVQ_BLOCK_MAX_SIDE
     const float *levels; // [2^bits] ascending, normalised
     const float *z, *r;  // K: [d] offset and half range of each channel, r >= 0.  V: NULL, found per token
 } kvq_block_spec;

@@ -49,6 +49,7 @@ struct kvq_backend {
     void (*upload)(const kvq_backend *be, float *to, const float *host_from, int64_t n);
     void (*download)(const kvq_backend *be, float *host_to, const float *from, int64_t n);
     void (*copy)(const kvq_backend *be, float *to, const float *from, int64_t n);
+    void (*zero)(const kvq_backend *be, float *x, int64_t n);
     void (*add)(const kvq_backend *be, float *y, const float *x, int64_t n); // y += x
 
     // ---- linear layers; w is [n_out, n_in] as checkpoints store it

@@ -1,2 +1,78 @@
 // SPDX-License-Identifier: Apache-2.0
-typedef int kvq_placeholder;
+//
+// Linear layers. The product is cut into tiles whose shape depends on the problem alone; each tile is one library call
+// on one thread. Threading the tiles instead of the library makes the result independent of the thread count.
+#include "kernels_impl.h"
+
+#if KVQ_MATMUL_ONEDNN
+#include <oneapi/dnnl/dnnl.h>
+
+void kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
+              int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
+    (void)dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+}
+
+const char *kvq_gemm_library(void) { return "onednn"; }
+#else
+#include <cblas.h>
+
+void kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
+              int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
+    cblas_sgemm(CblasRowMajor, transpose_a ? CblasTrans : CblasNoTrans, transpose_b ? CblasTrans : CblasNoTrans,
+                (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
+}
+
+const char *kvq_gemm_library(void) { return "cblas"; }
+#endif
+
+// Many rows: tall tiles amortise the packing of w. Few rows (a decode step, a block of logits): cut the columns, or a
+// single thread would have all the work.
+typedef struct tiling {
+    int64_t rows, columns, n_column_tiles, n_tiles;
+} tiling;
+
+static tiling tile(int64_t m, int64_t n) {
+    tiling t = {.rows = 256, .columns = m > 128 ? 4096 : 512};
+    t.n_column_tiles = (n + t.columns - 1) / t.columns;
+    t.n_tiles = (m + t.rows - 1) / t.rows * t.n_column_tiles;
+    return t;
+}
+
+static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+typedef struct linear_job {
+    const float *x, *w, *bias;
+    float       *y;
+    int64_t      m, n, k;
+    bool         transpose_w; // w is [n, k] rather than [k, n]
+    float        beta;
+    tiling       tiles;
+} linear_job;
+
+static void linear_tile(void *user, int64_t item, int worker) {
+    const linear_job *job = user;
+    int64_t           row = item / job->tiles.n_column_tiles * job->tiles.rows;
+    int64_t           column = item % job->tiles.n_column_tiles * job->tiles.columns;
+    int64_t      rows = smaller(job->tiles.rows, job->m - row), columns = smaller(job->tiles.columns, job->n - column);
+    const float *w = job->transpose_w ? job->w + column * job->k : job->w + column;
+    float       *y = job->y + row * job->n + column;
+    (void)worker;
+    kvq_gemm(false, job->transpose_w, rows, columns, job->k, 1.0f, job->x + row * job->k, job->k, w,
+             job->transpose_w ? job->k : job->n, job->beta, y, job->n);
+    if (job->bias == NULL) return;
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t j = 0; j < columns; j++) y[i * job->n + j] += job->bias[column + j];
+    }
+}
+
+void kvq_linear_cpu(const kvq_backend *be, const float *x, const float *w, const float *bias, float *y, int64_t m,
+                    int64_t n_out, int64_t n_in) {
+    linear_job job = {x, w, bias, y, m, n_out, n_in, true, 0.0f, tile(m, n_out)};
+    kvq_parallel_for(be->ctx, job.tiles.n_tiles, linear_tile, &job);
+}
+
+void kvq_linear_backward_cpu(const kvq_backend *be, const float *dy, const float *w, float *dx, int64_t m,
+                             int64_t n_out, int64_t n_in, bool accumulate) {
+    linear_job job = {dy, w, NULL, dx, m, n_in, n_out, false, accumulate ? 1.0f : 0.0f, tile(m, n_in)};
+    kvq_parallel_for(be->ctx, job.tiles.n_tiles, linear_tile, &job);
+}

@@ -1,2 +1,129 @@
 // SPDX-License-Identifier: Apache-2.0
-typedef int kvq_placeholder;
+//
+// Token by token: a batch of sequences in step, with a full-precision cache. It makes text (datasets/self_text.c); the
+// packed cache of decoder/ is what quantised decoding uses.
+#include "model_impl.h"
+
+struct kvq_decode {
+    int64_t n_seqs, capacity, n_past;
+    float  *storage;
+    float  *k_cache, *v_cache;                             // [L, n_seqs, capacity, Hkv * D], keys after RoPE
+    float  *x, *normed, *q, *k, *v, *attended, *gate, *up; // one row per sequence
+    float  *scores, *logits, *cos_table, *sin_table;
+    float  *host_tables; // [2, n_seqs, n_dims / 2]
+};
+
+#define N_BUFFERS 14
+
+kvq_status kvq_decode_create(kvq_model *model, int64_t n_seqs, int64_t capacity, kvq_decode **out, kvq_error *err) {
+    const kvq_model_config *c = model->config;
+    const kvq_backend      *be = model->be;
+    int64_t d = (int64_t)c->n_kv_heads * c->head_dim, q = (int64_t)c->n_heads * c->head_dim, half = c->rope.n_dims / 2;
+    int64_t cache = c->n_layers * n_seqs * capacity * d, total = 0;
+    kvq_decode *s = NULL;
+    kvq_status  status = KVQ_OK;
+    KVQ_TRY(KVQ_NEW(model->ctx, 1, "decode state", &s, err));
+    s->n_seqs = n_seqs;
+    s->capacity = capacity;
+    struct {
+        float **pointer;
+        int64_t n_floats;
+    } list[N_BUFFERS] = {
+        {&s->k_cache, cache},
+        {&s->v_cache, cache},
+        {&s->x, n_seqs * c->hidden_size},
+        {&s->normed, n_seqs * c->hidden_size},
+        {&s->q, n_seqs * q},
+        {&s->k, n_seqs * d},
+        {&s->v, n_seqs * d},
+        {&s->attended, n_seqs * q},
+        {&s->gate, n_seqs * c->intermediate_size},
+        {&s->up, n_seqs * c->intermediate_size},
+        {&s->scores, n_seqs * c->n_heads * capacity},
+        {&s->logits, n_seqs * c->vocab_size},
+        {&s->cos_table, n_seqs * half},
+        {&s->sin_table, n_seqs * half},
+    };
+    for (int i = 0; i < N_BUFFERS; i++) total += list[i].n_floats;
+    KVQ_TRY(be->alloc(be, total, "cache of the decoder", &s->storage, err));
+    float *at = s->storage;
+    for (int i = 0; i < N_BUFFERS; i++) {
+        *list[i].pointer = at;
+        at += list[i].n_floats;
+    }
+    KVQ_TRY(KVQ_NEW(model->ctx, 2 * n_seqs * half, "rotary tables", &s->host_tables, err));
+    *out = s;
+    s = NULL;
+
+done:
+    kvq_decode_destroy(model, &s);
+    return status;
+}
+
+void kvq_decode_destroy(kvq_model *model, kvq_decode **decode) {
+    if (*decode == NULL) return;
+    model->be->release(model->be, (*decode)->storage);
+    kvq_free(model->ctx, (*decode)->host_tables);
+    kvq_free(model->ctx, *decode);
+    *decode = NULL;
+}
+
+// All sequences are at the same position, so the table holds the same row for each.
+static void fill_tables(const kvq_model *model, kvq_decode *s) {
+    int64_t half = model->config->rope.n_dims / 2, n = s->n_seqs * half;
+    for (int64_t i = 0; i < s->n_seqs; i++) {
+        kvq_rope_fill(model, s->n_past, 1, s->host_tables + i * half, s->host_tables + n + i * half);
+    }
+    model->be->upload(model->be, s->cos_table, s->host_tables, n);
+    model->be->upload(model->be, s->sin_table, s->host_tables + n, n);
+}
+
+static void decode_layer(const kvq_model *model, const kvq_layer *layer, kvq_decode *s) {
+    const kvq_backend      *be = model->be;
+    const kvq_model_config *c = model->config;
+    int64_t                 d = layer->k.n_out, per_layer = s->n_seqs * s->capacity * d;
+    float *k_cache = s->k_cache + layer->index * per_layer, *v_cache = s->v_cache + layer->index * per_layer;
+    kvq_attention_shape shape = kvq_model_attention_shape(c, 1);
+    kvq_layer_project(model, layer, s->n_seqs, s->x, s->normed, s->q, s->k, s->v);
+    be->rope(be, s->q, s->cos_table, s->sin_table, 1, s->n_seqs, c->n_heads, c->head_dim, c->rope.n_dims);
+    be->rope(be, s->k, s->cos_table, s->sin_table, 1, s->n_seqs, c->n_kv_heads, c->head_dim, c->rope.n_dims);
+    for (int64_t i = 0; i < s->n_seqs; i++) {
+        be->copy(be, k_cache + (i * s->capacity + s->n_past) * d, s->k + i * d, d);
+        be->copy(be, v_cache + (i * s->capacity + s->n_past) * d, s->v + i * d, d);
+    }
+    be->attention_step(be, &shape, s->n_seqs, s->n_past, s->capacity, s->q, k_cache, v_cache, s->attended, s->scores);
+    kvq_layer_finish(model, layer, s->n_seqs, s->attended, s->x, s->normed, s->gate, s->up);
+}
+
+kvq_status kvq_decode_step(kvq_model *model, kvq_decode *s, const int32_t *ids, const float **logits, kvq_error *err) {
+    const kvq_model_config *c = model->config;
+    kvq_layer              *layer = NULL;
+    kvq_head               *head = NULL;
+    kvq_status              status = KVQ_OK;
+    if (s->n_past == s->capacity) {
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "decoding: position %lld is beyond the cache's capacity",
+                        (long long)s->n_past);
+    }
+    KVQ_TRY(kvq_model_embed(model, ids, s->n_seqs, s->x, err));
+    fill_tables(model, s);
+    for (int64_t l = 0; l < c->n_layers; l++) {
+        KVQ_TRY(kvq_layer_load(model, l, &layer, err));
+        decode_layer(model, layer, s);
+        kvq_layer_release(model, &layer);
+    }
+    KVQ_TRY(kvq_head_load(model, &head, err));
+    model->be->rmsnorm(model->be, s->x, head->norm, c->rms_norm_eps, s->normed, s->n_seqs, c->hidden_size);
+    kvq_apply_linear(model->be, &head->output, s->normed, s->logits, s->n_seqs);
+    int64_t bad = model->be->find_nonfinite(model->be, s->logits, s->n_seqs * c->vocab_size);
+    if (bad >= 0) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "decoding, sequence %lld, position %lld: a logit is not finite",
+                         (long long)(bad / c->vocab_size), (long long)s->n_past));
+    }
+    s->n_past++;
+    *logits = s->logits;
+
+done:
+    kvq_layer_release(model, &layer);
+    kvq_head_release(model, &head);
+    return status;
+}

@@ -1,2 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0
-typedef int kvq_placeholder;
+//
+// From the last hidden state to losses. Logits of the whole window would be S * V numbers; they are made and used for
+// LOGIT_ROWS rows at a time.
+#include "model_impl.h"
+
+kvq_status kvq_head_logits(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const float *x, int64_t n_rows,
+                           float *logits, kvq_error *err) {
+    const kvq_model_config *c = model->config;
+    model->be->rmsnorm(model->be, x, head->norm, c->rms_norm_eps, ws->normed, n_rows, c->hidden_size);
+    kvq_apply_linear(model->be, &head->output, ws->normed, logits, n_rows);
+    int64_t at = model->be->find_nonfinite(model->be, logits, n_rows * c->vocab_size);
+    if (at < 0) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "output head, row %lld, token %lld: the logit is not finite",
+                    (long long)(at / c->vocab_size), (long long)(at % c->vocab_size));
+}
+
+static int64_t block_rows(int64_t n_left) { return n_left < LOGIT_ROWS ? n_left : LOGIT_ROWS; }
+
+kvq_status kvq_head_loss(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const int32_t *ids,
+                         int64_t n_tokens, const float *x, float *dx, double *host_nll, kvq_error *err) {
+    const kvq_backend      *be = model->be;
+    const kvq_model_config *c = model->config;
+    int64_t                 C = c->hidden_size, n_scored = n_tokens - 1;
+    double                  scale = dx != NULL ? 1.0 / (double)n_scored : 0.0;
+    if (dx != NULL) be->zero(be, dx, n_tokens * C);
+    for (int64_t t = 0; t < n_scored; t += LOGIT_ROWS) {
+        int64_t    rows = block_rows(n_scored - t);
+        kvq_status status = kvq_head_logits(model, head, ws, x + t * C, rows, ws->logits, err);
+        if (status != KVQ_OK) return status;
+        be->cross_entropy(be, ws->logits, ids + t + 1, rows, c->vocab_size, scale, host_nll + t);
+        if (dx == NULL) continue;
+        be->linear_backward(be, ws->logits, head->output.w, ws->dnormed, rows, c->vocab_size, C, false);
+        be->rmsnorm_backward(be, x + t * C, head->norm, c->rms_norm_eps, ws->dnormed, dx + t * C, rows, C);
+    }
+    return KVQ_OK;
+}
+
+kvq_status kvq_head_compare(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const int32_t *ids,
+                            int64_t n_tokens, const float *x_a, const float *x_b, kvq_position_score *host_scores,
+                            kvq_error *err) {
+    int64_t C = model->config->hidden_size, n_scored = n_tokens - 1;
+    for (int64_t t = 0; t < n_scored; t += LOGIT_ROWS) {
+        int64_t    rows = block_rows(n_scored - t);
+        kvq_status status = kvq_head_logits(model, head, ws, x_a + t * C, rows, ws->logits, err);
+        if (status == KVQ_OK) status = kvq_head_logits(model, head, ws, x_b + t * C, rows, ws->logits_b, err);
+        if (status != KVQ_OK) return status;
+        model->be->compare(model->be, ws->logits, ws->logits_b, ids + t + 1, rows, model->config->vocab_size,
+                           host_scores + t);
+    }
+    return KVQ_OK;
+}

@@ -13,14 +13,26 @@
 
 #define TEST_TIMEOUT_S 300 // generous: sanitizers and busy machines; it only ends what hangs
 
-const char *kvq_test_shared(void) {
-    const char *folder = getenv("KVQ_SHARED");
-    if (folder == NULL) folder = KVQ_TEST_DEFAULT_SHARED;
-    return access(folder, R_OK) == 0 ? folder : NULL;
+static const char *readable(const char *variable, const char *fallback) {
+    const char *path = getenv(variable);
+    if (path == NULL) path = fallback;
+    return access(path, R_OK) == 0 ? path : NULL;
+}
+
+const char *kvq_test_shared(void) { return readable("KVQ_SHARED", KVQ_TEST_SOURCE_DIR "/../shared"); }
+
+const char *kvq_test_smollm2(void) {
+    return readable("KVQ_SMOLLM2_GGUF", KVQ_TEST_SOURCE_DIR "/demo/SmolLM2-135M-Instruct.Q4_1.gguf");
 }
 
 void kvq_test_shared_path(char *out, size_t size, const char *name) {
     (void)snprintf(out, size, "%s/%s", kvq_test_shared(), name);
+}
+
+static const char *missing_need(int needs) {
+    if ((needs & KVQ_NEEDS_SHARED) != 0 && kvq_test_shared() == NULL) return "no reference data; set KVQ_SHARED";
+    if ((needs & KVQ_NEEDS_SMOLLM2) != 0 && kvq_test_smollm2() == NULL) return "no SmolLM2 GGUF; run script/demo";
+    return NULL;
 }
 
 int kvq_test_run(const char *suite_name, const kvq_test_case *cases, int n_cases) {
@@ -29,11 +41,13 @@ int kvq_test_run(const char *suite_name, const kvq_test_case *cases, int n_cases
     int    n_skipped = 0;
     tcase_set_timeout(tcase, TEST_TIMEOUT_S);
     for (int i = 0; i < n_cases; i++) {
-        if (cases[i].need_shared && kvq_test_shared() == NULL) {
-            printf("skipped: %s/%s (no reference data; set KVQ_SHARED)\n", suite_name, cases[i].name);
-            n_skipped++;
+        const char *missing = missing_need(cases[i].needs);
+        int         n_loops = cases[i].n_loops > 1 ? cases[i].n_loops : 1;
+        if (missing != NULL) {
+            printf("skipped: %s/%s (%s)\n", suite_name, cases[i].name, missing);
+            n_skipped += n_loops;
         } else {
-            tcase_add_loop_test(tcase, *cases[i].test, 0, cases[i].n_loops > 1 ? cases[i].n_loops : 1);
+            tcase_add_loop_test(tcase, *cases[i].test, 0, n_loops);
         }
     }
     suite_add_tcase(suite, tcase);
@@ -102,7 +116,7 @@ static char *read_all(const char *path) {
 }
 
 kvq_golden *kvq_golden_open(const char *folder_under_shared, const char *stem) {
-    char path[1024];
+    char        path[1024];
     kvq_golden *golden = calloc(1, sizeof *golden);
     (void)snprintf(path, sizeof path, "%s/%s/%s.json", kvq_test_shared(), folder_under_shared, stem);
     char *text = read_all(path);

@@ -8,22 +8,30 @@
 
 #include "kvq_core.h"
 
-// A test that needs reference data outside the repository. $KVQ_SHARED, else ../shared beside the repository; a test
-// registered with need_shared is counted as skipped, and said to be, when there is none.
+// What a test may need from outside the repository. A test whose needs are not met is counted as skipped, and said to
+// be.
+typedef enum kvq_test_need {
+    KVQ_NEEDS_NOTHING = 0,
+    KVQ_NEEDS_SHARED = 1,  // reference data: $KVQ_SHARED, else ../shared beside the repository
+    KVQ_NEEDS_SMOLLM2 = 2, // the demo's model: $KVQ_SMOLLM2_GGUF, else where script/demo puts it
+} kvq_test_need;
+
 const char *kvq_test_shared(void);                                          // folder or NULL
 void        kvq_test_shared_path(char *out, size_t size, const char *name); // "<shared>/<name>"
+const char *kvq_test_smollm2(void);                                         // GGUF file or NULL
 
 typedef struct kvq_test_case {
     const char         *name;
     const TTest *const *test;
-    bool                need_shared;
+    int                 needs;   // kvq_test_need, or-ed
     int                 n_loops; // 0 = once; otherwise _i runs over [0, n_loops)
 } kvq_test_case;
 
-#define KVQ_CASE(test) {#test, (const TTest *const *)&test, false, 0}
-#define KVQ_LOOP(test, n) {#test, (const TTest *const *)&test, false, n}
-#define KVQ_GOLDEN_CASE(test) {#test, (const TTest *const *)&test, true, 0}
-#define KVQ_GOLDEN_LOOP(test, n) {#test, (const TTest *const *)&test, true, n}
+#define KVQ_CASE(test) {#test, (const TTest *const *)&test, KVQ_NEEDS_NOTHING, 0}
+#define KVQ_LOOP(test, n) {#test, (const TTest *const *)&test, KVQ_NEEDS_NOTHING, n}
+#define KVQ_GOLDEN_CASE(test) {#test, (const TTest *const *)&test, KVQ_NEEDS_SHARED, 0}
+#define KVQ_GOLDEN_LOOP(test, n) {#test, (const TTest *const *)&test, KVQ_NEEDS_SHARED, n}
+#define KVQ_SMOLLM2_CASE(test) {#test, (const TTest *const *)&test, KVQ_NEEDS_SHARED | KVQ_NEEDS_SMOLLM2, 0}
 
 // Runs all cases, each in a forked process with a time limit, prints every failure and then the line
 // "<suite>: N passed, N failed, N skipped". Returns the exit status for main.

@@ -13,7 +13,7 @@ START_TEST(half_round_trip_and_rounding) {
         ck_assert_uint_eq(kvq_half_of_float(x), h);
         ck_assert_uint_eq(kvq_half_of_float(-x), h | 0x8000u);
         if (h + 1 == 0x7c00u) break;
-        float next = kvq_float_of_half((uint16_t)(h + 1)), middle = (x + next) / 2; // exact in f32
+        float    next = kvq_float_of_half((uint16_t)(h + 1)), middle = (x + next) / 2; // exact in f32
         uint32_t even = (h & 1) == 0 ? h : h + 1;
         ck_assert_uint_eq(kvq_half_of_float(middle), even);
         ck_assert_uint_eq(kvq_half_of_float(nextafterf(middle, -1)), h);
@@ -138,14 +138,10 @@ START_TEST(status_table_is_complete) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    KVQ_CASE(half_round_trip_and_rounding),
-    KVQ_CASE(fixed_sums_do_not_depend_on_order),
-    KVQ_CASE(fixed_negative_and_tiny),
-    KVQ_CASE(philox_known_answers),
-    KVQ_CASE(random_numbers_stay_in_range),
-    KVQ_CASE(sha256_of_abc),
-    KVQ_CASE(allocation_is_checked),
-    KVQ_CASE(parallel_for_visits_each_item_once),
+    KVQ_CASE(half_round_trip_and_rounding), KVQ_CASE(fixed_sums_do_not_depend_on_order),
+    KVQ_CASE(fixed_negative_and_tiny),      KVQ_CASE(philox_known_answers),
+    KVQ_CASE(random_numbers_stay_in_range), KVQ_CASE(sha256_of_abc),
+    KVQ_CASE(allocation_is_checked),        KVQ_CASE(parallel_for_visits_each_item_once),
     KVQ_CASE(status_table_is_complete),
 };
 KVQ_TEST_MAIN("core", CASES)
