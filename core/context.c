@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The context: defaults, allocation with checked sizes, log and progress, parallel loops.
+// The context: defaults, allocation with checked sizes, log and progress.
 #include <omp.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -64,14 +64,4 @@ void kvq_log(const kvq_context *ctx, kvq_log_level level, const char *format, ..
 void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t done, int64_t total) {
     kvq_progress p = {stage, done, total};
     if (ctx->progress != NULL) ctx->progress(ctx->user, &p);
-}
-
-// The thread count that libraries see inside the region is set to one first: with a single worker OpenMP does not
-// count the region as parallel, and a BLAS would start its own threads and split its sums differently.
-void kvq_parallel_for(const kvq_context *ctx, int64_t n_items, kvq_parallel_fn body, void *user) {
-    int saved = omp_get_max_threads();
-    omp_set_num_threads(1);
-#pragma omp parallel for schedule(dynamic, 1) num_threads(ctx->n_threads > 0 ? ctx->n_threads : 1)
-    for (int64_t item = 0; item < n_items; item++) body(user, item, omp_get_thread_num());
-    omp_set_num_threads(saved);
 }
