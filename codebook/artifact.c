@@ -1,2 +1,123 @@
 // SPDX-License-Identifier: Apache-2.0
-typedef int kvq_placeholder;
+//
+// The artifact in memory: ownership, views of it for the codec, and what a cache made with it weighs.
+#include <string.h>
+
+#include "kvq_codebook.h"
+
+// ---------------------------------------------------------------- names
+
+static const char *const WEIGHTING_NAMES[] = {"none", "fisher", "fisher-scaled"}; // in the order of the enumeration
+
+const char *kvq_weighting_name(kvq_weighting weighting) { return WEIGHTING_NAMES[weighting]; }
+
+bool kvq_weighting_parse(const char *name, kvq_weighting *out) {
+    for (int i = 0; i <= KVQ_WEIGHT_FISHER_SCALED; i++) {
+        if (strcmp(name, WEIGHTING_NAMES[i]) != 0) continue;
+        *out = (kvq_weighting)i;
+        return true;
+    }
+    return false;
+}
+
+// ---------------------------------------------------------------- ownership
+
+// Where the owned texts lie, so that creating and freeing them cannot forget one.
+static const size_t TEXT_FIELDS[] = {
+    offsetof(kvq_artifact, model.architecture),      offsetof(kvq_artifact, model.name),
+    offsetof(kvq_artifact, model.rope_type),         offsetof(kvq_artifact, model.dtype),
+    offsetof(kvq_artifact, tokenizer.kind),          offsetof(kvq_artifact, dataset.source),
+    offsetof(kvq_artifact, quantizer.scheme),        offsetof(kvq_artifact, provenance.producer_version),
+    offsetof(kvq_artifact, provenance.matmul),       offsetof(kvq_artifact, provenance.cpu),
+    offsetof(kvq_artifact, provenance.options_json),
+};
+#define N_TEXT_FIELDS (sizeof TEXT_FIELDS / sizeof *TEXT_FIELDS)
+
+static char **text_field(kvq_artifact *artifact, size_t i) {
+    return (char **)(void *)((char *)artifact + TEXT_FIELDS[i]);
+}
+
+kvq_status kvq_artifact_set_text(const kvq_context *ctx, char **field, const char *value, kvq_error *err) {
+    char *copy = kvq_strdup(ctx, value);
+    if (copy == NULL) return kvq_fail(err, KVQ_ERR_MEMORY, NULL, "no memory for the text '%.60s'", value);
+    kvq_free(ctx, *field);
+    *field = copy;
+    return KVQ_OK;
+}
+
+kvq_status kvq_artifact_create(const kvq_context *ctx, int64_t n_layers, kvq_artifact **out, kvq_error *err) {
+    kvq_status    status = KVQ_OK;
+    kvq_artifact *artifact = NULL;
+    KVQ_TRY(KVQ_NEW(ctx, 1, "artifact", &artifact, err));
+    for (size_t i = 0; i < N_TEXT_FIELDS; i++) KVQ_TRY(kvq_artifact_set_text(ctx, text_field(artifact, i), "", err));
+    KVQ_TRY(KVQ_NEW(ctx, n_layers, "artifact layers", &artifact->layers, err));
+    artifact->model.n_layers = n_layers;
+    *out = artifact;
+    artifact = NULL;
+done:
+    kvq_artifact_destroy(ctx, &artifact);
+    return status;
+}
+
+static void free_tensor(const kvq_context *ctx, kvq_tensor_quant *tensor) {
+    kvq_free(ctx, tensor->codebook);
+    kvq_free(ctx, tensor->lower);
+    kvq_free(ctx, tensor->upper);
+}
+
+void kvq_artifact_destroy(const kvq_context *ctx, kvq_artifact **artifact) {
+    if (*artifact == NULL) return;
+    for (int64_t layer = 0; (*artifact)->layers != NULL && layer < (*artifact)->model.n_layers; layer++) {
+        free_tensor(ctx, &(*artifact)->layers[layer].k);
+        free_tensor(ctx, &(*artifact)->layers[layer].v);
+    }
+    for (size_t i = 0; i < N_TEXT_FIELDS; i++) kvq_free(ctx, *text_field(*artifact, i));
+    kvq_free(ctx, (*artifact)->layers);
+    kvq_free(ctx, *artifact);
+    *artifact = NULL;
+}
+
+// ---------------------------------------------------------------- views and sizes
+
+kvq_block_spec kvq_tensor_block_spec(const kvq_tensor_quant *tensor, int d, int n_side, float *storage) {
+    kvq_block_spec spec = {.d = d, .bits = tensor->bits, .n_side = n_side, .levels = tensor->codebook};
+    if (tensor->axis == KVQ_AXIS_TOKEN) return spec;
+    for (int c = 0; c < d; c++) {
+        storage[c] = kvq_range_middle(tensor->lower[c], tensor->upper[c]);
+        storage[d + c] = kvq_range_half(tensor->lower[c], tensor->upper[c]);
+    }
+    spec.z = storage;
+    spec.r = storage + d;
+    return spec;
+}
+
+// One tensor of one layer; d channels, of n_tokens tokens n_sinks are kept in f16.
+static void add_tensor(kvq_cache_size *size, const kvq_tensor_quant *tensor, int d, int n_side, int64_t n_tokens,
+                       int64_t n_sinks) {
+    static const float PRESENT = 0; // only says that the ranges belong to channels; no range is read
+    kvq_block_spec     spec = {.d = d, .bits = tensor->bits, .n_side = n_side};
+    if (tensor->axis == KVQ_AXIS_CHANNEL) {
+        spec.r = &PRESENT;
+        size->tables_bytes += 2 * (int64_t)d * (int64_t)sizeof(float); // thresholds
+    }
+    size->n_elements += d * n_tokens;
+    size->row_bytes += kvq_block_row_bytes(&spec) * (n_tokens - n_sinks);
+    size->sink_bytes += 2 * (int64_t)d * n_sinks;
+    size->tables_bytes += (int64_t)tensor->n_groups * tensor->n_levels * tensor->dim * (int64_t)sizeof(float);
+}
+
+kvq_cache_size kvq_artifact_cache_size(const kvq_artifact *artifact, int64_t n_tokens) {
+    kvq_cache_size size = {0};
+    int            d = (int)(artifact->model.n_kv_heads * artifact->model.head_dim);
+    int64_t        n_sinks = artifact->quantizer.sink_tokens < n_tokens ? artifact->quantizer.sink_tokens : n_tokens;
+    for (int64_t layer = 0; layer < artifact->model.n_layers; layer++) {
+        add_tensor(&size, &artifact->layers[layer].k, d, artifact->quantizer.n_side_k, n_tokens, n_sinks);
+        add_tensor(&size, &artifact->layers[layer].v, d, artifact->quantizer.n_side_v, n_tokens, n_sinks);
+    }
+    return size;
+}
+
+double kvq_cache_bits_per_element(kvq_cache_size size) {
+    int64_t bytes = size.row_bytes + size.sink_bytes + size.tables_bytes;
+    return size.n_elements > 0 ? 8.0 * (double)bytes / (double)size.n_elements : 0;
+}

@@ -69,8 +69,8 @@ typedef struct kvq_bin {
 
 typedef struct kvq_histogram {
     kvq_bin  *bins;       // [KVQ_HISTOGRAM_BINS]
-    kvq_fixed w2_large;   // sum of w^2 over weights of 2^-10 and more, and ...
-    kvq_fixed w2_small;   // ... of w^2 * 2^48 over smaller ones: Fisher weights span many decades
+    kvq_fixed w2_large;   // sum of w^2 over weights of 2^-27 and more, and ...
+    kvq_fixed w2_small;   // ... of w^2 * 2^45 over smaller ones: Fisher weights span many decades
     int64_t   n_outliers; // elements kept apart
     int64_t   n_constant; // elements of a constant channel or token, which decode exactly
 } kvq_histogram;
@@ -84,7 +84,8 @@ double     kvq_histogram_effective_samples(const kvq_histogram *h); // (sum w)^2
 // Counts the rows x [n_rows, d] of one tensor by the decoder's own rule (kvq_block_hd.h): outliers apart, the rest
 // normalised. Element weight: weights[row, c] * r^2 (r of the channel for K, of the token for V), or weights alone when
 // range_squared is false; weights NULL = 1. spec->z, r NULL means the V rule. Rows below n_skip are sinks and left out.
-// KVQ_ERR_NUMERICAL when a weight leaves the range of the fixed-point sums.
+// KVQ_ERR_NUMERICAL, naming row and channel, for a non-finite element or weight, a negative weight, or one outside the range
+// of the fixed-point sums; h then holds a part of the rows. Allocates nothing, so it may be called in parallel loops.
 typedef struct kvq_count_options {
     bool    range_squared;
     int64_t n_skip;

@@ -12,8 +12,8 @@
 //     outlier   { u16 channel, f16 residual }; first the n_side slots of the upper side, then those of the lower side;
 //               an unused slot (K only) has channel 0xFFFF and residual 0
 //
-// Decoded value: level[code] * r + z in f32, each operation rounded; where an outlier names the channel its residual is added.
-// The rules (method.md section 9.1 and design.md section 8 of the project's notes, restated in docs/format.md):
+// Decoded value: level[code] * r + z in f32, each operation rounded; where an outlier names the channel its residual is
+// added. The rules (method.md section 9.1 and design.md section 8 of the project's notes, restated in docs/format.md):
 //   * Normalised value x' = (x - z) / r in f32; code = nearest level by |x' - level| in f32, the lower index on a tie.
 //   * K: z, r are fixed per channel. x' beyond +-(1 + 2^-14) is an outlier; a side with more than n_side of them keeps
 //     the n_side with the largest |x'| (ties: the lower channel), the rest are clamped to an end level.
@@ -23,12 +23,16 @@
 #ifndef KVQ_BLOCK_HD_H
 #define KVQ_BLOCK_HD_H
 
+#include <math.h>
+
 #include "kvq_hd.h"
 
-#define KVQ_MAX_BITS 8
+#define KVQ_MAX_BITS       8
+#define KVQ_BLOCK_GROUP    32   // channels coded together: 32 codes of b bits fill exactly b words
 #define KVQ_BLOCK_MAX_SIDE 2047 // bounds n_side, so that selection scratch can live on the stack
-#define KVQ_NO_CHANNEL 0xFFFFu
-#define KVQ_OUTLIER_EDGE 1.00006103515625f // 1 + 2^-14: data often EQUALS a threshold, and a bare > 1 would be decided by the last bit
+#define KVQ_NO_CHANNEL     0xFFFFu
+#define KVQ_OUTLIER_EDGE                                                                                               \
+    1.00006103515625f // 1 + 2^-14: data often EQUALS a threshold, and a bare > 1 would be decided by the last bit
 
 typedef struct kvq_block_outlier {
     uint16_t channel;
@@ -55,33 +59,60 @@ KVQ_HD int kvq_block_row_bytes(const kvq_block_spec *s) {
 // constant keeps products such as 0.005 * 200 from falling below the integer they stand for.
 KVQ_HD int kvq_block_n_side(double fraction, int d) { return fraction > 0 ? (int)(fraction / 2 * d + 1e-9) + 1 : 0; }
 
-KVQ_HD float kvq_block_normalise(float x, float z, float r) { return r > 0 ? (x - z) / r : 0.0f; }
+// (x - z) / r; `constant` where r = 0. The division is done in either case, for a branch would keep loops from
+// vectorising.
+KVQ_HD float kvq_block_normalise(float x, float z, float r, float constant) {
+    float quotient = (x - z) / (r > 0 ? r : 1.0f);
+    return r > 0 ? quotient : constant;
+}
 
-// Index of the nearest of n ascending levels by |x - level| in f32; the lower index on a tie. Levels ascend, so the
-// distance falls and then rises, and the first level that does not come nearer ends the search; levels that are equal
-// do not come nearer either, but a later one may, hence the test on strictly farther.
+// One step of the search for the nearest level: level i is taken when it is strictly nearer than what was found before,
+// so the lower index wins a tie. Without branches, because which level is nearest cannot be predicted.
+KVQ_HD void kvq_block_take_nearer(float x, float level, int i, float *distance, int *best) {
+    float next = fabsf(x - level);
+    *best = next < *distance ? i : *best;
+    *distance = next < *distance ? next : *distance;
+}
+
+// Index of the nearest of n levels by |x - level| in f32.
 KVQ_HD int kvq_block_nearest(float x, const float *levels, int n) {
+    float distance = fabsf(x - levels[0]);
     int   best = 0;
-    float distance = x - levels[0];
-    distance = distance < 0 ? -distance : distance;
-    for (int i = 1; i < n; i++) {
-        float next = x - levels[i];
-        next = next < 0 ? -next : next;
-        if (next < distance) {
-            distance = next;
-            best = i;
-        } else if (next > distance) {
-            break;
-        }
-    }
+    for (int i = 1; i < n; i++) kvq_block_take_nearer(x, levels[i], i, &distance, &best);
     return best;
 }
 
-KVQ_HD void kvq_block_put_code(uint8_t *codes, int c, int bits, int code) {
-    int      at = c * bits;
-    uint32_t window = (uint32_t)code << (at & 7);
-    codes[at >> 3] = (uint8_t)(codes[at >> 3] | (window & 0xffu));
-    if ((at & 7) + bits > 8) codes[(at >> 3) + 1] = (uint8_t)(codes[(at >> 3) + 1] | (window >> 8));
+// The same for a group of elements; with the levels outside the compiler works on many elements at once.
+KVQ_HD void kvq_block_nearest_group(const float *x, const float *levels, int n, int *codes) {
+    float distance[KVQ_BLOCK_GROUP];
+    for (int j = 0; j < KVQ_BLOCK_GROUP; j++) {
+        distance[j] = fabsf(x[j] - levels[0]);
+        codes[j] = 0;
+    }
+    for (int i = 1; i < n; i++) {
+        for (int j = 0; j < KVQ_BLOCK_GROUP; j++) kvq_block_take_nearer(x[j], levels[i], i, &distance[j], &codes[j]);
+    }
+}
+
+// Byte by byte, to be little-endian everywhere; compilers make one store of it.
+KVQ_HD void kvq_block_store_word(uint8_t *at, uint32_t word) {
+    for (int i = 0; i < 4; i++) at[i] = (uint8_t)(word >> 8 * i);
+}
+
+// Writes the codes of a group, or of the `count` last channels of a row; a last incomplete word is filled with zeros.
+KVQ_HD void kvq_block_pack_group(const int *codes, int count, int bits, uint8_t *words) {
+    uint64_t window = 0;
+    int      filled = 0;
+    for (int j = 0; j < count; j++) {
+        window |= (uint64_t)codes[j] << filled;
+        filled += bits;
+        if (filled < 32) continue;
+        kvq_block_store_word(words, (uint32_t)window);
+        words += 4;
+        window >>= 32;
+        filled -= 32;
+    }
+    if (filled > 0) kvq_block_store_word(words, (uint32_t)window);
 }
 
 KVQ_HD int kvq_block_get_code(const uint8_t *codes, int c, int bits) {
@@ -93,7 +124,8 @@ KVQ_HD int kvq_block_get_code(const uint8_t *codes, int c, int bits) {
 
 // Keeps the `capacity` best of a stream of (key, channel) pairs in order, best first. A key that equals a kept one
 // ranks behind it when `later_wins` is 0, in front of it when 1. Channels must arrive in ascending order.
-KVQ_HD int kvq_block_keep_best(float *keys, uint16_t *channels, int count, int capacity, float key, int channel, int later_wins) {
+KVQ_HD int kvq_block_keep_best(float *keys, uint16_t *channels, int count, int capacity, float key, int channel,
+                               int later_wins) {
     int at = count;
     while (at > 0 && (later_wins ? key >= keys[at - 1] : key > keys[at - 1])) at--;
     if (at >= capacity) return count;
@@ -115,20 +147,32 @@ typedef struct kvq_block_scratch {
     int       n_upper, n_lower;
 } kvq_block_scratch;
 
-// Selects the outliers of a key row: scratch->n_upper and n_lower (each at most n_side) with their channels.
+// Selects the outliers of a key row: scratch->n_upper and n_lower (each at most n_side) with their channels. Outliers
+// are rare, so a group is first asked whether it has any.
 KVQ_HD void kvq_block_select_k(const kvq_block_spec *s, const float *x, kvq_block_scratch *w) {
+    float xn[KVQ_BLOCK_GROUP];
     w->n_upper = w->n_lower = 0;
-    if (s->n_side == 0) return;
-    for (int c = 0; c < s->d; c++) {
-        float xn = kvq_block_normalise(x[c], s->z[c], s->r[c]);
-        if (xn > KVQ_OUTLIER_EDGE) w->n_upper = kvq_block_keep_best(w->upper_key, w->upper_channel, w->n_upper, s->n_side, xn, c, 0);
-        if (xn < -KVQ_OUTLIER_EDGE) w->n_lower = kvq_block_keep_best(w->lower_key, w->lower_channel, w->n_lower, s->n_side, -xn, c, 0);
+    for (int first = 0; first < s->d && s->n_side > 0; first += KVQ_BLOCK_GROUP) {
+        int count = s->d - first < KVQ_BLOCK_GROUP ? s->d - first : KVQ_BLOCK_GROUP, n_beyond = 0;
+        for (int j = 0; j < count; j++) {
+            xn[j] = kvq_block_normalise(x[first + j], s->z[first + j], s->r[first + j], 0.0f);
+            n_beyond += fabsf(xn[j]) > KVQ_OUTLIER_EDGE;
+        }
+        for (int j = 0; j < count && n_beyond > 0; j++) {
+            if (xn[j] > KVQ_OUTLIER_EDGE)
+                w->n_upper =
+                    kvq_block_keep_best(w->upper_key, w->upper_channel, w->n_upper, s->n_side, xn[j], first + j, 0);
+            if (xn[j] < -KVQ_OUTLIER_EDGE)
+                w->n_lower =
+                    kvq_block_keep_best(w->lower_key, w->lower_channel, w->n_lower, s->n_side, -xn[j], first + j, 0);
+        }
     }
 }
 
-// Selects the outliers of a value row, exactly n_side per side, and gives the range of the rest: z its middle, r half its
-// width, both as f16 bits. In (value, channel) order the low end prefers low channels and the high end high ones.
-KVQ_HD void kvq_block_select_v(const kvq_block_spec *s, const float *x, kvq_block_scratch *w, uint16_t *z, uint16_t *r) {
+// Selects the outliers of a value row, exactly n_side per side, and gives the range of the rest: z its middle, r half
+// its width, both as f16 bits. In (value, channel) order the low end prefers low channels and the high end high ones.
+KVQ_HD void kvq_block_select_v(const kvq_block_spec *s, const float *x, kvq_block_scratch *w, uint16_t *z,
+                               uint16_t *r) {
     int keep = s->n_side + 1;
     w->n_upper = w->n_lower = 0;
     for (int c = 0; c < s->d; c++) {
@@ -148,15 +192,32 @@ KVQ_HD void kvq_block_store_half(uint8_t *at, uint16_t h) {
 
 KVQ_HD uint16_t kvq_block_load_half(const uint8_t *at) { return (uint16_t)(at[0] | at[1] << 8); }
 
+// Codes of the whole row. A constant channel or token takes code 0: its x' is put on level 0 itself.
+KVQ_HD void kvq_block_encode_dense(const kvq_block_spec *s, const float *x, const float *z, const float *r, int step,
+                                   uint8_t *row) {
+    float xn[KVQ_BLOCK_GROUP];
+    int   codes[KVQ_BLOCK_GROUP];
+    for (int j = 0; j < KVQ_BLOCK_GROUP; j++) xn[j] = 0; // a last incomplete group computes a few codes for nothing
+    for (int first = 0; first < s->d; first += KVQ_BLOCK_GROUP) {
+        int count = s->d - first < KVQ_BLOCK_GROUP ? s->d - first : KVQ_BLOCK_GROUP;
+        for (int j = 0; j < count; j++)
+            xn[j] = kvq_block_normalise(x[first + j], z[(first + j) * step], r[(first + j) * step], s->levels[0]);
+        kvq_block_nearest_group(xn, s->levels, 1 << s->bits, codes);
+        kvq_block_pack_group(codes, count, s->bits, row);
+        row += s->bits * (KVQ_BLOCK_GROUP / 8);
+    }
+}
+
 // Residuals of one side's outliers against what their dense codes decode to. Returns 1 when all of them fit into f16.
-KVQ_HD int kvq_block_store_side(const kvq_block_spec *s, const float *x, const uint8_t *codes, const float *z, const float *r,
-                                int step, const uint16_t *channels, int count, uint8_t *slots) {
+KVQ_HD int kvq_block_store_side(const kvq_block_spec *s, const float *x, const uint8_t *codes, const float *z,
+                                const float *r, int step, const uint16_t *channels, int count, uint8_t *slots) {
     int finite = 1;
     for (int i = 0; i < s->n_side; i++) {
         uint16_t channel = KVQ_NO_CHANNEL, residual = 0;
         if (i < count) {
             channel = channels[i];
-            float dense = s->levels[kvq_block_get_code(codes, channel, s->bits)] * r[channel * step] + z[channel * step];
+            float dense =
+                s->levels[kvq_block_get_code(codes, channel, s->bits)] * r[channel * step] + z[channel * step];
             residual = kvq_half_of_float(x[channel] - dense);
             if ((residual & 0x7c00u) == 0x7c00u) finite = 0;
         }
@@ -169,11 +230,10 @@ KVQ_HD int kvq_block_store_side(const kvq_block_spec *s, const float *x, const u
 // Encodes x [d] into row [kvq_block_row_bytes]. Returns 1, or 0 when a number does not fit into f16 (the row is then
 // unusable). NaN and infinities must have been refused before.
 KVQ_HD int kvq_block_encode(const kvq_block_spec *s, const float *x, kvq_block_scratch *w, uint8_t *row) {
-    int      bytes = kvq_block_code_bytes(s->d, s->bits), n_levels = 1 << s->bits, step = 1, finite = 1;
-    uint8_t *rest = row + bytes;
-    float    token_z = 0, token_r = 0;
+    uint8_t     *rest = row + kvq_block_code_bytes(s->d, s->bits);
+    int          step = 1, finite = 1;
+    float        token_z = 0, token_r = 0;
     const float *z = s->z, *r = s->r;
-    for (int i = 0; i < bytes; i++) row[i] = 0;
     if (r != 0) {
         kvq_block_select_k(s, x, w);
     } else {
@@ -189,11 +249,7 @@ KVQ_HD int kvq_block_encode(const kvq_block_spec *s, const float *x, kvq_block_s
         r = &token_r;
         step = 0;
     }
-    for (int c = 0; c < s->d; c++) {
-        float range = r[c * step];
-        int   code = range > 0 ? kvq_block_nearest((x[c] - z[c * step]) / range, s->levels, n_levels) : 0;
-        kvq_block_put_code(row, c, s->bits, code);
-    }
+    kvq_block_encode_dense(s, x, z, r, step, row);
     finite &= kvq_block_store_side(s, x, row, z, r, step, w->upper_channel, w->n_upper, rest);
     finite &= kvq_block_store_side(s, x, row, z, r, step, w->lower_channel, w->n_lower, rest + 4 * s->n_side);
     return finite;
