@@ -32,9 +32,9 @@ void kvq_windows_free(const kvq_context *ctx, kvq_windows *windows);
 // KVQ_ERR_INPUT when the text is shorter than one window.
 kvq_status kvq_windows_consecutive(const kvq_context *ctx, const kvq_ids *ids, int64_t seq_len, int64_t n_max, int64_t bos_id, kvq_windows *out, kvq_error *err);
 
-// n windows for calibration. The possible starts [0, n_ids - S] are divided into n equal strata and one start is drawn
-// from each (Philox, purpose KVQ_RNG_WINDOWS, stream 0, index = window): spread over the whole text, without overlap
-// when the text is long enough.
+// n windows for calibration, spread over the whole text: the possible starts are divided into n equal strata and one start
+// is drawn from each (Philox, purpose KVQ_RNG_WINDOWS, stream 0, index = window). Possible are, in a text that holds n
+// windows, those that leave room for the others, so that no two overlap; in a shorter text all.
 kvq_status kvq_windows_drawn(const kvq_context *ctx, const kvq_ids *ids, int64_t seq_len, int64_t n_windows, uint64_t seed, int64_t bos_id, kvq_windows *out, kvq_error *err);
 
 // Text from a model, by a callback so that this folder need not know models. `step` receives the newest token of each of

@@ -1,2 +1,197 @@
 // SPDX-License-Identifier: Apache-2.0
-typedef int kvq_placeholder;
+// Artifact files: versions, hashes, and the way between a file and kvq_artifact. See artifact_schema.h and
+// docs/format.md.
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "artifact_schema.h"
+
+// ---------------------------------------------------------------- in memory
+
+// The last line of a file: see ARTIFACT_SEAL.
+static kvq_status seal_of(const uint8_t *image, size_t bytes, char line[ARTIFACT_SEAL_BYTES + 1], kvq_error *err) {
+    char       hex[KVQ_SHA256_HEX];
+    kvq_status status = kvq_sha256_of(image, bytes, hex, err);
+    if (status == KVQ_OK) (void)snprintf(line, ARTIFACT_SEAL_BYTES + 1, ARTIFACT_SEAL "%s\n", hex);
+    return status;
+}
+
+// Checks the seal if there is one; *bytes is then what lies before it.
+static kvq_status unseal(const uint8_t *image, size_t *bytes, kvq_error *err) {
+    char   line[ARTIFACT_SEAL_BYTES + 1];
+    size_t before = *bytes - ARTIFACT_SEAL_BYTES;
+    if (*bytes < ARTIFACT_SEAL_BYTES || memcmp(image + before, ARTIFACT_SEAL, strlen(ARTIFACT_SEAL)) != 0)
+        return KVQ_OK;
+    kvq_status status = seal_of(image, before, line, err);
+    if (status == KVQ_OK && memcmp(image + before, line, ARTIFACT_SEAL_BYTES) != 0) {
+        status = kvq_fail(err, KVQ_ERR_INTEGRITY, NULL,
+                          "the bytes of the file do not have the SHA-256 that its last line says");
+    }
+    if (status == KVQ_OK) *bytes = before;
+    return status;
+}
+
+kvq_status artifact_to_image(const kvq_context *ctx, const kvq_artifact *artifact, uint8_t **image, size_t *bytes,
+                             char content_sha256[KVQ_SHA256_HEX], kvq_error *err) {
+    record_list list = {0};
+    uint8_t    *made = NULL;
+    size_t      n = 0;
+    kvq_status  status = KVQ_OK;
+    char        content[KVQ_SHA256_HEX], numeric[KVQ_SHA256_HEX], line[ARTIFACT_SEAL_BYTES + 1];
+    KVQ_TRY(artifact_to_records(ctx, artifact, &list, err));
+    KVQ_TRY(artifact_content_hash(&list, content, err));
+    KVQ_TRY(artifact_numeric_hash(&list, numeric, err));
+    KVQ_TRY(record_add(ctx, &list, ARTIFACT_CONTENT_HASH, RECORD_TEXT, 0, NULL, content, err));
+    KVQ_TRY(record_add(ctx, &list, ARTIFACT_NUMERIC_HASH, RECORD_TEXT, 0, NULL, numeric, err));
+    record_sort(&list);
+    KVQ_TRY(records_to_hdf5(ctx, &list, ARTIFACT_SEAL_BYTES, &made, &n, err));
+    KVQ_TRY(seal_of(made, n, line, err));
+    memcpy(made + n, line, ARTIFACT_SEAL_BYTES);
+    *image = made;
+    *bytes = n + ARTIFACT_SEAL_BYTES;
+    made = NULL;
+    strcpy(content_sha256, content);
+done:
+    kvq_free(ctx, made);
+    record_list_free(ctx, &list);
+    return status;
+}
+
+static const char *take_text(record_list *list, const char *path) {
+    const record *r = record_take(list, path);
+    return r != NULL && r->type == RECORD_TEXT ? r->data : "";
+}
+
+// "MAJOR.MINOR" in its one spelling.
+static bool parse_version(const char *text, int *major, int *minor) {
+    char again[32];
+    if (sscanf(text, "%4d.%4d", major, minor) != 2) return false;
+    (void)snprintf(again, sizeof again, "%d.%d", *major, *minor);
+    return *major >= 0 && *minor >= 0 && strcmp(again, text) == 0;
+}
+
+// Comes before everything else: a newer format may define the hash itself differently.
+static kvq_status check_version(record_list *list, bool *is_newer, kvq_error *err) {
+    const char *format = take_text(list, "/@kvq_format"), *version = take_text(list, "/@kvq_format_version");
+    const char *reader = take_text(list, "/@kvq_min_reader");
+    int         major = 0, minor = 0, reader_major = 0, reader_minor = 0;
+    if (strcmp(format, ARTIFACT_FORMAT) != 0) {
+        return kvq_fail(err, KVQ_ERR_INPUT, "kvq artifacts are made by kvq-calibrate",
+                        "an HDF5 file, but its attribute kvq_format is '%.80s' instead of '%s'", format,
+                        ARTIFACT_FORMAT);
+    }
+    if (!parse_version(version, &major, &minor) || !parse_version(reader, &reader_major, &reader_minor)) {
+        return kvq_fail(err, KVQ_ERR_INPUT, NULL,
+                        "the versions '%.80s' (kvq_format_version) and '%.80s' (kvq_min_reader) cannot be read",
+                        version, reader);
+    }
+    if (major != ARTIFACT_MAJOR || reader_major != ARTIFACT_MAJOR || reader_minor > ARTIFACT_MINOR) {
+        return kvq_fail(err, KVQ_ERR_VERSION, NULL,
+                        "artifact format %s, which needs a reader of format %s; this is kvq " KVQ_VERSION
+                        ", which reads %d.%d",
+                        version, reader, ARTIFACT_MAJOR, ARTIFACT_MINOR);
+    }
+    *is_newer = minor > ARTIFACT_MINOR;
+    return KVQ_OK;
+}
+
+static kvq_status check_hashes(record_list *list, char content[KVQ_SHA256_HEX], kvq_error *err) {
+    char        numeric[KVQ_SHA256_HEX];
+    const char *stored = take_text(list, ARTIFACT_CONTENT_HASH),
+               *stored_numeric = take_text(list, ARTIFACT_NUMERIC_HASH);
+    kvq_status status = artifact_content_hash(list, content, err);
+    if (status == KVQ_OK) status = artifact_numeric_hash(list, numeric, err);
+    if (status != KVQ_OK) return status;
+    if (strcmp(stored, content) != 0 || strcmp(stored_numeric, numeric) != 0) {
+        return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL,
+                        "the content has the SHA-256 %.12s..., but the file says %.12s...", content,
+                        strcmp(stored, content) != 0 ? stored : stored_numeric);
+    }
+    return KVQ_OK;
+}
+
+kvq_status artifact_from_image(const kvq_context *ctx, const uint8_t *image, size_t bytes, kvq_artifact **out,
+                               char content_sha256[KVQ_SHA256_HEX], kvq_error *err) {
+    record_list   list = {0};
+    kvq_artifact *artifact = NULL;
+    char          content[KVQ_SHA256_HEX];
+    bool          is_newer = false;
+    kvq_status    status = KVQ_OK;
+    KVQ_TRY(unseal(image, &bytes, err));
+    KVQ_TRY(records_from_hdf5(ctx, image, bytes, &list, err));
+    KVQ_TRY(check_version(&list, &is_newer, err));
+    KVQ_TRY(check_hashes(&list, content, err));
+    KVQ_TRY(artifact_from_records(ctx, &list, &artifact, err));
+    const record *unknown = record_first_untaken(&list);
+    if (unknown != NULL && !is_newer) { // ignoring it could change what the numbers mean
+        status = kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s is not part of format %d.%d", unknown->path, ARTIFACT_MAJOR,
+                          ARTIFACT_MINOR);
+        goto done;
+    }
+    *out = artifact;
+    artifact = NULL;
+    strcpy(content_sha256, content);
+done:
+    kvq_artifact_destroy(ctx, &artifact);
+    record_list_free(ctx, &list);
+    return status;
+}
+
+// ---------------------------------------------------------------- files
+
+kvq_status kvq_artifact_read(const kvq_context *ctx, const char *path, kvq_artifact **out,
+                             char content_sha256[KVQ_SHA256_HEX], kvq_error *err) {
+    kvq_mapped_file file = {0};
+    kvq_status      status = kvq_map_file(path, &file, err);
+    if (status != KVQ_OK) return status;
+    status = artifact_from_image(ctx, file.data, file.bytes, out, content_sha256, err);
+    if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", path);
+    kvq_unmap_file(&file);
+    return status;
+}
+
+static kvq_status write_bytes(const char *path, const void *data, size_t bytes, kvq_error *err) {
+    errno = 0;
+    FILE *file = fopen(path, "wb");
+    bool  ok = file != NULL && fwrite(data, 1, bytes, file) == bytes;
+    if (file != NULL && fclose(file) != 0) ok = false;
+    if (!ok) return kvq_fail(err, KVQ_ERR_DISK, NULL, "%s: writing %zu bytes failed: %s", path, bytes, strerror(errno));
+    return KVQ_OK;
+}
+
+// What lies on the disk is read with all checks, and must be what lies in memory.
+static kvq_status read_back(const kvq_context *ctx, const char *path, const char *content_sha256, kvq_error *err) {
+    kvq_artifact *again = NULL;
+    char          hash[KVQ_SHA256_HEX] = "";
+    kvq_status    status = kvq_artifact_read(ctx, path, &again, hash, err);
+    kvq_artifact_destroy(ctx, &again);
+    if (status == KVQ_OK && strcmp(hash, content_sha256) != 0) {
+        status =
+            kvq_fail(err, KVQ_ERR_DISK, NULL, "%s: reading back gives the content hash %.12s... instead of %.12s...",
+                     path, hash, content_sha256);
+    }
+    return status;
+}
+
+kvq_status kvq_artifact_write(const kvq_context *ctx, const kvq_artifact *artifact, const char *path, bool force,
+                              char content_sha256[KVQ_SHA256_HEX], kvq_error *err) {
+    kvq_output output = {0};
+    uint8_t   *image = NULL;
+    size_t     bytes = 0;
+    char       content[KVQ_SHA256_HEX];
+    kvq_status status = artifact_to_image(ctx, artifact, &image, &bytes, content, err);
+    if (status != KVQ_OK) {
+        kvq_error_prefix(err, "%s: ", path);
+        return status;
+    }
+    KVQ_TRY(kvq_output_begin(ctx, path, force, &output, err));
+    KVQ_TRY(write_bytes(output.temporary, image, bytes, err));
+    KVQ_TRY(read_back(ctx, output.temporary, content, err));
+    KVQ_TRY(kvq_output_commit(ctx, &output, err));
+    strcpy(content_sha256, content);
+done:
+    kvq_output_discard(ctx, &output);
+    kvq_free(ctx, image);
+    return status;
+}

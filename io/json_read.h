@@ -14,11 +14,15 @@ kvq_status json_parse(const char *text, size_t n, const char *what, cJSON **out,
 kvq_status json_parse_file(const char *path, cJSON **out, kvq_error *err);
 
 // An integer stored as a JSON number with an exact value in [low, high]. Missing: *out untouched, KVQ_OK when optional.
-kvq_status json_get_int(const cJSON *object, const char *key, const char *what, bool optional, int64_t low, int64_t high, int64_t *out, kvq_error *err);
+kvq_status json_get_int(const cJSON *object, const char *key, const char *what, bool optional, int64_t low,
+                        int64_t high, int64_t *out, kvq_error *err);
 // A finite number.
-kvq_status json_get_double(const cJSON *object, const char *key, const char *what, bool optional, double *out, kvq_error *err);
-kvq_status json_get_bool(const cJSON *object, const char *key, const char *what, bool optional, bool *out, kvq_error *err);
+kvq_status json_get_double(const cJSON *object, const char *key, const char *what, bool optional, double *out,
+                           kvq_error *err);
+kvq_status json_get_bool(const cJSON *object, const char *key, const char *what, bool optional, bool *out,
+                         kvq_error *err);
 // A string; *out points into the tree. JSON null counts as missing in all of these.
-kvq_status json_get_string(const cJSON *object, const char *key, const char *what, bool optional, const char **out, kvq_error *err);
+kvq_status json_get_string(const cJSON *object, const char *key, const char *what, bool optional, const char **out,
+                           kvq_error *err);
 
 #endif
