@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Private to kvq-calibrate: one run, and what is said and recorded about it.
+#ifndef KVQ_CALIBRATE_REPORT_H
+#define KVQ_CALIBRATE_REPORT_H
+
+#include "kvq_cli.h"
+
+typedef struct calibrate_options {
+    kvq_cli_common common;
+    kvq_cli_source source;
+    const char    *model, *output, *work_dir;
+    int64_t        samples, seq_len, bits, k_bits, v_bits, sink_tokens; // bits: 0 = not given
+    kvq_cli_seed   seed;
+    double         outliers;
+    int            weighting; // kvq_weighting
+    bool           force, dry_run;
+} calibrate_options;
+
+typedef struct calibration {
+    const calibrate_options *o;
+    kvq_calib_options        options;
+    kvq_calib_plan           plan;
+    int64_t                  seq_len;
+    kvq_checkpoint          *checkpoint;
+    kvq_backend             *be;
+    kvq_model               *model;
+    kvq_windows              windows;
+    kvq_cli_tokenizer        tokenizer;
+    kvq_artifact            *artifact;
+    char                     content_sha256[KVQ_SHA256_HEX];
+    double                   start_s;
+} calibration;
+
+void print_calibration_plan(kvq_cli *cli, const calibration *c);
+// Fills identity and provenance of the artifact: what the sweeps, which record the shapes, cannot know.
+kvq_status record_identity(kvq_cli *cli, const calibration *c, kvq_error *err);
+kvq_status print_calibration_summary(kvq_cli *cli, const calibration *c, kvq_error *err);
+
+#endif

@@ -1,0 +1,195 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// kvq-validate: what a model loses on a text when its KV cache goes through an artifact, and whether that passes.
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "kvq_cli.h"
+#include "validate_report.h"
+
+#define DEFAULT_SEQ_LEN 2048
+#define SELF_WINDOWS    4
+
+typedef struct validate_options {
+    kvq_cli_common common;
+    kvq_cli_source source;
+    const char    *model, *artifact;
+    int64_t        seq_len, windows; // 0 = not given
+    kvq_cli_seed   seed;
+    kvq_cli_list   gates;
+    bool           json, allow_other_weights;
+} validate_options;
+
+#define AT(field) offsetof(validate_options, field)
+static const kvq_cli_option OPTIONS[] = {
+    {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file"},
+    {"artifact", 0, CLI_TEXT, AT(artifact), "FILE",
+     .help = "artifact of this model; without it only the baseline is measured"},
+    {"text", 0, CLI_TEXT, AT(source.text), "FILE", .help = "UTF-8 text; the word self: the model writes its own"},
+    {"tokens", 0, CLI_TEXT, AT(source.tokens), "FILE.npy", .help = "token ids instead of --text; no tokenizer is used"},
+    {"seq-len", 0, CLI_COUNT, AT(seq_len), "S", .help = "tokens per window (the artifact's, or 2048)", .min = 2,
+     .max = CLI_MAX_TOKENS},
+    {"windows", 0, CLI_COUNT, AT(windows), "N", .help = "windows from the start of the text (all; 4 with self)",
+     .min = 1, .max = CLI_MAX_TOKENS},
+    {"seed", 0, CLI_SEED, AT(seed), "X", .help = "of --text self (one more than the artifact's, or 0)"},
+    {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW", .help = "BOS token at the start of a window: auto, always, never",
+     .choices = kvq_cli_bos_names},
+    {"gate", 0, CLI_LIST, AT(gates), "EXPR", .help = "a limit such as 'dppl<=1%'; repeatable, all must hold"},
+    {"allow-other-weights", 0, CLI_FLAG, AT(allow_other_weights), NULL,
+     .help = "accept a model of equal shape with other weights"},
+    {"threads", 0, CLI_COUNT, AT(common.n_threads), "N", .help = "changes speed, never a result (one per core)",
+     .min = 1, .max = 1024},
+    {"json", 0, CLI_FLAG, AT(json), NULL, .help = "one JSON document on stdout (kvq.validate/1)"},
+};
+#undef AT
+
+// ---------------------------------------------------------------- options
+
+static kvq_status check_options(const validate_options *o, kvq_gate *gates, kvq_error *err) {
+    if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--model is missing");
+    if (o->seed.given && !kvq_cli_is_self(&o->source)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "leave --seed out",
+                        "--seed: only text that the model writes (--text self) has a seed");
+    }
+    const kvq_validation baseline_only = {.has_artifact = false};
+    for (int i = 0; i < o->gates.count; i++) {
+        double     value;
+        kvq_status status = kvq_gate_parse(o->gates.items[i], &gates[i], err);
+        if (status != KVQ_OK) return status;
+        (void)kvq_gate_judge(&gates[i], &baseline_only, &value);
+        if (o->artifact == NULL && isnan(value)) {
+            return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--gate '%s': %s is only measured with an artifact",
+                            gates[i].expression, gates[i].metric);
+        }
+    }
+    return kvq_cli_source_check(&o->source, err);
+}
+
+// A model that is judged on the very text its artifact was fitted to looks better than it is.
+static kvq_status resolve_seed(const validate_options *o, const kvq_artifact *a, uint64_t *seed, kvq_error *err) {
+    bool fitted_to_self = a != NULL && strcmp(a->dataset.source, "self") == 0 && a->dataset.source_sha256[0] == 0;
+    *seed = o->seed.given ? o->seed.value : fitted_to_self ? a->dataset.seed + 1 : 0;
+    if (fitted_to_self && kvq_cli_is_self(&o->source) && *seed == a->dataset.seed) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "choose another seed, or leave --seed out",
+                        "--seed %llu: the artifact was calibrated on the text of this seed", (unsigned long long)*seed);
+    }
+    return KVQ_OK;
+}
+
+// ---------------------------------------------------------------- one run
+
+static kvq_status open_pair(kvq_cli *cli, const validate_options *o, validate_report *r, kvq_checkpoint **checkpoint,
+                            kvq_artifact **artifact, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    if (o->artifact != NULL) KVQ_TRY(kvq_artifact_read(&cli->ctx, o->artifact, artifact, r->artifact_sha256, err));
+    KVQ_TRY(resolve_seed(o, *artifact, &r->seed, err));
+    KVQ_TRY(kvq_checkpoint_open(&cli->ctx, o->model, checkpoint, err));
+    KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, *checkpoint, &r->identity, err));
+    if (*artifact != NULL) {
+        const kvq_checkpoint_identity *identity = o->allow_other_weights ? NULL : &r->identity;
+        KVQ_TRY(kvq_artifact_matches(*artifact, kvq_checkpoint_config(*checkpoint), identity, err));
+    }
+
+done:
+    return status;
+}
+
+static void check_tokenizer(kvq_cli *cli, const validate_report *r) {
+    if (r->artifact == NULL || strcmp(r->tokenizer.kind, "none") == 0 ||
+        strcmp(r->artifact->tokenizer.kind, "none") == 0)
+        return;
+    if (strcmp(r->tokenizer.sha256, r->artifact->tokenizer.sha256) == 0) return;
+    kvq_log(&cli->ctx, KVQ_LOG_WARNING, "the artifact was calibrated with another tokenizer file (%s, sha256 %.12s...)",
+            r->artifact->tokenizer.kind, r->artifact->tokenizer.sha256);
+}
+
+static void print_plan(kvq_cli *cli, const validate_options *o, const validate_report *r) {
+    kvq_cli_say(cli, "model      %s  %s  %lld layers  %d KV heads x %d", r->identity.name, r->config->architecture,
+                (long long)r->config->n_layers, r->config->n_kv_heads, r->config->head_dim);
+    if (r->artifact != NULL)
+        kvq_cli_say(cli, "artifact   %s  content sha256 %s", kvq_file_name(o->artifact), r->artifact_sha256);
+    kvq_cli_say(cli, "text       %s  %lld tokens available  %lld windows of %lld  BOS %s", r->windows.source,
+                (long long)r->windows.n_available, (long long)r->windows.n_windows, (long long)r->windows.seq_len,
+                r->windows.bos_added ? "added" : "not added");
+    if (r->self) kvq_cli_say(cli, "seed       %llu", (unsigned long long)r->seed);
+}
+
+static void suggest_next(kvq_cli *cli, const validate_options *o, int n_failed) {
+    if (o->artifact == NULL) {
+        kvq_cli_next(cli, "kvq-calibrate", "--model", o->model, "--text", "TRAIN.txt", "-o", "OUT.kvq.h5", NULL);
+    } else if (n_failed > 0) {
+        kvq_cli_next(cli, "kvq-calibrate", "--model", o->model, "--text", "TRAIN.txt", "--bits", "4", "-o",
+                     "OTHER.kvq.h5", NULL);
+    } else {
+        kvq_cli_next(cli, "kvq-export", o->artifact, "--to", "safetensors", "-o", "OUT.safetensors", "--check", NULL);
+    }
+}
+
+static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
+    kvq_status              status = KVQ_OK;
+    const validate_options *o = options;
+    kvq_gate                gates[CLI_MAX_LIST];
+    kvq_checkpoint         *checkpoint = NULL;
+    kvq_artifact           *artifact = NULL;
+    kvq_backend            *be = NULL;
+    kvq_model              *model = NULL;
+    validate_report         r = {
+                .self = kvq_cli_is_self(&o->source), .bos = o->source.bos, .gates = gates, .n_gates = o->gates.count};
+    kvq_cli_window_request request = {.n_windows = o->windows};
+
+    KVQ_TRY(check_options(o, gates, err));
+    KVQ_TRY(open_pair(cli, o, &r, &checkpoint, &artifact, err));
+    r.config = kvq_checkpoint_config(checkpoint);
+    r.artifact = artifact;
+    r.artifact_name = o->artifact != NULL ? kvq_file_name(o->artifact) : NULL;
+    int64_t usual = artifact != NULL ? artifact->dataset.seq_len : DEFAULT_SEQ_LEN;
+    KVQ_TRY(kvq_cli_seq_len(cli, r.config, o->seq_len, usual, &request.seq_len, err));
+    if (r.self && request.n_windows == 0) request.n_windows = SELF_WINDOWS;
+    request.seed = r.seed;
+    KVQ_TRY(kvq_backend_cpu(&cli->ctx, &be, err));
+    KVQ_TRY(kvq_cli_windows(cli, be, checkpoint, o->model, &o->source, &request, &r.windows, &r.tokenizer, err));
+    check_tokenizer(cli, &r);
+    print_plan(cli, o, &r);
+    KVQ_TRY(kvq_model_create(&cli->ctx, be, checkpoint, false, &model, err));
+    KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &r.validation, err));
+    kvq_cli_end_progress(cli);
+    int n_failed = count_failed_gates(&r);
+    if (o->json) {
+        KVQ_TRY(print_report_json(&r, err));
+    } else {
+        print_report_text(&r);
+    }
+    suggest_next(cli, o, n_failed);
+    if (n_failed > 0) *exit_code = CLI_VERDICT_NEGATIVE;
+
+done:
+    kvq_validation_free(&cli->ctx, &r.validation);
+    kvq_windows_free(&cli->ctx, &r.windows);
+    kvq_model_destroy(&cli->ctx, &model);
+    if (be != NULL) be->destroy(&be);
+    kvq_checkpoint_close(&cli->ctx, &checkpoint);
+    kvq_artifact_destroy(&cli->ctx, &artifact);
+    return status;
+}
+
+static const kvq_cli_program PROGRAM = {
+    .name = "kvq-validate",
+    .summary =
+        "Measures perplexity, KL divergence and top-1 agreement of a model with and without a quantised KV cache.",
+    .synopsis = "--model PATH [--artifact OUT.kvq.h5] --text FILE|self [--seq-len S]\n"
+                "    [--windows N] [--bos auto|always|never] [--gate EXPR]... [--json]\n",
+    .options = OPTIONS,
+    .n_options = CLI_COUNT_OF(OPTIONS),
+    .notes = "gates: a metric (dppl, kld.mean, top1, ppl, effective_bits), <= or >=, a number or percentage.\n"
+             "exit code: 0 when every gate holds, 1 when one fails (docs/exit-codes.md has the others).\n\n"
+             "examples:\n"
+             "  kvq-validate --model llama-3.1-8b --artifact l31.kvq.h5 --text wiki.test.raw\n"
+             "  kvq-validate --model m.gguf --artifact m.kvq.h5 --text self --gate 'dppl<=1%' --json > report.json\n",
+    .run = run,
+};
+
+int main(int argc, char **argv) {
+    validate_options options = {.model = NULL};
+    return kvq_cli_main(&PROGRAM, argc, argv, &options);
+}

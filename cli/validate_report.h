@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Private to kvq-validate: everything a report says, and its two forms.
+#ifndef KVQ_VALIDATE_REPORT_H
+#define KVQ_VALIDATE_REPORT_H
+
+#include "kvq_cli.h"
+
+typedef struct validate_report {
+    const kvq_model_config *config;   // borrowed, as are artifact and gates
+    const kvq_artifact     *artifact; // NULL: baseline only
+    const char             *artifact_name;
+    char                    artifact_sha256[KVQ_SHA256_HEX];
+    kvq_checkpoint_identity identity;
+    kvq_windows             windows;
+    kvq_cli_tokenizer       tokenizer;
+    int                     bos; // kvq_bos_policy
+    bool                    self;
+    uint64_t                seed; // of self text
+    kvq_validation          validation;
+    const kvq_gate         *gates;
+    int                     n_gates;
+} validate_report;
+
+int        count_failed_gates(const validate_report *r);
+void       print_report_text(const validate_report *r);
+kvq_status print_report_json(const validate_report *r, kvq_error *err);
+
+#endif
