@@ -21,7 +21,7 @@ extern "C" {
 
 typedef struct kvq_calib_options {
     int           k_bits, v_bits;   // 2 .. 4
-    double        outlier_fraction; // two-sided, 0 .. 0.05; 0 = no outliers
+    double        outlier_fraction; // two-sided, 0 .. 0.1; 0 = no outliers
     int64_t       sink_tokens;      // first tokens of a window kept in f16 and out of the statistics, 0 .. S - 1
     kvq_weighting weighting;
     const char   *scratch_dir;      // created, and removed at the end whatever the outcome

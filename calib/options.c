@@ -2,7 +2,7 @@
 // What can be asked of a calibration, and what it will cost.
 #include "calib_impl.h"
 
-#define MAX_OUTLIER_FRACTION 0.05
+#define MAX_OUTLIER_FRACTION 0.1
 
 kvq_calib_options kvq_calib_options_default(void) {
     return (kvq_calib_options){

@@ -43,12 +43,12 @@ kvq_status kvq_scratch_create(const kvq_context *ctx, const char *folder, int64_
     s->n_boundaries = n_boundaries;
     s->window_floats = window_floats;
     for (int64_t i = 0; i <= n_boundaries; i++) s->files[i] = -1;
+    s->folder = kvq_strdup(ctx, folder); // before the folder exists, so that destroy can always remove it
+    if (s->folder == NULL) KVQ_TRY(kvq_fail(err, KVQ_ERR_MEMORY, NULL, "scratch folder name"));
     if (mkdir(folder, 0777) != 0 && errno != EEXIST) {
         KVQ_TRY(kvq_fail(err, KVQ_ERR_DISK, "choose another folder with --work-dir",
                          "%s: cannot create the scratch folder: %s", folder, strerror(errno)));
     }
-    s->folder = kvq_strdup(ctx, folder);
-    if (s->folder == NULL) KVQ_TRY(kvq_fail(err, KVQ_ERR_MEMORY, NULL, "scratch folder name"));
     *out = s;
     s = NULL;
 

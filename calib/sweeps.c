@@ -158,10 +158,12 @@ static kvq_status count_window(count_job *job, int64_t layer, kvq_error *err) {
     kvq_parallel_for(job->s->ctx, 2 * job->n_blocks, count_item, job);
     for (int64_t item = 0; item < 2 * job->n_blocks; item++) {
         if (job->statuses[item] == KVQ_OK) continue;
-        kvq_status status = count_block(job, item, 0, err); // again, for its message
+        if (count_block(job, item, 0, err) == KVQ_OK) { // again, for its message; it had none if memory is back
+            (void)kvq_fail(err, job->statuses[item], NULL, "counting failed");
+        }
         kvq_error_prefix(err, "layer %lld, %s, positions from %lld: ", (long long)layer,
                          item < job->n_blocks ? "K" : "V", (long long)(item % job->n_blocks * ROWS_PER_ITEM));
-        return name_window(job->s, status, err);
+        return name_window(job->s, job->statuses[item], err);
     }
     return KVQ_OK;
 }
