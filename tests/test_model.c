@@ -1,0 +1,452 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The reference model against a framework's numbers (shared goldens), against an independent f64 model with central
+// differences, and against itself (decode step == window, threads, residency).
+#include <cjson/cJSON.h>
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "kvq_make_model.h"
+#include "kvq_model.h"
+#include "kvq_test.h"
+#include "reference_model.h"
+
+// Everything one checkpoint needs to run a window.
+typedef struct rig {
+    kvq_context             ctx;
+    kvq_backend            *be;
+    kvq_checkpoint         *checkpoint;
+    const kvq_model_config *c;
+    kvq_model              *model;
+    kvq_workspace          *ws;
+    kvq_head               *head;
+    int64_t                 S, C, d;
+    const int32_t          *ids;
+    float                  *states; // [L + 1, S, C]: layer inputs and the final state
+    float                  *k, *v;  // [L, S, d]
+    float                  *dk, *dv;
+} rig;
+
+static void rig_open(rig *r, const char *path, const int32_t *ids, int64_t S, int n_threads) {
+    kvq_error err = {0};
+    memset(r, 0, sizeof *r);
+    r->ctx = kvq_test_context();
+    r->ctx.n_threads = n_threads;
+    kvq_test_ok(kvq_backend_cpu(&r->ctx, &r->be, &err), &err);
+    kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
+    r->c = kvq_checkpoint_config(r->checkpoint);
+    kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
+    kvq_test_ok(kvq_workspace_create(r->model, S, true, &r->ws, &err), &err);
+    r->S = S;
+    r->C = r->c->hidden_size;
+    r->d = (int64_t)r->c->n_kv_heads * r->c->head_dim;
+    r->ids = ids;
+    kvq_test_ok(r->be->alloc(r->be, (r->c->n_layers + 1) * S * r->C, "states", &r->states, &err), &err);
+    float **kv[] = {&r->k, &r->v, &r->dk, &r->dv};
+    for (int i = 0; i < 4; i++) kvq_test_ok(r->be->alloc(r->be, r->c->n_layers * S * r->d, "kv", kv[i], &err), &err);
+}
+
+static void rig_close(rig *r) {
+    float *all[] = {r->states, r->k, r->v, r->dk, r->dv};
+    for (int i = 0; i < 5; i++) r->be->release(r->be, all[i]);
+    kvq_head_release(r->model, &r->head);
+    kvq_workspace_destroy(r->model, &r->ws);
+    kvq_model_destroy(&r->ctx, &r->model);
+    kvq_checkpoint_close(&r->ctx, &r->checkpoint);
+    r->be->destroy(&r->be);
+}
+
+static kvq_status keep(void *user, int64_t layer, float *k, float *v, int64_t n_tokens, kvq_error *err) {
+    rig *r = user;
+    (void)err;
+    r->be->copy(r->be, r->k + layer * r->S * r->d, k, n_tokens * r->d);
+    r->be->copy(r->be, r->v + layer * r->S * r->d, v, n_tokens * r->d);
+    return KVQ_OK;
+}
+
+static void rig_forward(rig *r) {
+    kvq_error err = {0};
+    int64_t   n = r->S * r->C;
+    kvq_test_ok(kvq_model_embed(r->model, r->ids, r->S, r->states, &err), &err);
+    for (int64_t l = 0; l < r->c->n_layers; l++) {
+        kvq_layer *layer = NULL;
+        kvq_test_ok(kvq_layer_load(r->model, l, &layer, &err), &err);
+        r->be->copy(r->be, r->states + (l + 1) * n, r->states + l * n, n);
+        kvq_test_ok(kvq_layer_forward(r->model, layer, r->ws, r->S, r->states + (l + 1) * n, keep, r, &err), &err);
+        kvq_layer_release(r->model, &layer);
+    }
+    kvq_test_ok(kvq_head_load(r->model, &r->head, &err), &err);
+}
+
+// Returns the mean loss; leaves the gradients of every layer's K and V in dk, dv.
+static double rig_backward(rig *r) {
+    kvq_error err = {0};
+    int64_t   n = r->S * r->C, kv = r->S * r->d;
+    double    nll[256], sum = 0;
+    float    *dx = NULL;
+    ck_assert_int_le(r->S, 256);
+    kvq_test_ok(r->be->alloc(r->be, n, "dx", &dx, &err), &err);
+    kvq_test_ok(kvq_head_loss(r->model, r->head, r->ws, r->ids, r->S, r->states + r->c->n_layers * n, dx, nll, &err),
+                &err);
+    for (int64_t t = 0; t + 1 < r->S; t++) sum += nll[t];
+    for (int64_t l = r->c->n_layers - 1; l >= 0; l--) {
+        kvq_layer *layer = NULL;
+        kvq_test_ok(kvq_layer_load(r->model, l, &layer, &err), &err);
+        kvq_test_ok(kvq_layer_backward(r->model, layer, r->ws, r->S, r->states + l * n, dx, &err), &err);
+        kvq_kv_view view = kvq_workspace_kv(r->ws);
+        ck_assert_mem_eq(view.k, r->k + l * kv, (size_t)kv * sizeof(float)); // recomputation gives the same bits
+        r->be->copy(r->be, r->dk + l * kv, view.dk, kv);
+        r->be->copy(r->be, r->dv + l * kv, view.dv, kv);
+        kvq_layer_release(r->model, &layer);
+    }
+    r->be->release(r->be, dx);
+    return sum / (double)(r->S - 1);
+}
+
+// Logits of the rows from `first` on.
+static float *rig_logits(rig *r, int64_t first) {
+    kvq_error err = {0};
+    float    *logits = NULL;
+    int64_t   n = r->S - first;
+    kvq_test_ok(r->be->alloc(r->be, n * r->c->vocab_size, "logits", &logits, &err), &err);
+    kvq_test_ok(
+        kvq_head_logits(r->model, r->head, r->ws, r->states + (r->c->n_layers * r->S + first) * r->C, n, logits, &err),
+        &err);
+    return logits;
+}
+
+// ---------------------------------------------------------------- a framework's numbers
+
+// Tolerances of the reference data: its own f32-against-f64 noise times about ten (goldens/README.md).
+#define LOGITS_TOLERANCE 5e-5
+#define KV_TOLERANCE     2e-5
+#define FISHER_TOLERANCE 2e-4
+
+typedef struct golden_model {
+    const char *golden, *model; // folders under the shared data; model NULL: the golden's own
+} golden_model;
+
+static const golden_model GOLDEN_MODELS[] = {
+    {"goldens/tiny/llama_mha", NULL},
+    {"goldens/tiny/llama_gqa_llama3", NULL},
+    {"goldens/tiny/llama_linear", NULL},
+    {"goldens/tiny/llama_yarn", NULL},
+    {"goldens/tiny/llama_bias", NULL},
+    {"goldens/tiny/llama_sharded", NULL},
+    {"goldens/tiny/llama_bf16", NULL},
+    {"goldens/real/stories260K", "models/stories260K"},
+    {"goldens/real/stories15M", "models/stories15M"},
+};
+#define N_GOLDEN_MODELS ((int)(sizeof GOLDEN_MODELS / sizeof *GOLDEN_MODELS))
+
+static void square(float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] *= x[i];
+}
+
+static double worst_layer_error(const rig *r, const kvq_golden *golden, const char *kind, const float *ours) {
+    double  worst = -1;
+    int64_t kv = r->S * r->d, n;
+    for (int64_t l = 0; l < r->c->n_layers; l++) {
+        char name[32];
+        (void)snprintf(name, sizeof name, "%s.%d", kind, (int)l);
+        const float *theirs = kvq_golden_f32(golden, name, &n);
+        if (theirs == NULL) continue;
+        ck_assert_int_eq(n, kv);
+        worst = fmax(worst, kvq_test_relative_error(ours + l * kv, theirs, kv));
+    }
+    ck_assert_msg(worst >= 0, "the golden has no '%s'", kind);
+    return worst;
+}
+
+static double logits_error(rig *r, const kvq_golden *golden) {
+    int64_t      n, first = 0;
+    const float *theirs = kvq_golden_f32(golden, "logits", &n);
+    if (theirs == NULL) {
+        theirs = kvq_golden_f32(golden, "logits_last", &n);
+        first = r->S - n / r->c->vocab_size;
+    }
+    float *ours = rig_logits(r, first);
+    ck_assert_int_eq(n, (r->S - first) * r->c->vocab_size);
+    double error = kvq_test_relative_error(ours, theirs, n);
+    r->be->release(r->be, ours);
+    return error;
+}
+
+static void compare_with_golden(const char *folder, const char *model_path) {
+    kvq_golden    *golden = kvq_golden_open(folder, "golden");
+    int64_t        S, kv;
+    const int32_t *ids = kvq_golden_i32(golden, "ids", &S);
+    rig            r;
+    rig_open(&r, model_path, ids, S, 2);
+    rig_forward(&r);
+    double logits = logits_error(&r, golden), k = worst_layer_error(&r, golden, "k", r.k),
+           v = worst_layer_error(&r, golden, "v", r.v);
+    (void)rig_backward(&r);
+    kv = r.c->n_layers * r.S * r.d;
+    square(r.dk, kv);
+    square(r.dv, kv);
+    double fisher_k = worst_layer_error(&r, golden, "fisher_k", r.dk),
+           fisher_v = worst_layer_error(&r, golden, "fisher_v", r.dv);
+    printf("%-30s logits %.1e  K %.1e  V %.1e  Fisher K %.1e  V %.1e\n", folder, logits, k, v, fisher_k, fisher_v);
+    ck_assert_double_lt(logits, LOGITS_TOLERANCE);
+    ck_assert_double_lt(k, KV_TOLERANCE);
+    ck_assert_double_lt(v, KV_TOLERANCE);
+    ck_assert_double_lt(fisher_k, FISHER_TOLERANCE);
+    ck_assert_double_lt(fisher_v, FISHER_TOLERANCE);
+    rig_close(&r);
+    kvq_golden_close(golden);
+}
+
+START_TEST(activations_and_gradients_equal_the_framework) {
+    const golden_model *g = &GOLDEN_MODELS[_i];
+    char                path[1024];
+    kvq_test_shared_path(path, sizeof path, g->model != NULL ? g->model : g->golden);
+    compare_with_golden(g->golden, path);
+}
+END_TEST
+
+START_TEST(smollm2_equals_the_framework) { compare_with_golden("goldens/real/smollm2", kvq_test_smollm2()); }
+END_TEST
+
+// ---------------------------------------------------------------- an independent model in f64
+
+#define TINY_S 12
+
+static void tiny_ids(int32_t ids[TINY_S], int64_t vocab) {
+    for (int i = 0; i < TINY_S; i++) ids[i] = (int32_t)kvq_rng_below(8, KVQ_RNG_TEST, 50, (uint64_t)i, (uint64_t)vocab);
+}
+
+static void make_tiny(char *path, size_t size, bool biases) {
+    kvq_make_options options = kvq_make_options_default();
+    options.attention_bias = options.mlp_bias = biases;
+    (void)snprintf(path, size, "%s/model-%d", kvq_test_folder(), biases);
+    kvq_make_model_hf(&options, path);
+}
+
+// Tolerances as for the framework's numbers: the other side is exact, ours is f32.
+START_TEST(forward_equals_the_f64_model) {
+    char    path[256];
+    int32_t ids[TINY_S];
+    rig     r;
+    make_tiny(path, sizeof path, _i == 1);
+    rig_open(&r, path, ids, TINY_S, 2);
+    tiny_ids(ids, r.c->vocab_size);
+    rig_forward(&r);
+    int64_t kv = r.c->n_layers * r.S * r.d, n_logits = r.S * r.c->vocab_size;
+    double *logits = malloc((size_t)n_logits * sizeof *logits), *k = malloc((size_t)kv * sizeof *k),
+           *v = malloc((size_t)kv * sizeof *v);
+    float           *ours = rig_logits(&r, 0);
+    reference_model *reference = reference_model_open(r.checkpoint);
+    double           loss = reference_model_loss(reference, ids, r.S, NULL, logits, k, v);
+    double           worst[3] = {0}, scale[3] = {0};
+    for (int64_t i = 0; i < n_logits; i++) {
+        worst[0] = fmax(worst[0], fabs((double)ours[i] - logits[i]));
+        scale[0] = fmax(scale[0], fabs(logits[i]));
+    }
+    for (int64_t i = 0; i < kv; i++) {
+        worst[1] = fmax(worst[1], fabs((double)r.k[i] - k[i]));
+        worst[2] = fmax(worst[2], fabs((double)r.v[i] - v[i]));
+        scale[1] = fmax(scale[1], fabs(k[i]));
+        scale[2] = fmax(scale[2], fabs(v[i]));
+    }
+    ck_assert_double_lt(worst[0] / scale[0], LOGITS_TOLERANCE);
+    ck_assert_double_lt(worst[1] / scale[1], KV_TOLERANCE);
+    ck_assert_double_lt(worst[2] / scale[2], KV_TOLERANCE);
+    ck_assert_double_eq_tol(rig_backward(&r), loss, 2e-5);
+    r.be->release(r.be, ours);
+    reference_model_close(reference);
+    free(logits), free(k), free(v);
+    rig_close(&r);
+}
+END_TEST
+
+// d loss / d element by central differences of the f64 model, for every element of K and V of every layer. With step
+// h = 1e-4 the truncation error is about h^2 = 1e-8 of the third derivative and rounding about 1e-12: the difference is
+// what f32 adds, 1e-4 of the largest gradient at most (tolerance of the reference data).
+START_TEST(backward_equals_central_differences) {
+    char    path[256];
+    int32_t ids[TINY_S];
+    rig     r;
+    make_tiny(path, sizeof path, _i == 1);
+    rig_open(&r, path, ids, TINY_S, 2);
+    tiny_ids(ids, r.c->vocab_size);
+    rig_forward(&r);
+    (void)rig_backward(&r);
+    reference_model *reference = reference_model_open(r.checkpoint);
+    const double     h = 1e-4;
+    for (int is_v = 0; is_v < 2; is_v++) {
+        const float *ours = is_v ? r.dv : r.dk;
+        double       worst = 0, scale = 0;
+        for (int64_t i = 0; i < r.c->n_layers * r.S * r.d; i++) {
+            reference_nudge nudge = {i / (r.S * r.d), i / r.d % r.S, i % r.d, is_v == 1, h};
+            double          up = reference_model_loss(reference, ids, r.S, &nudge, NULL, NULL, NULL);
+            nudge.delta = -h;
+            double slope = (up - reference_model_loss(reference, ids, r.S, &nudge, NULL, NULL, NULL)) / (2 * h);
+            worst = fmax(worst, fabs((double)ours[i] - slope));
+            scale = fmax(scale, fabs(slope));
+        }
+        ck_assert_double_gt(scale, 1e-4); // a flat loss would prove nothing
+        ck_assert_double_lt(worst / scale, 1e-4);
+    }
+    reference_model_close(reference);
+    rig_close(&r);
+}
+END_TEST
+
+// ---------------------------------------------------------------- the model against itself
+
+START_TEST(threads_do_not_change_a_bit) {
+    char    path[256];
+    int32_t ids[TINY_S];
+    rig     r[2];
+    make_tiny(path, sizeof path, true);
+    for (int i = 0; i < 2; i++) {
+        rig_open(&r[i], path, ids, TINY_S, 1 + i);
+        tiny_ids(ids, r[i].c->vocab_size);
+        rig_forward(&r[i]);
+        (void)rig_backward(&r[i]);
+    }
+    size_t bytes = (size_t)(r[0].c->n_layers * r[0].S * r[0].d) * sizeof(float);
+    ck_assert_mem_eq(r[0].k, r[1].k, bytes);
+    ck_assert_mem_eq(r[0].dk, r[1].dk, bytes);
+    ck_assert_mem_eq(r[0].dv, r[1].dv, bytes);
+    rig_close(&r[0]);
+    rig_close(&r[1]);
+}
+END_TEST
+
+// Two sequences fed token by token give the logits of their windows. The products are the same, their order is not.
+START_TEST(decoding_equals_the_window) {
+    char         path[256];
+    int32_t      ids[2][TINY_S];
+    rig          r[2];
+    kvq_error    err = {0};
+    kvq_model   *model = NULL;
+    kvq_decode  *decode = NULL;
+    const float *step = NULL;
+    make_tiny(path, sizeof path, false);
+    for (int i = 0; i < 2; i++) {
+        rig_open(&r[i], path, ids[i], TINY_S, 2);
+        for (int t = 0; t < TINY_S; t++)
+            ids[i][t] = (int32_t)kvq_rng_below(9, KVQ_RNG_TEST, (uint32_t)i, (uint64_t)t, (uint64_t)r[i].c->vocab_size);
+        rig_forward(&r[i]);
+    }
+    int64_t V = r[0].c->vocab_size;
+    kvq_test_ok(kvq_model_create(&r[0].ctx, r[0].be, r[0].checkpoint, true, &model, &err), &err);
+    kvq_test_ok(kvq_decode_create(model, 2, TINY_S, &decode, &err), &err);
+    float *window[2] = {rig_logits(&r[0], 0), rig_logits(&r[1], 0)};
+    for (int t = 0; t < TINY_S; t++) {
+        int32_t now[2] = {ids[0][t], ids[1][t]};
+        kvq_test_ok(kvq_decode_step(model, decode, now, &step, &err), &err);
+        for (int i = 0; i < 2; i++)
+            ck_assert_double_lt(kvq_test_relative_error(step + i * V, window[i] + t * V, V), LOGITS_TOLERANCE);
+    }
+    int32_t now[2] = {0, 0};
+    kvq_test_failed(kvq_decode_step(model, decode, now, &step, &err), KVQ_ERR_USAGE, &err, "capacity");
+    kvq_decode_destroy(model, &decode);
+    kvq_model_destroy(&r[0].ctx, &model);
+    for (int i = 0; i < 2; i++) {
+        r[i].be->release(r[i].be, window[i]);
+        rig_close(&r[i]);
+    }
+}
+END_TEST
+
+START_TEST(ids_outside_the_vocabulary_are_refused) {
+    char      path[256];
+    int32_t   ids[3] = {0, 1, 1 << 20};
+    kvq_error err = {0};
+    rig       r;
+    make_tiny(path, sizeof path, false);
+    rig_open(&r, path, ids, 3, 1);
+    kvq_test_failed(kvq_model_embed(r.model, ids, 3, r.states, &err), KVQ_ERR_INPUT, &err,
+                    "position 2: token id 1048576");
+    rig_close(&r);
+}
+END_TEST
+
+// An activation that overflows is named by layer, tensor, position and channel.
+START_TEST(nonfinite_activations_are_located) {
+    char       path[256];
+    int32_t    ids[TINY_S];
+    kvq_error  err = {0};
+    rig        r = {0};
+    kvq_layer *layer = NULL;
+    make_tiny(path, sizeof path, false);
+    rig_open(&r, path, ids, TINY_S, 1);
+    tiny_ids(ids, r.c->vocab_size);
+    kvq_test_ok(kvq_model_embed(r.model, ids, TINY_S, r.states, &err), &err);
+    r.states[7 * r.C + 3] = NAN;
+    kvq_test_ok(kvq_layer_load(r.model, 1, &layer, &err), &err);
+    kvq_test_failed(kvq_layer_forward(r.model, layer, r.ws, TINY_S, r.states, NULL, NULL, &err), KVQ_ERR_NUMERICAL,
+                    &err, "layer 1, K, position 7, channel 0");
+    kvq_layer_release(r.model, &layer);
+    rig_close(&r);
+}
+END_TEST
+
+// ---------------------------------------------------------------- perplexities of the reference data
+
+typedef struct ppl_case {
+    const char *name, *model;
+    int         n_windows; // of those recorded; all of them take minutes
+} ppl_case;
+
+static const ppl_case PPL_CASES[] = {{"stories260K", "models/stories260K", 64},
+                                     {"stories15M", "models/stories15M", 32}};
+
+// Sum of the losses of each window, 2e-5 per token (goldens/README.md: torch's f32 log-softmax is low by up to 8e-6).
+START_TEST(window_losses_equal_the_framework) {
+    const ppl_case *p = &PPL_CASES[_i];
+    char            path[1024];
+    kvq_error       err = {0};
+    kvq_context     ctx = kvq_test_context();
+    kvq_mapped_file text = {0}, json = {0};
+    kvq_tokenizer  *tokenizer = NULL;
+    kvq_ids         ids = {0};
+    kvq_test_shared_path(path, sizeof path, "goldens/ppl/ppl.json");
+    kvq_test_ok(kvq_map_file(path, &json, &err), &err);
+    cJSON       *all = cJSON_ParseWithLength((const char *)json.data, json.bytes);
+    const cJSON *entry = cJSON_GetObjectItem(all, p->name), *expected = cJSON_GetObjectItem(entry, "window_nll_sum");
+    int          S = cJSON_GetObjectItem(entry, "ctx")->valueint;
+    char         file[256];
+    (void)snprintf(file, sizeof file, "data/%s", cJSON_GetObjectItem(entry, "file")->valuestring);
+    kvq_test_shared_path(path, sizeof path, file);
+    kvq_test_ok(kvq_map_file(path, &text, &err), &err);
+    kvq_test_shared_path(path, sizeof path, p->model);
+    kvq_test_ok(kvq_tokenizer_open(&ctx, path, &tokenizer, &err), &err);
+    kvq_test_ok(kvq_tokenizer_encode(&ctx, tokenizer, (const char *)text.data, text.bytes, true, &ids, &err), &err);
+    ck_assert_int_eq(ids.count, cJSON_GetObjectItem(entry, "tokens")->valueint);
+    for (int i = 0; i < p->n_windows; i++) {
+        rig    r;
+        double nll[2048], sum = 0;
+        rig_open(&r, path, ids.data + (int64_t)i * S, S, 2);
+        rig_forward(&r);
+        kvq_test_ok(kvq_head_loss(r.model, r.head, r.ws, r.ids, S, r.states + r.c->n_layers * S * r.C, NULL, nll, &err),
+                    &err);
+        for (int t = 0; t + 1 < S; t++) sum += nll[t];
+        ck_assert_double_eq_tol(sum, cJSON_GetArrayItem(expected, i)->valuedouble, 2e-5 * (S - 1));
+        rig_close(&r);
+    }
+    kvq_ids_free(&ctx, &ids);
+    kvq_tokenizer_close(&ctx, &tokenizer);
+    kvq_unmap_file(&text);
+    kvq_unmap_file(&json);
+    cJSON_Delete(all);
+}
+END_TEST
+
+static const kvq_test_case CASES[] = {
+    KVQ_GOLDEN_LOOP(activations_and_gradients_equal_the_framework, N_GOLDEN_MODELS),
+    KVQ_SMOLLM2_CASE(smollm2_equals_the_framework),
+    KVQ_LOOP(forward_equals_the_f64_model, 2),
+    KVQ_LOOP(backward_equals_central_differences, 2),
+    KVQ_CASE(threads_do_not_change_a_bit),
+    KVQ_CASE(decoding_equals_the_window),
+    KVQ_CASE(ids_outside_the_vocabulary_are_refused),
+    KVQ_CASE(nonfinite_activations_are_located),
+    KVQ_GOLDEN_LOOP(window_losses_equal_the_framework, 2),
+};
+KVQ_TEST_MAIN("model", CASES)
