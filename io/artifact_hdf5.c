@@ -17,16 +17,25 @@ static kvq_status seal_of(const uint8_t *image, size_t bytes, char line[ARTIFACT
     return status;
 }
 
-// Checks the seal if there is one; *bytes is then what lies before it.
+static const uint8_t HDF5_SIGNATURE[8] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};
+static const char    NO_SEAL[] = "fetch it again; after a rewrite by another program append its seal (docs/format.md)";
+
+// Checks the seal and takes it off *bytes.
 static kvq_status unseal(const uint8_t *image, size_t *bytes, kvq_error *err) {
-    char   line[ARTIFACT_SEAL_BYTES + 1];
-    size_t before = *bytes - ARTIFACT_SEAL_BYTES;
-    if (*bytes < ARTIFACT_SEAL_BYTES || memcmp(image + before, ARTIFACT_SEAL, strlen(ARTIFACT_SEAL)) != 0)
-        return KVQ_OK;
+    char line[ARTIFACT_SEAL_BYTES + 1];
+    if (*bytes < sizeof HDF5_SIGNATURE || memcmp(image, HDF5_SIGNATURE, sizeof HDF5_SIGNATURE) != 0) {
+        return kvq_fail(err, KVQ_ERR_INPUT, "kvq artifacts are HDF5 files, made by kvq-calibrate",
+                        "this is not an HDF5 file");
+    }
+    size_t before = *bytes < ARTIFACT_SEAL_BYTES ? 0 : *bytes - ARTIFACT_SEAL_BYTES;
+    if (before == 0 || memcmp(image + before, ARTIFACT_SEAL, strlen(ARTIFACT_SEAL)) != 0) {
+        return kvq_fail(err, KVQ_ERR_INTEGRITY, NO_SEAL,
+                        "its last line is not '" ARTIFACT_SEAL
+                        "...': truncated, rewritten by another program, or no artifact");
+    }
     kvq_status status = seal_of(image, before, line, err);
     if (status == KVQ_OK && memcmp(image + before, line, ARTIFACT_SEAL_BYTES) != 0) {
-        status = kvq_fail(err, KVQ_ERR_INTEGRITY, NULL,
-                          "the bytes of the file do not have the SHA-256 that its last line says");
+        status = kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "its bytes do not have the SHA-256 that its last line says");
     }
     if (status == KVQ_OK) *bytes = before;
     return status;

@@ -16,9 +16,9 @@
 #define ARTIFACT_CONTENT_HASH "/@content_sha256"
 #define ARTIFACT_NUMERIC_HASH "/@numeric_sha256"
 
-// Behind the end of the HDF5 file one line of text: this, the SHA-256 of all bytes before it, a line feed. Damage is
-// found before HDF5 parses it: 1.10.8 loses memory on damaged headers and complains about that at exit. Tools that
-// rewrite the file drop the line, and readers then rely on HDF5's checksums and on the content hash.
+// Behind the end of the HDF5 file one line of text: this, the SHA-256 of all bytes before it, a line feed. A file
+// without it is not read: HDF5 1.10.8 crashes on damaged structures that have no checksums of their own, and loses
+// memory on those that have, so damage must be found before HDF5 sees it.
 #define ARTIFACT_SEAL       "kvq-sha256:"
 #define ARTIFACT_SEAL_BYTES (sizeof ARTIFACT_SEAL - 1 + KVQ_SHA256_HEX)
 

@@ -64,7 +64,7 @@ kvq_status record_hash(const record_list *list, bool (*covers)(const char *path)
 kvq_status records_to_hdf5(const kvq_context *ctx, const record_list *list, size_t room, uint8_t **image, size_t *bytes,
                            kvq_error *err);
 // All datasets and attributes of an HDF5 file, sorted. Refuses, naming the object, whatever is not a plain hard link to
-// a group or a dataset of one of the record types, and bytes behind the end of the file.
+// a group or a dataset of one of the record types.
 kvq_status records_from_hdf5(const kvq_context *ctx, const uint8_t *image, size_t bytes, record_list *out,
                              kvq_error *err);
 

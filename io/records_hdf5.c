@@ -162,7 +162,7 @@ static bool capture_image(hid_t access, captured *image) {
 // driver allocated in advance.
 static size_t image_end(const captured *image) {
     uint64_t end = 0;
-    if (image->data != NULL && image->bytes >= SUPERBLOCK_BYTES) memcpy(&end, image->data + 28, sizeof end);
+    if (image->data != NULL && image->bytes >= 48) memcpy(&end, image->data + 28, sizeof end);
     return end <= image->bytes ? (size_t)end : 0;
 }
 
@@ -480,47 +480,20 @@ static kvq_status load_group(loader *l, hid_t group, const char *path, int depth
     return status;
 }
 
-static const uint8_t SIGNATURE[8] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};
-
-static kvq_status load_file(loader *l, hid_t file, size_t bytes) {
-    hid_t   root = file < 0 ? file : H5Gopen2(file, "/", H5P_DEFAULT);
-    ssize_t end = root < 0 ? -1 : H5Fget_file_image(file, NULL, 0); // its size alone
-    if (end < 0) {
-        kvq_status status = damaged(l, "the file");
-        close_id(root, H5Gclose);
-        return status;
-    }
-    kvq_status status = load_group(l, root, "", 0);
-    (void)H5Gclose(root);
-    if (status == KVQ_OK && (size_t)end != bytes) {
-        status = kvq_fail(l->err, KVQ_ERR_INTEGRITY, NULL, "the HDF5 file ends at byte %zu, but there are %zu bytes",
-                          (size_t)end, bytes);
-    }
-    return status;
-}
-
 kvq_status records_from_hdf5(const kvq_context *ctx, const uint8_t *image, size_t bytes, record_list *out,
                              kvq_error *err) {
-    if (bytes < sizeof SIGNATURE || memcmp(image, SIGNATURE, sizeof SIGNATURE) != 0) {
-        return kvq_fail(err, KVQ_ERR_INPUT, "kvq artifacts are HDF5 files, made by kvq-calibrate",
-                        "this is not an HDF5 file");
-    }
-    // Before version 2, in use since HDF5 1.8, structures have no checksums, and HDF5 1.10.8 crashes on damaged ones.
-    if (bytes < SUPERBLOCK_BYTES || image[sizeof SIGNATURE] < 2) {
-        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "rewrite it with h5repack --low=1 --high=1",
-                        "an HDF5 file of %zu bytes with the old layout (superblock 0 or 1), which has no checksums",
-                        bytes);
-    }
     printing saved = printing_off();
     loader   l = {.ctx = ctx, .limit = (uint64_t)bytes * MAX_EXPANSION, .err = err};
-    hid_t    access = access_in_memory(), file = H5I_INVALID_HID;
+    hid_t    access = access_in_memory(), file = H5I_INVALID_HID, root = H5I_INVALID_HID;
     char     id[64];
     unique_name(id, sizeof id, &l);
     // HDF5 copies the bytes, so it never sees the caller's mapping; the cast is for an interface without const.
     if (access >= 0 && H5Pset_file_image(access, (void *)(uintptr_t)image, bytes) >= 0) {
         file = H5Fopen(id, H5F_ACC_RDONLY, access);
     }
-    kvq_status status = load_file(&l, file, bytes);
+    if (file >= 0) root = H5Gopen2(file, "/", H5P_DEFAULT);
+    kvq_status status = root < 0 ? damaged(&l, "the file") : load_group(&l, root, "", 0);
+    close_id(root, H5Gclose);
     close_id(file, H5Fclose);
     close_id(access, H5Pclose);
     if (status == KVQ_OK) {

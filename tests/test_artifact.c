@@ -209,6 +209,15 @@ static image sample_image(const kvq_context *ctx, kvq_artifact **a) {
     return i;
 }
 
+// Puts the right seal into the last bytes, as somebody would who changes a file on purpose.
+static void add_seal(uint8_t *data, size_t bytes) {
+    char      hex[KVQ_SHA256_HEX], line[ARTIFACT_SEAL_BYTES + 1];
+    kvq_error err = {0};
+    kvq_test_ok(kvq_sha256_of(data, bytes - ARTIFACT_SEAL_BYTES, hex, &err), &err);
+    (void)snprintf(line, sizeof line, ARTIFACT_SEAL "%s\n", hex);
+    memcpy(data + bytes - ARTIFACT_SEAL_BYTES, line, ARTIFACT_SEAL_BYTES);
+}
+
 // The application's own setting for HDF5's error messages survives a write and a failing read, and nothing stays open.
 START_TEST(hdf5_printing_is_left_as_it_was) {
     kvq_context   ctx = kvq_test_context();
@@ -224,6 +233,7 @@ START_TEST(hdf5_printing_is_left_as_it_was) {
     ck_assert(before != NULL && after == before);
     kvq_free(&ctx, i.data);
     kvq_artifact_destroy(&ctx, &a);
+    add_seal(bytes, sizeof bytes);
     kvq_test_failed(artifact_from_image(&ctx, bytes, sizeof bytes, &a, hash, &err), KVQ_ERR_INTEGRITY, &err, "HDF5: ");
     ck_assert_int_ge(H5Eget_auto2(H5E_DEFAULT, &after, &data), 0);
     ck_assert(after == before);
@@ -246,31 +256,27 @@ static bool read_survives(const kvq_context *ctx, const uint8_t *data, size_t by
     return status == KVQ_OK;
 }
 
-// The damage tests run twice: on the file as written, and without its last line, as after a rewrite by another tool.
-static image damage_image(const kvq_context *ctx, kvq_artifact **a, int sealed) {
-    image i = sample_image(ctx, a);
-    if (!sealed) i.bytes -= ARTIFACT_SEAL_BYTES;
-    expect_hdf5_leaks();
-    return i;
-}
-
-// One bit of a byte at a time: all of the first and last KiB, every seventh byte between.
+// One bit of a byte at a time: all of the first and last KiB, every seventh byte between. Once as damage happens, and
+// once with a right seal, so that HDF5's checksums and the content hash have to find it; what they miss lies between
+// objects and means nothing.
 START_TEST(a_flipped_bit_is_never_believed) {
     kvq_context   ctx = kvq_test_context();
     kvq_artifact *a;
-    image         i = damage_image(&ctx, &a, _i);
+    image         i = sample_image(&ctx, &a);
     int           n_believed = 0, n_tried = 0;
+    if (_i == 1) expect_hdf5_leaks();
     for (size_t at = 0; at < i.bytes; at += at < 1024 || at + 1024 >= i.bytes ? 1 : 7) {
         uint8_t bit = (uint8_t)(1u << (at % 8));
         i.data[at] ^= bit;
+        if (_i == 1 && at < i.bytes - ARTIFACT_SEAL_BYTES) add_seal(i.data, i.bytes);
         n_believed += read_survives(&ctx, i.data, i.bytes, a);
         n_tried++;
         i.data[at] ^= bit;
     }
+    add_seal(i.data, i.bytes);
     ck_assert(read_survives(&ctx, i.data, i.bytes, a));
     ck_assert_int_gt(n_tried, 2000);
-    if (_i == 1) ck_assert_int_eq(n_believed, 0);
-    if (_i == 0) ck_assert_int_lt(n_believed, n_tried / 4); // unused bytes between objects
+    ck_assert_int_le(n_believed, _i == 0 ? 0 : n_tried / 4);
     kvq_free(&ctx, i.data);
     kvq_artifact_destroy(&ctx, &a);
 }
@@ -279,8 +285,9 @@ END_TEST
 START_TEST(random_damage_is_never_believed) {
     kvq_context   ctx = kvq_test_context();
     kvq_artifact *a;
-    image         i = damage_image(&ctx, &a, _i);
+    image         i = sample_image(&ctx, &a);
     uint8_t      *damaged = malloc(i.bytes);
+    if (_i == 1) expect_hdf5_leaks();
     for (uint64_t round = 0; round < 1000; round++) {
         memcpy(damaged, i.data, i.bytes);
         uint64_t n = 1 + kvq_rng_below(1, KVQ_RNG_TEST, 1, round, 64);
@@ -288,6 +295,7 @@ START_TEST(random_damage_is_never_believed) {
         for (uint64_t k = 0; k < n; k++) {
             damaged[from + k] = (uint8_t)kvq_rng_below(1, KVQ_RNG_TEST, 3, 64 * round + k, 256);
         }
+        if (_i == 1) add_seal(damaged, i.bytes);
         (void)read_survives(&ctx, damaged, i.bytes, a);
     }
     free(damaged);
@@ -296,17 +304,15 @@ START_TEST(random_damage_is_never_believed) {
 }
 END_TEST
 
-// Copies to blocks of the exact size, so that a sanitizer sees a read beyond the end. Only a cut that takes the seal
-// and nothing else leaves a whole file.
+// Copies to blocks of the exact size, so that a sanitizer sees a read beyond the end.
 START_TEST(a_truncated_file_is_refused) {
     kvq_context   ctx = kvq_test_context();
     kvq_artifact *a;
     image         i = sample_image(&ctx, &a);
-    size_t        whole = i.bytes - ARTIFACT_SEAL_BYTES;
     for (size_t bytes = 0; bytes < i.bytes; bytes += bytes < 600 || bytes + 200 >= i.bytes ? 1 : 97) {
         uint8_t *part = malloc(bytes + 1);
         memcpy(part, i.data, bytes);
-        ck_assert_int_eq(read_survives(&ctx, part, bytes, a), bytes == whole);
+        ck_assert(!read_survives(&ctx, part, bytes, a));
         free(part);
     }
     kvq_free(&ctx, i.data);
@@ -326,8 +332,9 @@ START_TEST(a_changed_number_is_reported_as_damage) {
     }
     kvq_test_ok(kvq_write_file(&ctx, path, false, i.data, i.bytes, &err), &err);
     kvq_test_failed(kvq_artifact_read(&ctx, path, &b, hash, &err), KVQ_ERR_INTEGRITY, &err,
-                    "changed.kvq.h5: the bytes of the file do not have the SHA-256");
-    kvq_test_ok(kvq_write_file(&ctx, path, true, i.data, i.bytes - ARTIFACT_SEAL_BYTES, &err), &err);
+                    "changed.kvq.h5: its bytes do not have the SHA-256");
+    add_seal(i.data, i.bytes);
+    kvq_test_ok(kvq_write_file(&ctx, path, true, i.data, i.bytes, &err), &err);
     kvq_test_failed(kvq_artifact_read(&ctx, path, &b, hash, &err), KVQ_ERR_INTEGRITY, &err,
                     "changed.kvq.h5: the content has the SHA-256");
     ck_assert_ptr_null(b);
@@ -443,7 +450,9 @@ static kvq_status read_list(const kvq_context *ctx, record_list *list, kvq_error
     kvq_test_ok(record_add(ctx, list, ARTIFACT_CONTENT_HASH, RECORD_TEXT, 0, NULL, hash, err), err);
     kvq_test_ok(record_add(ctx, list, ARTIFACT_NUMERIC_HASH, RECORD_TEXT, 0, NULL, numeric, err), err);
     record_sort(list);
-    kvq_test_ok(records_to_hdf5(ctx, list, 0, &i.data, &i.bytes, err), err);
+    kvq_test_ok(records_to_hdf5(ctx, list, ARTIFACT_SEAL_BYTES, &i.data, &i.bytes, err), err);
+    i.bytes += ARTIFACT_SEAL_BYTES;
+    add_seal(i.data, i.bytes);
     kvq_status status = artifact_from_image(ctx, i.data, i.bytes, &a, hash, err);
     kvq_artifact_destroy(ctx, &a);
     kvq_free(ctx, i.data);
@@ -556,6 +565,19 @@ static const struct foreign {
 };
 #define N_FOREIGN ((int)(sizeof FOREIGN / sizeof *FOREIGN))
 
+static void append_seal(const kvq_context *ctx, const char *path) {
+    kvq_mapped_file file = {0};
+    kvq_error       err = {0};
+    kvq_test_ok(kvq_map_file(path, &file, &err), &err);
+    size_t   bytes = file.bytes + ARTIFACT_SEAL_BYTES;
+    uint8_t *sealed = malloc(bytes);
+    memcpy(sealed, file.data, file.bytes);
+    kvq_unmap_file(&file);
+    add_seal(sealed, bytes);
+    kvq_test_ok(kvq_write_file(ctx, path, true, sealed, bytes, &err), &err);
+    free(sealed);
+}
+
 START_TEST(foreign_objects_are_refused_by_name) {
     kvq_context   ctx = kvq_test_context();
     kvq_error     err = {0};
@@ -566,6 +588,9 @@ START_TEST(foreign_objects_are_refused_by_name) {
     ck_assert_int_ge(file, 0);
     FOREIGN[_i].add(file);
     ck_assert_int_ge(H5Fclose(file), 0);
+    kvq_test_failed(kvq_artifact_read(&ctx, path, &b, hash, &err), KVQ_ERR_INTEGRITY, &err,
+                    "its last line is not 'kvq-sha256:");
+    append_seal(&ctx, path);
     kvq_test_failed(kvq_artifact_read(&ctx, path, &b, hash, &err), KVQ_ERR_INPUT, &err, FOREIGN[_i].message);
     kvq_artifact_destroy(&ctx, &a);
 }

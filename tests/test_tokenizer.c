@@ -443,6 +443,10 @@ START_TEST(sentencepiece_gguf_merges_by_score) {
     check_small(t, "<s>a", "[1, 258, 259]");
     check_small(t, "aUSERa", "[258, 259, 265, 258, 259]"); // each part behind a token gets its blank
     check_small(t, "<0x61>", "[258, 62, 50, 122, 56, 51, 64]");
+    cJSON *plain =
+        cJSON_Parse("[258, 62, 117, 64, 265]"); // control tokens are text unless asked for, user's tokens never
+    check_ids(t, "<s>USER", 7, false, plain, "plain");
+    cJSON_Delete(plain);
     kvq_tokenizer_close(&ctx, &t);
 }
 END_TEST

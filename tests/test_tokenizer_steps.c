@@ -459,6 +459,22 @@ START_TEST(added_tokens_are_cut_out_first) {
 }
 END_TEST
 
+// With prepend_scheme "first" a blank stands before the text alone, not before what follows a token.
+START_TEST(text_behind_an_added_token_is_not_the_first) {
+    static made m;
+    make(&m, false);
+    (void)add_word(&m, "a", 1);
+    (void)add_word(&m, "\u2581", 3);
+    set(m.root, "pre_tokenizer", METASPACE("first", "false"));
+    add_token(&m, "<t>", "\"special\":false,\"normalized\":false");
+    check_tokens(&m, "a<t>a a", "\u2581|a|<t>|a|\u2581|a");
+    check_tokens(&m, "<t>a", "<t>|a");
+    set(m.root, "pre_tokenizer", METASPACE("always", "false"));
+    check_tokens(&m, "a<t>a", "\u2581|a|<t>|\u2581|a");
+    unmake(&m);
+}
+END_TEST
+
 START_TEST(normalized_tokens_are_found_behind_the_normalizer) {
     static made m;
     make(&m, true);
@@ -728,6 +744,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(a_byte_without_token_is_unknown_or_an_error),
     KVQ_CASE(malformed_text_follows_the_framework),
     KVQ_CASE(added_tokens_are_cut_out_first),
+    KVQ_CASE(text_behind_an_added_token_is_not_the_first),
     KVQ_CASE(normalized_tokens_are_found_behind_the_normalizer),
     KVQ_CASE(text_ends_come_from_the_files_in_order),
     KVQ_LOOP(what_is_not_implemented_is_refused_by_name, (int)(sizeof REFUSALS / sizeof *REFUSALS)),
