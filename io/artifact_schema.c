@@ -71,8 +71,8 @@ static const field ARTIFACT_FIELDS[] = {
     ARTIFACT("/dataset", "baseline_nll", FIELD_F64, baseline_nll, 0, DBL_MAX),
     ARTIFACT("/quantizer", "scheme", FIELD_TEXT, quantizer.scheme, 0, 0),
     ARTIFACT("/quantizer", "outlier_fraction", FIELD_F64, quantizer.outlier_fraction, 0, 1),
-    ARTIFACT("/quantizer", "n_side_k", FIELD_INT, quantizer.n_side_k, 0, KVQ_NO_CHANNEL - 1),
-    ARTIFACT("/quantizer", "n_side_v", FIELD_INT, quantizer.n_side_v, 0, KVQ_NO_CHANNEL - 1),
+    ARTIFACT("/quantizer", "n_side_k", FIELD_INT, quantizer.n_side_k, 0, KVQ_BLOCK_MAX_SIDE),
+    ARTIFACT("/quantizer", "n_side_v", FIELD_INT, quantizer.n_side_v, 0, KVQ_BLOCK_MAX_SIDE),
     ARTIFACT("/quantizer", "sink_tokens", FIELD_I64, quantizer.sink_tokens, 0, COUNT_MAX),
     ARTIFACT("/quantizer", "weighting", FIELD_WEIGHTING, quantizer.weighting, 0, 0),
 };
@@ -224,10 +224,12 @@ static kvq_status check_tensor(const place *p, int64_t d, kvq_error *err) {
         }
     }
     for (int64_t c = 0; per_channel && c < d; c++) {
-        if (t->lower[c] > t->upper[c]) {
+        float lower = t->lower[c], upper = t->upper[c];
+        if (lower > upper || !isfinite(upper - lower) || !isfinite(upper + lower)) {
             return kvq_fail(err, KVQ_ERR_INPUT, NULL,
-                            "%s: channel %" PRId64 " has the lower threshold %.9g above the upper one, %.9g", p->group,
-                            c, (double)t->lower[c], (double)t->upper[c]);
+                            "%s: the thresholds of channel %" PRId64
+                            ", %.9g and %.9g, do not ascend or have no f32 middle and width",
+                            p->group, c, (double)lower, (double)upper);
         }
     }
     return KVQ_OK;

@@ -131,10 +131,14 @@ static void *image_memcpy(void *to, const void *from, size_t bytes, H5FD_file_im
     return memcpy(to, from, bytes);
 }
 
+// Zeros what is new: bytes that HDF5 never writes are part of the file too.
 static void *image_realloc(void *p, size_t bytes, H5FD_file_image_op_t when, void *user) {
+    captured *image = user;
+    uint8_t  *grown = realloc(p, bytes);
     (void)when;
-    void *grown = realloc(p, bytes);
-    if (grown != NULL) ((captured *)user)->bytes = bytes;
+    if (grown == NULL) return NULL;
+    if (bytes > image->bytes) memset(grown + image->bytes, 0, bytes - image->bytes);
+    image->bytes = bytes;
     return grown;
 }
 

@@ -14,6 +14,7 @@
 
 #include "artifact_schema.h"
 #include "kvq_test.h"
+#include "limited_memory.h"
 #include "sample_artifact.h"
 
 static char *in_folder(const char *name) {
@@ -385,7 +386,7 @@ static const forgery FORGERIES[] = {
     FORGED_NUMBER("/layers/001/v/codebook", DESCENDING, KVQ_ERR_INPUT, "/layers/001/v/codebook: level 1"),
     FORGED_NUMBER("/layers/001/k/threshold_upper", NOT_A_NUMBER, KVQ_ERR_NUMERICAL, "threshold_upper: element 0"),
     FORGED_NUMBER("/layers/001/k/threshold_lower", TOO_HIGH, KVQ_ERR_INPUT,
-                  "/layers/001/k: channel 0 has the lower threshold"),
+                  "/layers/001/k: the thresholds of channel 0, 1.00000002e+30"),
     FORGED_NUMBER("/layers/000/k@bits", ZERO, KVQ_ERR_INPUT, "/layers/000/k@bits is 0, outside of 1 .. 8"),
     FORGED_NUMBER("/layers/000/k@bits", NINE, KVQ_ERR_INPUT, "/layers/000/k@bits is 9"),
     FORGED_NUMBER("/layers/000/k@bits", TWO, KVQ_ERR_INPUT,
@@ -530,6 +531,24 @@ static void add_huge(hid_t file) {
     (void)H5Pclose(settings);
 }
 
+// A chunk of a gigabyte that HDF5 would allocate to read two numbers.
+static void add_huge_chunk(hid_t file) {
+    const hsize_t shape = 2, limit = H5S_UNLIMITED, chunk = (hsize_t)1 << 28;
+    hid_t         settings = H5Pcreate(H5P_DATASET_CREATE), space = H5Screate_simple(1, &shape, &limit);
+    (void)H5Pset_chunk(settings, 1, &chunk);
+    (void)H5Dclose(H5Dcreate2(file, "/chunk", H5T_IEEE_F32LE, space, H5P_DEFAULT, settings, H5P_DEFAULT));
+    (void)H5Sclose(space);
+    (void)H5Pclose(settings);
+}
+
+static void add_filter(hid_t file) {
+    hid_t settings = H5Pcreate(H5P_DATASET_CREATE);
+    (void)H5Pset_chunk(settings, 2, SHAPE);
+    (void)H5Pset_nbit(settings);
+    add_dataset(file, "/nbit", H5T_IEEE_F32LE, 2, SHAPE, settings);
+    (void)H5Pclose(settings);
+}
+
 static void add_external_storage(hid_t file) {
     hid_t settings = H5Pcreate(H5P_DATASET_CREATE);
     (void)H5Pset_external(settings, "/etc/passwd", 0, 16);
@@ -562,6 +581,8 @@ static const struct foreign {
     {add_huge, "/huge: its shape has more elements"},
     {add_variable_text, "/@text: its type is none of"},
     {add_external_storage, "/stolen: its storage is in other files"},
+    {add_huge_chunk, "/chunk: its chunks are larger than the file"},
+    {add_filter, "/nbit: it is compressed by a filter other than"},
 };
 #define N_FOREIGN ((int)(sizeof FOREIGN / sizeof *FOREIGN))
 
@@ -607,6 +628,14 @@ static void set_wide(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->mo
 static void set_broken_name(const kvq_context *ctx, kvq_artifact *a) {
     (void)kvq_artifact_set_text(ctx, &a->model.name, "\xc3(", NULL);
 }
+static void set_infinite_range(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->layers[0].k.lower[7] = -FLT_MAX, a->layers[0].k.upper[7] = FLT_MAX;
+}
+
+static void set_many_outliers(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->quantizer.n_side_v = KVQ_BLOCK_MAX_SIDE + 1;
+}
+
 static void drop_codebook(const kvq_context *ctx, kvq_artifact *a) {
     kvq_free(ctx, a->layers[0].v.codebook);
     a->layers[0].v.codebook = NULL;
@@ -623,6 +652,8 @@ static const struct spoiled {
     const char *message;
 } SPOILED[] = {
     {set_nan, KVQ_ERR_NUMERICAL, "/layers/001/k/threshold_lower: element 4 is"},
+    {set_infinite_range, KVQ_ERR_INPUT, "/layers/000/k: the thresholds of channel 7"},
+    {set_many_outliers, KVQ_ERR_INPUT, "/quantizer@n_side_v is 2048, outside of 0 .. 2047"},
     {set_unsorted, KVQ_ERR_INPUT, "/layers/001/v/codebook: level 1"},
     {set_two_dimensions, KVQ_ERR_UNSUPPORTED, "8 levels of 2 dimensions"},
     {set_two_groups, KVQ_ERR_UNSUPPORTED, "/layers/000/v/codebook: 2 groups"},
@@ -694,35 +725,14 @@ END_TEST
 
 // ---------------------------------------------------------------- failing allocations
 
-typedef struct budget {
-    kvq_context inner;
-    int64_t     left, n_live;
-} budget;
-
-static void *limited_alloc(void *user, size_t bytes) {
-    budget *b = user;
-    if (b->left-- <= 0) return NULL;
-    b->n_live++;
-    return b->inner.alloc(b->inner.user, bytes);
-}
-
-static void limited_release(void *user, void *p) {
-    budget *b = user;
-    b->n_live--;
-    b->inner.release(b->inner.user, p);
-}
-
 START_TEST(a_failing_allocation_leaves_nothing) {
-    kvq_context   good = kvq_test_context(), bad = good;
-    kvq_error     err = {0};
-    char          hash[KVQ_SHA256_HEX], *path = in_folder("a.kvq.h5");
-    kvq_artifact *a = sample_artifact(&good, 2), *b = NULL;
-    budget        limit = {.inner = good};
-    kvq_status    status = KVQ_ERR_MEMORY;
-    bad.user = &limit;
-    bad.alloc = limited_alloc;
-    bad.release = limited_release;
-    int64_t n = 0;
+    limited_memory limit = {.inner = kvq_test_context()};
+    kvq_context    good = limit.inner, bad = limited_context(&limit);
+    kvq_error      err = {0};
+    char           hash[KVQ_SHA256_HEX], *path = in_folder("a.kvq.h5");
+    kvq_artifact  *a = sample_artifact(&good, 2), *b = NULL;
+    kvq_status     status = KVQ_ERR_MEMORY;
+    int64_t        n = 0;
     for (; status != KVQ_OK; n++) {
         limit.left = n;
         status = kvq_artifact_write(&bad, a, path, false, hash, &err);

@@ -10,6 +10,7 @@
 
 #include "export.h"
 #include "kvq_test.h"
+#include "limited_memory.h"
 #include "sample_artifact.h"
 
 #define HASH "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff"
@@ -352,34 +353,13 @@ END_TEST
 
 // ---------------------------------------------------------------- failing allocations
 
-typedef struct budget {
-    kvq_context inner;
-    int64_t     left, n_live;
-} budget;
-
-static void *limited_alloc(void *user, size_t bytes) {
-    budget *b = user;
-    if (b->left-- <= 0) return NULL;
-    b->n_live++;
-    return b->inner.alloc(b->inner.user, bytes);
-}
-
-static void limited_release(void *user, void *p) {
-    budget *b = user;
-    b->n_live--;
-    b->inner.release(b->inner.user, p);
-}
-
 START_TEST(a_failing_allocation_leaves_nothing) {
-    kvq_context              good = kvq_test_context(), bad = good;
+    limited_memory           limit = {.inner = kvq_test_context()};
+    kvq_context              good = limit.inner, bad = limited_context(&limit);
     kvq_error                err = {0};
     const kvq_export_target *target = target_number(_i);
     kvq_artifact            *a = sample_artifact(&good, 1);
-    budget                   limit = {.inner = good};
     double                   max_error;
-    bad.user = &limit;
-    bad.alloc = limited_alloc;
-    bad.release = limited_release;
     for (int checking = 0; checking < 2; checking++) {
         kvq_status status = KVQ_ERR_MEMORY;
         for (int64_t n = 0; status != KVQ_OK; n++) {

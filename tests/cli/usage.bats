@@ -81,7 +81,7 @@ load common
   contains "$stderr" "--samples: '4x' is not a whole number"
   fails 2 kvq-calibrate --model m --text a -o b --seed -1
   contains "$stderr" "--seed: '-1'"
-  fails 2 kvq-calibrate --model m --text a -o b --outliers 10%
+  fails 2 kvq-calibrate --model m --text a -o b --outliers 11%
   contains "$stderr" "--outliers: 10% is not between 0% and 5%"
   fails 2 kvq-calibrate --model m --text a -o b --threads 0
   contains "$stderr" "--threads: 0 is not between 1 and"
