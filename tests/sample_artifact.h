@@ -6,9 +6,12 @@
 #define SAMPLE_ARTIFACT_H
 
 #include <float.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "kvq_io.h"
+#include "kvq_test.h"
 
 #define SAMPLE_HEADS    2
 #define SAMPLE_HEAD_DIM 6
@@ -100,6 +103,80 @@ static inline kvq_artifact *sample_artifact(const kvq_context *ctx, int64_t n_la
     a->layers[0].k.upper[2] = FLT_TRUE_MIN;
     a->layers[0].k.lower[2] = -FLT_MIN;
     return a;
+}
+
+// ---------------------------------------------------------------- equality
+
+// Field by field and not through the schema, which could forget one.
+
+static inline void assert_equal_floats(const float *a, const float *b, int64_t n) {
+    ck_assert_int_eq(a != NULL, b != NULL);
+    if (a != NULL) ck_assert(memcmp(a, b, (size_t)n * sizeof *a) == 0); // bits, so that -0 counts
+}
+
+static inline void assert_equal_tensors(const kvq_tensor_quant *a, const kvq_tensor_quant *b) {
+    ck_assert_int_eq(a->bits, b->bits);
+    ck_assert_int_eq(a->axis, b->axis);
+    ck_assert_int_eq(a->n_groups, b->n_groups);
+    ck_assert_int_eq(a->n_levels, b->n_levels);
+    ck_assert_int_eq(a->dim, b->dim);
+    assert_equal_floats(a->codebook, b->codebook, a->n_levels);
+    assert_equal_floats(a->lower, b->lower, SAMPLE_D);
+    assert_equal_floats(a->upper, b->upper, SAMPLE_D);
+    ck_assert(memcmp(&a->fit, &b->fit, sizeof a->fit) == 0); // seven fields of eight bytes, no padding
+}
+
+#define ASSERT_SAME_TEXT(member)   ck_assert_str_eq(a->member, b->member)
+#define ASSERT_SAME_INT(member)    ck_assert_int_eq(a->member, b->member)
+#define ASSERT_SAME_DOUBLE(member) ck_assert(a->member == b->member)
+
+static inline void assert_equal(const kvq_artifact *a, const kvq_artifact *b) {
+    ASSERT_SAME_TEXT(model.architecture);
+    ASSERT_SAME_TEXT(model.name);
+    ASSERT_SAME_TEXT(model.config_sha256);
+    ASSERT_SAME_TEXT(model.weights_sha256);
+    ASSERT_SAME_INT(model.n_layers);
+    ASSERT_SAME_INT(model.hidden_size);
+    ASSERT_SAME_INT(model.n_heads);
+    ASSERT_SAME_INT(model.n_kv_heads);
+    ASSERT_SAME_INT(model.head_dim);
+    ASSERT_SAME_INT(model.vocab_size);
+    ASSERT_SAME_DOUBLE(model.rope_theta);
+    ASSERT_SAME_TEXT(model.rope_type);
+    ASSERT_SAME_TEXT(model.dtype);
+    ASSERT_SAME_INT(model.n_tensors);
+    ASSERT_SAME_TEXT(tokenizer.kind);
+    ASSERT_SAME_TEXT(tokenizer.sha256);
+    ASSERT_SAME_INT(tokenizer.bos_added);
+    ASSERT_SAME_TEXT(dataset.source);
+    ASSERT_SAME_TEXT(dataset.source_sha256);
+    ASSERT_SAME_TEXT(dataset.token_ids_sha256);
+    ASSERT_SAME_INT(dataset.n_available_tokens);
+    ASSERT_SAME_INT(dataset.n_samples);
+    ASSERT_SAME_INT(dataset.seq_len);
+    ck_assert_uint_eq(a->dataset.seed, b->dataset.seed);
+    ASSERT_SAME_DOUBLE(quantizer.outlier_fraction);
+    ASSERT_SAME_INT(quantizer.n_side_k);
+    ASSERT_SAME_INT(quantizer.n_side_v);
+    ASSERT_SAME_INT(quantizer.sink_tokens);
+    ASSERT_SAME_INT(quantizer.weighting);
+    ASSERT_SAME_TEXT(quantizer.scheme);
+    ASSERT_SAME_TEXT(provenance.producer_version);
+    ASSERT_SAME_TEXT(provenance.matmul);
+    ASSERT_SAME_TEXT(provenance.cpu);
+    ASSERT_SAME_TEXT(provenance.options_json);
+    ASSERT_SAME_DOUBLE(baseline_nll);
+    for (int64_t layer = 0; layer < a->model.n_layers; layer++) {
+        assert_equal_tensors(&a->layers[layer].k, &b->layers[layer].k);
+        assert_equal_tensors(&a->layers[layer].v, &b->layers[layer].v);
+    }
+}
+
+// "<folder of the test>/name", valid until the next call.
+static inline char *sample_path(const char *name) {
+    static char path[256];
+    (void)snprintf(path, sizeof path, "%s/%s", kvq_test_folder(), name);
+    return path;
 }
 
 #endif

@@ -82,7 +82,7 @@ load common
   fails 2 kvq-calibrate --model m --text a -o b --seed -1
   contains "$stderr" "--seed: '-1'"
   fails 2 kvq-calibrate --model m --text a -o b --outliers 11%
-  contains "$stderr" "--outliers: 10% is not between 0% and 5%"
+  contains "$stderr" "--outliers: 11% is not between 0% and 10%"
   fails 2 kvq-calibrate --model m --text a -o b --threads 0
   contains "$stderr" "--threads: 0 is not between 1 and"
   fails 2 kvq-validate --model m --text a --bos maybe
