@@ -10,7 +10,8 @@
 typedef struct kvq_scratch kvq_scratch;
 #define KVQ_SCRATCH_GRADIENT (-1)
 
-kvq_status kvq_scratch_create(const kvq_context *ctx, const char *folder, int64_t n_boundaries, int64_t window_floats, kvq_scratch **out, kvq_error *err);
+kvq_status kvq_scratch_create(const kvq_context *ctx, const char *folder, int64_t n_boundaries, int64_t window_floats,
+                              kvq_scratch **out, kvq_error *err);
 void       kvq_scratch_destroy(const kvq_context *ctx, kvq_scratch **scratch);
 // boundary: 0 .. n_boundaries - 1 or KVQ_SCRATCH_GRADIENT
 kvq_status kvq_scratch_write(kvq_scratch *scratch, int64_t boundary, int64_t window, const float *x, kvq_error *err);

@@ -145,7 +145,7 @@ static kvq_status count_block(const count_job *job, int64_t item, int worker, kv
                                            : sinks - first < n ? sinks - first
                                                                : n};
     bool              weighted = s->options->weighting != KVQ_WEIGHT_NONE;
-    return kvq_histogram_count_rows(s->ctx, s->histograms[2 * worker + tensor], &job->specs[tensor], x + first * s->d,
+    return kvq_histogram_count_rows(s->histograms[2 * worker + tensor], &job->specs[tensor], x + first * s->d,
                                     weighted ? w + first * s->d : NULL, n, options, err);
 }
 

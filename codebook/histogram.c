@@ -179,12 +179,10 @@ static kvq_status select_and_count(row_counter *rc, const float *x, const float 
     return status;
 }
 
-kvq_status kvq_histogram_count_rows(const kvq_context *ctx, kvq_histogram *h, const kvq_block_spec *spec,
-                                    const float *x, const float *weights, int64_t n_rows, kvq_count_options options,
-                                    kvq_error *err) {
+kvq_status kvq_histogram_count_rows(kvq_histogram *h, const kvq_block_spec *spec, const float *x, const float *weights,
+                                    int64_t n_rows, kvq_count_options options, kvq_error *err) {
     kvq_status  status = check_spec(spec, n_rows, options.n_skip, err);
     row_counter rc;
-    (void)ctx;
     if (status != KVQ_OK) return status;
     rc.h = h;
     rc.spec = spec;

@@ -4,10 +4,12 @@
 // bit accounting, and the in-memory form of what kvq stores (the artifact). Pure arithmetic on arrays; knows no files
 // and no models.
 //
-// How is a codebook made?  Elements are normalised to [-1, 1] (per channel for K with fixed thresholds, per token for V),
+// How is a codebook made?  Elements are normalised to [-1, 1] (per channel for K with fixed thresholds, per token for
+// V),
 //   elements kept apart as outliers and the sink tokens left out, the rest counted into 2^16 bins with their weights,
 //   and the levels are the exact optimum of weighted squared error over the bins.
-// Which weights?  Fisher information times the squared range (KVQuant, arXiv 2401.18079, Eq. 7): the squared gradient of
+// Which weights?  Fisher information times the squared range (KVQuant, arXiv 2401.18079, Eq. 7): the squared gradient
+// of
 //   the loss with respect to the element, because an error in normalised units is r times larger in real ones.
 // How many samples?  The effective sample size says: (sum w)^2 / sum w^2. Fewer than some hundreds per level is noise.
 // Why a histogram?  Adding into bins is associative in fixed point: any order, thread or process count gives the same
@@ -31,7 +33,8 @@ typedef struct kvq_radix kvq_radix;
 #define KVQ_RADIX_PASSES 3
 
 // ranks [n_ranks], 0-based ascending positions in sorted order, the same for every column.
-kvq_status kvq_radix_create(const kvq_context *ctx, int64_t n_columns, const int64_t *ranks, int n_ranks, kvq_radix **out, kvq_error *err);
+kvq_status kvq_radix_create(const kvq_context *ctx, int64_t n_columns, const int64_t *ranks, int n_ranks,
+                            kvq_radix **out, kvq_error *err);
 void       kvq_radix_destroy(const kvq_context *ctx, kvq_radix **radix);
 // Counts a block x [n_rows, n_columns] into the current pass. Values must be finite.
 void kvq_radix_push(const kvq_context *ctx, kvq_radix *radix, const float *x, int64_t n_rows);
@@ -51,7 +54,8 @@ float             kvq_quantile_interpolate(float low, float high, double fractio
 
 // Per-channel K thresholds of a two-sided outlier fraction o (0: minimum and maximum) over x [n_rows, n_columns], which
 // is the layer's K without sink rows. lower, upper: [n_columns].
-kvq_status kvq_thresholds(const kvq_context *ctx, const float *x, int64_t n_rows, int64_t n_columns, double fraction, float *lower, float *upper, kvq_error *err);
+kvq_status kvq_thresholds(const kvq_context *ctx, const float *x, int64_t n_rows, int64_t n_columns, double fraction,
+                          float *lower, float *upper, kvq_error *err);
 
 // Middle and half width of a range in f32: z = (u + l) / 2, r = (u - l) / 2.
 static inline float kvq_range_middle(float lower, float upper) { return (upper + lower) / 2.0f; }
@@ -84,13 +88,15 @@ double     kvq_histogram_effective_samples(const kvq_histogram *h); // (sum w)^2
 // Counts the rows x [n_rows, d] of one tensor by the decoder's own rule (kvq_block_hd.h): outliers apart, the rest
 // normalised. Element weight: weights[row, c] * r^2 (r of the channel for K, of the token for V), or weights alone when
 // range_squared is false; weights NULL = 1. spec->z, r NULL means the V rule. Rows below n_skip are sinks and left out.
-// KVQ_ERR_NUMERICAL, naming row and channel, for a non-finite element or weight, a negative weight, or one outside the range
-// of the fixed-point sums; h then holds a part of the rows. Allocates nothing, so it may be called in parallel loops.
+// KVQ_ERR_NUMERICAL, naming row and channel, for a non-finite element or weight, a negative weight, or one outside the
+// range of the fixed-point sums; h then holds a part of the rows. Allocates nothing, so it may be called in parallel
+// loops.
 typedef struct kvq_count_options {
     bool    range_squared;
     int64_t n_skip;
 } kvq_count_options;
-kvq_status kvq_histogram_count_rows(const kvq_context *ctx, kvq_histogram *h, const kvq_block_spec *spec, const float *x, const float *weights, int64_t n_rows, kvq_count_options options, kvq_error *err);
+kvq_status kvq_histogram_count_rows(kvq_histogram *h, const kvq_block_spec *spec, const float *x, const float *weights,
+                                    int64_t n_rows, kvq_count_options options, kvq_error *err);
 
 // ---------------------------------------------------------------- exact k-means
 
@@ -100,15 +106,17 @@ typedef struct kvq_weighted_point {
 } kvq_weighted_point;
 
 // The k levels minimising sum w (x - level)^2 over n sorted points: dynamic programming over runs with the monotone
-// minimum property (divide and conquer), O(k n log n); the global optimum, not a local one (Wang and Song, Ckmeans.1d.dp, 2011).
-// Points of weight 0 are ignored. Fewer distinct weighted positions than k: those positions, the last one repeated.
-// No weight at all: every point counts as 1. No points: all levels 0.
-// Results: levels [k] ascending, *cost = the sum at the optimum (recomputed from the levels, f64).
-kvq_status kvq_kmeans_exact(const kvq_context *ctx, const kvq_weighted_point *points, int64_t n, int k, double *levels, double *cost, kvq_error *err);
+// minimum property (divide and conquer), O(k n log n); the global optimum, not a local one (Wang and Song,
+// Ckmeans.1d.dp, 2011). Points of weight 0 are ignored. Fewer distinct weighted positions than k: those positions, the
+// last one repeated. No weight at all: every point counts as 1. No points: all levels 0. Results: levels [k] ascending,
+// *cost = the sum at the optimum (recomputed from the levels, f64).
+kvq_status kvq_kmeans_exact(const kvq_context *ctx, const kvq_weighted_point *points, int64_t n, int k, double *levels,
+                            double *cost, kvq_error *err);
 
-// Lloyd's iteration from k-means++ seeds (Arthur and Vassilvitskii 2007), best of n_starts: the baseline that users know,
-// kept only to compare with. Stops when no point moves or after max_rounds.
-kvq_status kvq_kmeans_lloyd(const kvq_context *ctx, const kvq_weighted_point *points, int64_t n, int k, uint64_t seed, int n_starts, int max_rounds, double *levels, double *cost, kvq_error *err);
+// Lloyd's iteration from k-means++ seeds (Arthur and Vassilvitskii 2007), best of n_starts: the baseline that users
+// know, kept only to compare with. Stops when no point moves or after max_rounds.
+kvq_status kvq_kmeans_lloyd(const kvq_context *ctx, const kvq_weighted_point *points, int64_t n, int k, uint64_t seed,
+                            int n_starts, int max_rounds, double *levels, double *cost, kvq_error *err);
 
 // ---------------------------------------------------------------- the artifact in memory
 
@@ -128,11 +136,11 @@ typedef struct kvq_fit_report {
 
 // One tensor (K or V) of one layer. Which fields are set depends on the axis: K has thresholds per channel, V has none.
 typedef struct kvq_tensor_quant {
-    int            bits;
-    kvq_axis       axis;
-    int            n_groups, n_levels, dim; // codebook [n_groups, n_levels, dim]; 1, 2^bits, 1 for one scalar table per layer
-    float         *codebook;                // ascending within a group
-    float         *lower, *upper;           // [Hkv, D] or NULL
+    int      bits;
+    kvq_axis axis;
+    int      n_groups, n_levels, dim; // codebook [n_groups, n_levels, dim]; 1, 2^bits, 1 for one scalar table per layer
+    float   *codebook;                // ascending within a group
+    float   *lower, *upper;           // [Hkv, D] or NULL
     kvq_fit_report fit;
 } kvq_tensor_quant;
 
@@ -157,8 +165,8 @@ typedef struct kvq_artifact {
         bool  bos_added;
     } tokenizer;
     struct {
-        char    *source; // file name without its path, or "self"
-        char     source_sha256[KVQ_SHA256_HEX]; // of the text; "" for self-generated
+        char    *source;                           // file name without its path, or "self"
+        char     source_sha256[KVQ_SHA256_HEX];    // of the text; "" for self-generated
         char     token_ids_sha256[KVQ_SHA256_HEX]; // int32 little-endian, [N, S]
         int64_t  n_available_tokens, n_samples, seq_len;
         uint64_t seed;
@@ -190,7 +198,8 @@ kvq_block_spec kvq_tensor_block_spec(const kvq_tensor_quant *tensor, int d, int 
 // ---------------------------------------------------------------- fit
 
 // Levels of one histogram: 2^bits ascending f32 values into codebook, and the report.
-kvq_status kvq_fit_histogram(const kvq_context *ctx, const kvq_histogram *h, int bits, float *codebook, kvq_fit_report *report, kvq_error *err);
+kvq_status kvq_fit_histogram(const kvq_context *ctx, const kvq_histogram *h, int bits, float *codebook,
+                             kvq_fit_report *report, kvq_error *err);
 
 // ---------------------------------------------------------------- bit accounting
 

@@ -96,7 +96,7 @@ typedef struct kvq_progress {
 // never changed by the library; two contexts never share state. Callbacks may be NULL and are called from the thread
 // that called the library.
 typedef struct kvq_context {
-    int  n_threads; // 1 or more; changes speed only, never a result
+    int n_threads; // 1 or more; changes speed only, never a result
     void *(*alloc)(void *user, size_t bytes);
     void (*release)(void *user, void *p);
     void (*log)(void *user, kvq_log_level level, const char *text);
@@ -115,7 +115,7 @@ void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t done
 // KVQ_ERR_MEMORY (naming `what`) when the product overflows or memory runs out; `*out` is then untouched.
 // A count of 0 gives a valid pointer.
 kvq_status kvq_alloc(const kvq_context *ctx, int64_t count, size_t size, const char *what, void **out, kvq_error *err);
-void       kvq_free(const kvq_context *ctx, void *p); // NULL is fine
+void       kvq_free(const kvq_context *ctx, void *p);            // NULL is fine
 char      *kvq_strdup(const kvq_context *ctx, const char *text); // NULL when out of memory; kvq_free
 
 // Typed form: KVQ_NEW(ctx, n, "weights", &p, err) takes the element size from the pointer.
@@ -134,20 +134,26 @@ void kvq_parallel_for(const kvq_context *ctx, int64_t n_items, kvq_parallel_fn b
 #define KVQ_SHA256_HEX 65 // 64 lower-case digits and the final zero
 
 typedef struct kvq_sha256 kvq_sha256;
-kvq_status kvq_sha256_create(kvq_sha256 **out, kvq_error *err);
-void       kvq_sha256_push(kvq_sha256 *hash, const void *data, size_t bytes);
-void       kvq_sha256_finalize(kvq_sha256 **hash, char hex[KVQ_SHA256_HEX]); // destroys the state
-kvq_status kvq_sha256_of(const void *data, size_t bytes, char hex[KVQ_SHA256_HEX], kvq_error *err);
+kvq_status                kvq_sha256_create(kvq_sha256 **out, kvq_error *err);
+void                      kvq_sha256_push(kvq_sha256 *hash, const void *data, size_t bytes);
+void                      kvq_sha256_finalize(kvq_sha256 **hash, char hex[KVQ_SHA256_HEX]); // destroys the state
+kvq_status                kvq_sha256_of(const void *data, size_t bytes, char hex[KVQ_SHA256_HEX], kvq_error *err);
 
 // ---------------------------------------------------------------- random numbers
 
 // Philox4x32-10 (Salmon et al., SC 2011): a counter-based generator, so a number depends on its key alone and never on
 // the order of calls. Key: the user's seed. Counter: a purpose (one of kvq_rng_purpose), a stream, an index.
-typedef enum kvq_rng_purpose { KVQ_RNG_WINDOWS = 1, KVQ_RNG_SELF_TEXT = 2, KVQ_RNG_KMEANS = 3, KVQ_RNG_TEST = 99 } kvq_rng_purpose;
+typedef enum kvq_rng_purpose {
+    KVQ_RNG_WINDOWS = 1,
+    KVQ_RNG_SELF_TEXT = 2,
+    KVQ_RNG_KMEANS = 3,
+    KVQ_RNG_TEST = 99
+} kvq_rng_purpose;
 
 void     kvq_rng_block(uint64_t seed, uint32_t purpose, uint32_t stream, uint64_t index, uint32_t out[4]);
-double   kvq_rng_uniform(uint64_t seed, uint32_t purpose, uint32_t stream, uint64_t index);               // [0, 1), 53 bits
-uint64_t kvq_rng_below(uint64_t seed, uint32_t purpose, uint32_t stream, uint64_t index, uint64_t bound); // [0, bound), unbiased up to 2^-64
+double   kvq_rng_uniform(uint64_t seed, uint32_t purpose, uint32_t stream, uint64_t index); // [0, 1), 53 bits
+uint64_t kvq_rng_below(uint64_t seed, uint32_t purpose, uint32_t stream, uint64_t index,
+                       uint64_t bound); // [0, bound), unbiased up to 2^-64
 
 // ---------------------------------------------------------------- order-independent sums
 

@@ -2,7 +2,8 @@
 //
 // The few words that let one header be compiled as C11, as C++ and by nvcc, and the conversions between f32 and the
 // 16-bit float formats. Everything here is pure arithmetic without state. `_hd` in a file name means host and device:
-// such headers use fixed-width integers, explicit casts, no designated array initialisers and no variable-length arrays.
+// such headers use fixed-width integers, explicit casts, no designated array initialisers and no variable-length
+// arrays.
 #ifndef KVQ_HD_H
 #define KVQ_HD_H
 
@@ -16,10 +17,10 @@
 #endif
 
 #ifdef __cplusplus
-#define KVQ_RESTRICT __restrict__
+#define KVQ_RESTRICT                       __restrict__
 #define KVQ_STATIC_ASSERT(condition, text) static_assert(condition, text)
 #else
-#define KVQ_RESTRICT restrict
+#define KVQ_RESTRICT                       restrict
 #define KVQ_STATIC_ASSERT(condition, text) _Static_assert(condition, text)
 #endif
 

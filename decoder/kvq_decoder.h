@@ -19,12 +19,14 @@ extern "C" {
 // K and V of one layer and one sequence as an engine would store them: the first sink_tokens tokens in f16, the rest as
 // rows of kvq_block_hd.h. Keys are stored before RoPE.
 typedef struct kvq_packed_layer kvq_packed_layer;
-kvq_status kvq_packed_layer_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t layer, int64_t capacity, kvq_packed_layer **out, kvq_error *err);
+kvq_status kvq_packed_layer_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t layer,
+                                   int64_t capacity, kvq_packed_layer **out, kvq_error *err);
 void       kvq_packed_layer_destroy(const kvq_context *ctx, kvq_packed_layer **cache);
 void       kvq_packed_layer_reset(kvq_packed_layer *cache); // length 0; the memory is kept
-// Appends n tokens; k, v [n, d] in backend memory. KVQ_ERR_USAGE beyond the capacity, KVQ_ERR_NUMERICAL when a number does
-// not fit into f16 (layer, tensor, position are named).
-kvq_status kvq_packed_layer_append(const kvq_backend *be, kvq_packed_layer *cache, const float *k, const float *v, int64_t n, kvq_error *err);
+// Appends n tokens; k, v [n, d] in backend memory. KVQ_ERR_USAGE beyond the capacity, KVQ_ERR_NUMERICAL when a number
+// does not fit into f16 (layer, tensor, position are named).
+kvq_status kvq_packed_layer_append(const kvq_backend *be, kvq_packed_layer *cache, const float *k, const float *v,
+                                   int64_t n, kvq_error *err);
 // Decodes positions [0, length) into k, v [length, d].
 void    kvq_packed_layer_decode(const kvq_backend *be, const kvq_packed_layer *cache, float *k, float *v);
 int64_t kvq_packed_layer_length(const kvq_packed_layer *cache);
@@ -38,30 +40,32 @@ typedef struct kvq_mean {
 } kvq_mean;
 kvq_mean kvq_mean_of(const double *values, int64_t n); // stderr = sqrt(sum (x - mean)^2 / (n - 1) / n)
 
-// Perplexity = exp(mean nll in nats). dppl is the relative change, ppl_quantized / ppl_baseline - 1, and its error follows
-// from the paired differences of the windows' mean nll by the delta method.
+// Perplexity = exp(mean nll in nats). dppl is the relative change, ppl_quantized / ppl_baseline - 1, and its error
+// follows from the paired differences of the windows' mean nll by the delta method.
 typedef struct kvq_validation {
-    bool     has_artifact;       // false: only the baseline fields are set
-    int64_t  n_windows, seq_len, tokens_scored; // N * (S - 1)
-    kvq_mean baseline_nll, quantized_nll;       // nats per token, over windows
-    kvq_mean difference_nll;                    // paired
-    double   baseline_ppl, quantized_ppl;
-    kvq_mean dppl;                              // relative; 0.01 = 1 %
-    kvq_mean kld;                               // KL(baseline || quantized), nats per token
-    kvq_mean top1;                              // share of positions where both prefer the same token
-    kvq_cache_size size;                        // of one window
-    double   effective_bits;
-    double  *window_baseline_nll, *window_quantized_nll, *window_kld, *window_top1; // [N], means over S - 1 positions
+    bool           has_artifact;                      // false: only the baseline fields are set
+    int64_t        n_windows, seq_len, tokens_scored; // N * (S - 1)
+    kvq_mean       baseline_nll, quantized_nll;       // nats per token, over windows
+    kvq_mean       difference_nll;                    // paired
+    double         baseline_ppl, quantized_ppl;
+    kvq_mean       dppl; // relative; 0.01 = 1 %
+    kvq_mean       kld;  // KL(baseline || quantized), nats per token
+    kvq_mean       top1; // share of positions where both prefer the same token
+    kvq_cache_size size; // of one window
+    double         effective_bits;
+    double *window_baseline_nll, *window_quantized_nll, *window_kld, *window_top1; // [N], means over S - 1 positions
 } kvq_validation;
 void kvq_validation_free(const kvq_context *ctx, kvq_validation *validation);
 
 // Scores every window with full precision and, when artifact is not NULL, with every K and V of the window replaced by
 // what the packed cache gives back (KVQuant's protocol). Both passes run over the same windows side by side; memory is
 // one layer of weights plus the hidden states of a group of windows.
-kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact, const kvq_windows *windows, kvq_validation *out, kvq_error *err);
+kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
+                        const kvq_windows *windows, kvq_validation *out, kvq_error *err);
 
 // KVQ_ERR_MISMATCH when the artifact was made for another model; names the first field that differs.
-kvq_status kvq_artifact_matches(const kvq_artifact *artifact, const kvq_model_config *config, const kvq_checkpoint_identity *identity, kvq_error *err);
+kvq_status kvq_artifact_matches(const kvq_artifact *artifact, const kvq_model_config *config,
+                                const kvq_checkpoint_identity *identity, kvq_error *err);
 
 // ---------------------------------------------------------------- gates
 

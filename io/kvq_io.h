@@ -34,9 +34,10 @@ typedef struct kvq_output {
 // KVQ_ERR_EXISTS when path exists and force is false; KVQ_ERR_DISK when the folder cannot be written.
 kvq_status kvq_output_begin(const kvq_context *ctx, const char *path, bool force, kvq_output *out, kvq_error *err);
 kvq_status kvq_output_commit(const kvq_context *ctx, kvq_output *output, kvq_error *err); // also frees
-void       kvq_output_discard(const kvq_context *ctx, kvq_output *output);               // harmless after commit
+void       kvq_output_discard(const kvq_context *ctx, kvq_output *output);                // harmless after commit
 // The whole sequence for a block of memory.
-kvq_status kvq_write_file(const kvq_context *ctx, const char *path, bool force, const void *data, size_t bytes, kvq_error *err);
+kvq_status kvq_write_file(const kvq_context *ctx, const char *path, bool force, const void *data, size_t bytes,
+                          kvq_error *err);
 
 const char *kvq_file_name(const char *path); // the part after the last slash; trailing slashes are ignored by callers
 
@@ -52,19 +53,19 @@ typedef struct kvq_model_config {
     int64_t n_layers, hidden_size, intermediate_size, vocab_size, max_positions;
     int     n_heads, n_kv_heads, head_dim;
     float   rms_norm_eps;
-    bool    tied_head;                          // the embedding is also the output matrix
+    bool    tied_head; // the embedding is also the output matrix
     bool    qkv_bias, o_bias, mlp_bias;
     struct {
         kvq_rope_type type;
         double        theta;
-        int           n_dims;                   // leading channels of a head that are rotated, = head_dim unless partial
-        double        factor;                   // linear, llama3, yarn
-        double        low_freq_factor, high_freq_factor;    // llama3
+        int           n_dims; // leading channels of a head that are rotated, = head_dim unless partial
+        double        factor; // linear, llama3, yarn
+        double        low_freq_factor, high_freq_factor;      // llama3
         double        beta_fast, beta_slow, attention_factor; // yarn; attention_factor 0 = 0.1 ln(factor) + 1
-        int64_t       original_max_positions;   // llama3, yarn
-        const float  *frequency_divisors;       // [n_dims / 2] given by a GGUF, or NULL; points into the mapping
+        int64_t       original_max_positions;                 // llama3, yarn
+        const float  *frequency_divisors; // [n_dims / 2] given by a GGUF, or NULL; points into the mapping
     } rope;
-    int64_t bos_id, eos_id;                     // -1 = none
+    int64_t bos_id, eos_id; // -1 = none
 } kvq_model_config;
 
 // The weights of a decoder by their Hugging Face names ("model.layers.0.self_attn.q_proj.weight"), whatever the file
@@ -72,28 +73,30 @@ typedef struct kvq_model_config {
 typedef struct kvq_checkpoint kvq_checkpoint;
 
 // path: a Hugging Face directory (config.json with model.safetensors, or shards with model.safetensors.index.json;
-// F32, F16, BF16) or one GGUF file (v2, v3; F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K .. Q6_K). All headers are
-// validated here, and the presence and shape of every tensor the config implies.
+// F32, F16, BF16) or one GGUF file (v2, v3; F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K .. Q6_K). All headers
+// are validated here, and the presence and shape of every tensor the config implies.
 kvq_status kvq_checkpoint_open(const kvq_context *ctx, const char *path, kvq_checkpoint **out, kvq_error *err);
 void       kvq_checkpoint_close(const kvq_context *ctx, kvq_checkpoint **checkpoint);
 
 const kvq_model_config *kvq_checkpoint_config(const kvq_checkpoint *checkpoint);
 
 typedef struct kvq_checkpoint_identity {
-    char    name[256];                       // directory or file name, no path
-    char    config_sha256[KVQ_SHA256_HEX];   // of config.json, or of the GGUF's metadata section
-    char    weights_sha256[KVQ_SHA256_HEX];  // over name, type, shape and stored bytes of every used tensor, by name
-    char    dtype[16];                       // stored type of most weight bytes, "BF16", "Q4_1"
+    char    name[256];                      // directory or file name, no path
+    char    config_sha256[KVQ_SHA256_HEX];  // of config.json, or of the GGUF's metadata section
+    char    weights_sha256[KVQ_SHA256_HEX]; // over name, type, shape and stored bytes of every used tensor, by name
+    char    dtype[16];                      // stored type of most weight bytes, "BF16", "Q4_1"
     int64_t n_tensors, weight_bytes;
 } kvq_checkpoint_identity;
 // Reads all weights once to hash them.
-kvq_status kvq_checkpoint_identify(const kvq_context *ctx, const kvq_checkpoint *checkpoint, kvq_checkpoint_identity *out, kvq_error *err);
+kvq_status kvq_checkpoint_identify(const kvq_context *ctx, const kvq_checkpoint *checkpoint,
+                                   kvq_checkpoint_identity *out, kvq_error *err);
 
 bool kvq_checkpoint_has(const kvq_checkpoint *checkpoint, const char *name);
-// Rows [row, row + n_rows) of a matrix [n_total_rows, n_columns] (a vector is one row) as f32, in Hugging Face row order
-// (q and k rows of a GGUF are un-permuted from interleaved pairs). Fails when the tensor is missing, has another shape,
-// or holds NaN or Inf (KVQ_ERR_NUMERICAL naming tensor, row, column). Safe to call from several threads.
-kvq_status kvq_checkpoint_read(const kvq_checkpoint *checkpoint, const char *name, int64_t n_total_rows, int64_t n_columns, int64_t row, int64_t n_rows, float *out, kvq_error *err);
+// Rows [row, row + n_rows) of a matrix [n_total_rows, n_columns] (a vector is one row) as f32, in Hugging Face row
+// order (q and k rows of a GGUF are un-permuted from interleaved pairs). Fails when the tensor is missing, has another
+// shape, or holds NaN or Inf (KVQ_ERR_NUMERICAL naming tensor, row, column). Safe to call from several threads.
+kvq_status kvq_checkpoint_read(const kvq_checkpoint *checkpoint, const char *name, int64_t n_total_rows,
+                               int64_t n_columns, int64_t row, int64_t n_rows, float *out, kvq_error *err);
 
 // Where the tokenizer of this checkpoint lives: the same path (kvq_tokenizer_open knows both forms).
 
@@ -123,10 +126,11 @@ typedef struct kvq_ids {
 } kvq_ids;
 void kvq_ids_free(const kvq_context *ctx, kvq_ids *ids);
 
-// Appends the ids of `text` (n bytes, UTF-8; malformed bytes become U+FFFD as the respective framework does it) taken as
-// one string. Nothing is added in front or behind. parse_special: special tokens written out in the text become their
-// ids, as frameworks do by default; otherwise they are ordinary text.
-kvq_status kvq_tokenizer_encode(const kvq_context *ctx, const kvq_tokenizer *tokenizer, const char *text, size_t n, bool parse_special, kvq_ids *ids, kvq_error *err);
+// Appends the ids of `text` (n bytes, UTF-8; malformed bytes become U+FFFD as the respective framework does it) taken
+// as one string. Nothing is added in front or behind. parse_special: special tokens written out in the text become
+// their ids, as frameworks do by default; otherwise they are ordinary text.
+kvq_status kvq_tokenizer_encode(const kvq_context *ctx, const kvq_tokenizer *tokenizer, const char *text, size_t n,
+                                bool parse_special, kvq_ids *ids, kvq_error *err);
 
 // Token ids from a .npy file (version 1 or 2, little-endian i2, i4, i8, u2 or u4, one dimension, C order).
 // Ids must lie in [0, vocab_size): the first that does not is named with its index.
@@ -136,20 +140,24 @@ kvq_status kvq_ids_read_npy(const kvq_context *ctx, const char *path, int64_t vo
 
 // HDF5, format 1.0, layout in docs/format.md. Written by temporary file and rename, read back and its content hash
 // compared before the rename. Identical content gives identical bytes. content_sha256 receives the hash.
-kvq_status kvq_artifact_write(const kvq_context *ctx, const kvq_artifact *artifact, const char *path, bool force, char content_sha256[KVQ_SHA256_HEX], kvq_error *err);
+kvq_status kvq_artifact_write(const kvq_context *ctx, const kvq_artifact *artifact, const char *path, bool force,
+                              char content_sha256[KVQ_SHA256_HEX], kvq_error *err);
 // Reads and verifies: format name, version, every shape and value range, content hash (KVQ_ERR_INTEGRITY).
-kvq_status kvq_artifact_read(const kvq_context *ctx, const char *path, kvq_artifact **out, char content_sha256[KVQ_SHA256_HEX], kvq_error *err);
+kvq_status kvq_artifact_read(const kvq_context *ctx, const char *path, kvq_artifact **out,
+                             char content_sha256[KVQ_SHA256_HEX], kvq_error *err);
 
 // ---------------------------------------------------------------- exports
 
-// One row per target: name, what loads the result, what it carries, whether it needs a model, how to write it and how to
-// check it. kvq_export_targets returns the table; *n_targets receives its length.
+// One row per target: name, what loads the result, what it carries, whether it needs a model, how to write it and how
+// to check it. kvq_export_targets returns the table; *n_targets receives its length.
 typedef struct kvq_export_target {
     const char *name, *files, *consumer, *carries;
-    kvq_status (*write)(const kvq_context *ctx, const kvq_artifact *artifact, const char *content_sha256, const char *path, bool force, kvq_error *err);
+    kvq_status (*write)(const kvq_context *ctx, const kvq_artifact *artifact, const char *content_sha256,
+                        const char *path, bool force, kvq_error *err);
     // Reads the file back with an independent reader and compares it with the artifact. *max_error receives the
     // largest absolute difference of any number; KVQ_ERR_INTEGRITY names the first field that differs in kind.
-    kvq_status (*check)(const kvq_context *ctx, const kvq_artifact *artifact, const char *content_sha256, const char *path, double *max_error, kvq_error *err);
+    kvq_status (*check)(const kvq_context *ctx, const kvq_artifact *artifact, const char *content_sha256,
+                        const char *path, double *max_error, kvq_error *err);
 } kvq_export_target;
 const kvq_export_target *kvq_export_targets(int *n_targets);
 const kvq_export_target *kvq_export_find(const char *name); // NULL when there is none

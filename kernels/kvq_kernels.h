@@ -17,14 +17,14 @@
 extern "C" {
 #endif
 
-// Shape of one attention call over one window, causal: query i sees keys j with j <= i, and i - j < window if window > 0.
-// Query head h reads KV head h / (n_heads / n_kv_heads).
+// Shape of one attention call over one window, causal: query i sees keys j with j <= i, and i - j < window if window >
+// 0. Query head h reads KV head h / (n_heads / n_kv_heads).
 typedef struct kvq_attention_shape {
-    int64_t n_tokens;             // S
-    int     n_heads, n_kv_heads;  // H, Hkv
-    int     head_dim;             // D
-    int64_t window;               // 0 = unlimited
-    float   scale;                // multiplies the scores, usually 1 / sqrt(D)
+    int64_t n_tokens;            // S
+    int     n_heads, n_kv_heads; // H, Hkv
+    int     head_dim;            // D
+    int64_t window;              // 0 = unlimited
+    float   scale;               // multiplies the scores, usually 1 / sqrt(D)
 } kvq_attention_shape;
 
 // What is compared per scored position by `compare`.
@@ -44,7 +44,8 @@ struct kvq_backend {
     void (*destroy)(kvq_backend **be);
 
     // ---- memory
-    kvq_status (*alloc)(const kvq_backend *be, int64_t n_floats, const char *what, float **out, kvq_error *err); // zeroed
+    kvq_status (*alloc)(const kvq_backend *be, int64_t n_floats, const char *what, float **out,
+                        kvq_error *err); // zeroed
     void (*release)(const kvq_backend *be, float *p);
     void (*upload)(const kvq_backend *be, float *to, const float *host_from, int64_t n);
     void (*download)(const kvq_backend *be, float *host_to, const float *from, int64_t n);
@@ -54,18 +55,22 @@ struct kvq_backend {
 
     // ---- linear layers; w is [n_out, n_in] as checkpoints store it
     // y [m, n_out] = x [m, n_in] w^T + bias [n_out] (NULL = none)
-    void (*linear)(const kvq_backend *be, const float *x, const float *w, const float *bias, float *y, int64_t m, int64_t n_out, int64_t n_in);
+    void (*linear)(const kvq_backend *be, const float *x, const float *w, const float *bias, float *y, int64_t m,
+                   int64_t n_out, int64_t n_in);
     // dx [m, n_in] (+)= dy [m, n_out] w; accumulate adds to what dx holds
-    void (*linear_backward)(const kvq_backend *be, const float *dy, const float *w, float *dx, int64_t m, int64_t n_out, int64_t n_in, bool accumulate);
+    void (*linear_backward)(const kvq_backend *be, const float *dy, const float *w, float *dx, int64_t m, int64_t n_out,
+                            int64_t n_in, bool accumulate);
 
     // ---- row operations
     // y [m, n] = x / sqrt(mean(x^2) + eps) * w [n]; the mean in f64 (Zhang and Sennrich 2019). y may be x.
     void (*rmsnorm)(const kvq_backend *be, const float *x, const float *w, float eps, float *y, int64_t m, int64_t n);
     // dx [m, n] += d loss / d x
-    void (*rmsnorm_backward)(const kvq_backend *be, const float *x, const float *w, float eps, const float *dy, float *dx, int64_t m, int64_t n);
+    void (*rmsnorm_backward)(const kvq_backend *be, const float *x, const float *w, float eps, const float *dy,
+                             float *dx, int64_t m, int64_t n);
     // Rotates x [m, n_heads, head_dim] in place: channels (i, i + rot/2) of a head by the angle whose cosine and sine
     // lie in cos_table, sin_table [m, rot/2]; channels from rot on pass. direction -1 rotates back (the gradient).
-    void (*rope)(const kvq_backend *be, float *x, const float *cos_table, const float *sin_table, int direction, int64_t m, int n_heads, int head_dim, int rot);
+    void (*rope)(const kvq_backend *be, float *x, const float *cos_table, const float *sin_table, int direction,
+                 int64_t m, int n_heads, int head_dim, int rot);
     // y [n] = silu(gate) * up, silu(g) = g / (1 + exp(-g))
     void (*silu_mul)(const kvq_backend *be, const float *gate, const float *up, float *y, int64_t n);
     // gate and up are replaced by their gradients
@@ -74,20 +79,28 @@ struct kvq_backend {
     // ---- attention of one window; q, out [S, H, D], k, v [S, Hkv, D], all after RoPE
     // Scratch is found by *_scratch_floats and passed in; it belongs to the caller.
     int64_t (*attention_scratch_floats)(const kvq_backend *be, const kvq_attention_shape *shape, bool backward);
-    void (*attention)(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k, const float *v, float *out, float *scratch);
+    void (*attention)(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
+                      const float *v, float *out, float *scratch);
     // dq, dk, dv are overwritten; scores are recomputed from q and k
-    void (*attention_backward)(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k, const float *v, const float *out, const float *dout, float *dq, float *dk, float *dv, float *scratch);
+    void (*attention_backward)(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
+                               const float *v, const float *out, const float *dout, float *dq, float *dk, float *dv,
+                               float *scratch);
     // One new token for each of n_seqs sequences: q, out [n_seqs, H, D]; caches [n_seqs, capacity, Hkv, D] of which the
     // first n_past + 1 positions are valid (the new token's K and V already stored). scratch: [n_seqs * H, capacity]
-    void (*attention_step)(const kvq_backend *be, const kvq_attention_shape *shape, int64_t n_seqs, int64_t n_past, int64_t capacity, const float *q, const float *k_cache, const float *v_cache, float *out, float *scratch);
+    void (*attention_step)(const kvq_backend *be, const kvq_attention_shape *shape, int64_t n_seqs, int64_t n_past,
+                           int64_t capacity, const float *q, const float *k_cache, const float *v_cache, float *out,
+                           float *scratch);
 
     // ---- loss; logits [m, n_vocab], targets and results in host memory
     // nll[i] = log-sum-exp(logits[i]) - logits[i][target]; when scale != 0 the logits are replaced by the gradient of
     // scale * nll. Log-sum-exp in f64.
-    void (*cross_entropy)(const kvq_backend *be, float *logits, const int32_t *host_targets, int64_t m, int64_t n_vocab, double scale, double *host_nll);
-    void (*compare)(const kvq_backend *be, const float *logits_a, const float *logits_b, const int32_t *host_targets, int64_t m, int64_t n_vocab, kvq_position_score *host_out);
+    void (*cross_entropy)(const kvq_backend *be, float *logits, const int32_t *host_targets, int64_t m, int64_t n_vocab,
+                          double scale, double *host_nll);
+    void (*compare)(const kvq_backend *be, const float *logits_a, const float *logits_b, const int32_t *host_targets,
+                    int64_t m, int64_t n_vocab, kvq_position_score *host_out);
     // Draws one token per row by inverse CDF of softmax(logits) at host_u[i] in [0, 1)
-    void (*sample)(const kvq_backend *be, const float *logits, const double *host_u, int64_t m, int64_t n_vocab, int32_t *host_ids);
+    void (*sample)(const kvq_backend *be, const float *logits, const double *host_u, int64_t m, int64_t n_vocab,
+                   int32_t *host_ids);
 
     // ---- KV codec: `spec` and `rows` are host memory today; x [m, d]
     // encode returns the index of the first row with a number that f16 cannot hold, or -1

@@ -19,7 +19,8 @@ typedef struct kvq_model kvq_model;
 
 // Borrows backend and checkpoint. resident keeps every expanded layer once it was used (decoding needs all layers for
 // each token); otherwise a layer's weights live from kvq_layer_load to kvq_layer_release.
-kvq_status kvq_model_create(const kvq_context *ctx, const kvq_backend *be, const kvq_checkpoint *checkpoint, bool resident, kvq_model **out, kvq_error *err);
+kvq_status kvq_model_create(const kvq_context *ctx, const kvq_backend *be, const kvq_checkpoint *checkpoint,
+                            bool resident, kvq_model **out, kvq_error *err);
 void       kvq_model_destroy(const kvq_context *ctx, kvq_model **model);
 const kvq_model_config *kvq_model_describe(const kvq_model *model);
 
@@ -49,24 +50,30 @@ typedef kvq_status (*kvq_kv_hook)(void *user, int64_t layer, float *k, float *v,
 
 // x [S, C] -> the next layer's input, in place. hook may be NULL. KVQ_ERR_NUMERICAL names layer, tensor, position and
 // channel when K, V or the result are not finite.
-kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens, float *x, kvq_kv_hook hook, void *user, kvq_error *err);
+kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens, float *x,
+                             kvq_kv_hook hook, void *user, kvq_error *err);
 
 // Recomputes the layer from its input x [S, C], then turns dx = d loss / d output into d loss / d input in place, and
 // leaves K, V and their gradients in the views below until the next call.
-kvq_status kvq_layer_backward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens, const float *x, float *dx, kvq_error *err);
+kvq_status kvq_layer_backward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens,
+                              const float *x, float *dx, kvq_error *err);
 
 typedef struct kvq_kv_view { // backend memory, [S, Hkv * D], valid until the workspace is used again
     const float *k, *v, *dk, *dv;
 } kvq_kv_view;
 kvq_kv_view kvq_workspace_kv(const kvq_workspace *ws);
 
-// Next-token loss of one window: host_nll [S - 1] receives -log p(ids[t + 1] | ids[..t]) in nats. When dx is not NULL it
-// receives d(mean of host_nll) / dx. Logits exist for a block of rows at a time, never for the whole window.
-kvq_status kvq_head_loss(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const int32_t *ids, int64_t n_tokens, const float *x, float *dx, double *host_nll, kvq_error *err);
+// Next-token loss of one window: host_nll [S - 1] receives -log p(ids[t + 1] | ids[..t]) in nats. When dx is not NULL
+// it receives d(mean of host_nll) / dx. Logits exist for a block of rows at a time, never for the whole window.
+kvq_status kvq_head_loss(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const int32_t *ids,
+                         int64_t n_tokens, const float *x, float *dx, double *host_nll, kvq_error *err);
 // The same positions scored for two final hidden states of one window.
-kvq_status kvq_head_compare(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const int32_t *ids, int64_t n_tokens, const float *x_a, const float *x_b, kvq_position_score *host_scores, kvq_error *err);
+kvq_status kvq_head_compare(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const int32_t *ids,
+                            int64_t n_tokens, const float *x_a, const float *x_b, kvq_position_score *host_scores,
+                            kvq_error *err);
 // Logits [n_rows, V] of rows of x, for tests and sampling; logits is backend memory.
-kvq_status kvq_head_logits(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const float *x, int64_t n_rows, float *logits, kvq_error *err);
+kvq_status kvq_head_logits(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const float *x, int64_t n_rows,
+                           float *logits, kvq_error *err);
 
 // ---------------------------------------------------------------- decoding
 
@@ -74,8 +81,10 @@ kvq_status kvq_head_logits(kvq_model *model, const kvq_head *head, kvq_workspace
 typedef struct kvq_decode kvq_decode;
 kvq_status kvq_decode_create(kvq_model *model, int64_t n_seqs, int64_t capacity, kvq_decode **out, kvq_error *err);
 void       kvq_decode_destroy(kvq_model *model, kvq_decode **decode);
-// Appends ids [n_seqs] (host) at the next position; *logits [n_seqs, V] (backend memory) stay valid until the next step.
-kvq_status kvq_decode_step(kvq_model *model, kvq_decode *decode, const int32_t *ids, const float **logits, kvq_error *err);
+// Appends ids [n_seqs] (host) at the next position; *logits [n_seqs, V] (backend memory) stay valid until the next
+// step.
+kvq_status kvq_decode_step(kvq_model *model, kvq_decode *decode, const int32_t *ids, const float **logits,
+                           kvq_error *err);
 
 #ifdef __cplusplus
 }

@@ -27,11 +27,16 @@ typedef struct kvq_test_case {
     int                 n_loops; // 0 = once; otherwise _i runs over [0, n_loops)
 } kvq_test_case;
 
-#define KVQ_CASE(test) {#test, (const TTest *const *)&test, KVQ_NEEDS_NOTHING, 0}
-#define KVQ_LOOP(test, n) {#test, (const TTest *const *)&test, KVQ_NEEDS_NOTHING, n}
-#define KVQ_GOLDEN_CASE(test) {#test, (const TTest *const *)&test, KVQ_NEEDS_SHARED, 0}
-#define KVQ_GOLDEN_LOOP(test, n) {#test, (const TTest *const *)&test, KVQ_NEEDS_SHARED, n}
-#define KVQ_SMOLLM2_CASE(test) {#test, (const TTest *const *)&test, KVQ_NEEDS_SHARED | KVQ_NEEDS_SMOLLM2, 0}
+#define KVQ_CASE(test)                                                                                                 \
+    { #test, (const TTest *const *)&test, KVQ_NEEDS_NOTHING, 0 }
+#define KVQ_LOOP(test, n)                                                                                              \
+    { #test, (const TTest *const *)&test, KVQ_NEEDS_NOTHING, n }
+#define KVQ_GOLDEN_CASE(test)                                                                                          \
+    { #test, (const TTest *const *)&test, KVQ_NEEDS_SHARED, 0 }
+#define KVQ_GOLDEN_LOOP(test, n)                                                                                       \
+    { #test, (const TTest *const *)&test, KVQ_NEEDS_SHARED, n }
+#define KVQ_SMOLLM2_CASE(test)                                                                                         \
+    { #test, (const TTest *const *)&test, KVQ_NEEDS_SHARED | KVQ_NEEDS_SMOLLM2, 0 }
 
 // Runs all cases, each in a forked process with a time limit, prints every failure and then the line
 // "<suite>: N passed, N failed, N skipped". Returns the exit status for main.
@@ -51,8 +56,8 @@ void kvq_test_failed(kvq_status status, kvq_status expected, const kvq_error *er
 
 // Reference arrays: golden.json names dtype, shape and offset of arrays in golden.bin.
 typedef struct kvq_golden kvq_golden;
-kvq_golden    *kvq_golden_open(const char *folder_under_shared, const char *stem);
-void           kvq_golden_close(kvq_golden *golden);
+kvq_golden               *kvq_golden_open(const char *folder_under_shared, const char *stem);
+void                      kvq_golden_close(kvq_golden *golden);
 const float   *kvq_golden_f32(const kvq_golden *golden, const char *name, int64_t *n_elements); // NULL when absent
 const int32_t *kvq_golden_i32(const kvq_golden *golden, const char *name, int64_t *n_elements);
 

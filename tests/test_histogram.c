@@ -117,11 +117,10 @@ static void random_rows(row_set *rows, bool keys, int n_side) {
 }
 
 static void count(kvq_histogram *h, const row_set *rows, int64_t first, int64_t n, kvq_count_options options) {
-    kvq_context ctx = kvq_test_context();
-    kvq_error   err = {0};
-    kvq_test_ok(kvq_histogram_count_rows(&ctx, h, &rows->spec, rows->x + first * D, rows->weights + first * D, n,
-                                         options, &err),
-                &err);
+    kvq_error err = {0};
+    kvq_test_ok(
+        kvq_histogram_count_rows(h, &rows->spec, rows->x + first * D, rows->weights + first * D, n, options, &err),
+        &err);
 }
 
 // _i: keys or values
@@ -194,13 +193,12 @@ END_TEST
 
 // Without weights every element counts as 1; a value row is normalised with the f16 middle and half width.
 START_TEST(a_value_row_by_hand) {
-    kvq_context       ctx = kvq_test_context();
     kvq_error         err = {0};
     kvq_histogram    *h = new_histogram();
     const float       x[6] = {9, 1, -8, 5, 2, 3}; // outliers 9 and -8; the rest 1 .. 5: z = 3, r = 2
     kvq_block_spec    spec = {6, 2, 1, NULL, NULL, NULL};
     kvq_count_options options = {true, 0};
-    kvq_test_ok(kvq_histogram_count_rows(&ctx, h, &spec, x, NULL, 1, options, &err), &err);
+    kvq_test_ok(kvq_histogram_count_rows(h, &spec, x, NULL, 1, options, &err), &err);
     static const int BINS[4] = {0, 16384, 32768, 65535};
     for (int i = 0; i < 4; i++) {
         ck_assert_int_eq(h->bins[BINS[i]].n, 1);
@@ -213,7 +211,6 @@ END_TEST
 
 START_TEST(bad_rows_are_refused_with_their_place) {
     static row_set    rows;
-    kvq_context       ctx = kvq_test_context();
     kvq_error         err = {0};
     kvq_histogram    *h = new_histogram();
     kvq_count_options options = {true, 0};
@@ -233,25 +230,25 @@ START_TEST(bad_rows_are_refused_with_their_place) {
         random_rows(&rows, true, 1);
         rows.x[5 * D + 3] = 3;
         (EXAMPLES[i].in_weights ? rows.weights : rows.x)[5 * D + 3] = EXAMPLES[i].value;
-        kvq_test_failed(kvq_histogram_count_rows(&ctx, h, &rows.spec, rows.x, rows.weights, N_ROWS, options, &err),
+        kvq_test_failed(kvq_histogram_count_rows(h, &rows.spec, rows.x, rows.weights, N_ROWS, options, &err),
                         KVQ_ERR_NUMERICAL, &err, EXAMPLES[i].message);
         options.n_skip = 6; // a sink row is not looked at
-        kvq_test_ok(kvq_histogram_count_rows(&ctx, h, &rows.spec, rows.x, rows.weights, N_ROWS, options, &err), &err);
+        kvq_test_ok(kvq_histogram_count_rows(h, &rows.spec, rows.x, rows.weights, N_ROWS, options, &err), &err);
         options.n_skip = 0;
     }
     random_rows(&rows, true, D / 2);
-    kvq_test_failed(kvq_histogram_count_rows(&ctx, h, &rows.spec, rows.x, NULL, 1, options, &err), KVQ_ERR_USAGE, &err,
+    kvq_test_failed(kvq_histogram_count_rows(h, &rows.spec, rows.x, NULL, 1, options, &err), KVQ_ERR_USAGE, &err,
                     "rows of 40 channels cannot have 20 outliers on each side");
     random_rows(&rows, true, 1);
-    kvq_test_failed(kvq_histogram_count_rows(&ctx, h, &rows.spec, rows.x, NULL, -1, options, &err), KVQ_ERR_USAGE, &err,
+    kvq_test_failed(kvq_histogram_count_rows(h, &rows.spec, rows.x, NULL, -1, options, &err), KVQ_ERR_USAGE, &err,
                     "-1 rows");
     rows.r[9] = (float)INFINITY;
-    kvq_test_failed(kvq_histogram_count_rows(&ctx, h, &rows.spec, rows.x, NULL, 1, options, &err), KVQ_ERR_NUMERICAL,
-                    &err, "channel 9");
+    kvq_test_failed(kvq_histogram_count_rows(h, &rows.spec, rows.x, NULL, 1, options, &err), KVQ_ERR_NUMERICAL, &err,
+                    "channel 9");
     random_rows(&rows, false, 1);
     for (int c = 0; c < D; c += 2) rows.x[2 * D + c] = 2e5f; // the half width of row 2 is about 10^5
-    kvq_test_failed(kvq_histogram_count_rows(&ctx, h, &rows.spec, rows.x, NULL, N_ROWS, options, &err),
-                    KVQ_ERR_NUMERICAL, &err, "row 2: the middle or half width of its range exceeds f16");
+    kvq_test_failed(kvq_histogram_count_rows(h, &rows.spec, rows.x, NULL, N_ROWS, options, &err), KVQ_ERR_NUMERICAL,
+                    &err, "row 2: the middle or half width of its range exceeds f16");
     drop(&h);
 }
 END_TEST
@@ -412,8 +409,8 @@ static kvq_status whole_stage(const kvq_context *ctx, const row_set *rows, kvq_e
     double             levels[2], cost;
     KVQ_TRY(kvq_thresholds(ctx, rows->x, N_ROWS, D, 0.05, lower, upper, err));
     KVQ_TRY(kvq_histogram_create(ctx, &h, err));
-    KVQ_TRY(kvq_histogram_count_rows(ctx, h, &rows->spec, rows->x, rows->weights, N_ROWS, (kvq_count_options){true, 0},
-                                     err));
+    KVQ_TRY(
+        kvq_histogram_count_rows(h, &rows->spec, rows->x, rows->weights, N_ROWS, (kvq_count_options){true, 0}, err));
     KVQ_TRY(kvq_fit_histogram(ctx, h, 2, codebook, &report, err));
     KVQ_TRY(kvq_kmeans_lloyd(ctx, points, 3, 2, 1, 1, 5, levels, &cost, err));
     KVQ_TRY(kvq_artifact_create(ctx, 2, &artifact, err));
