@@ -5,8 +5,8 @@
 
 #include "kvq_calib.h"
 
-// A folder of files, one per layer boundary plus one for the gradient, each [n_windows, window_floats] f32. Files come
-// into being when first written; the folder and all of them are gone after destroy.
+// One file per layer boundary plus one for the gradient, each [n_windows, window_floats] f32, on the disk of `folder`.
+// The files have no names, and a folder that did not exist before is removed again at once: nothing can be left behind.
 typedef struct kvq_scratch kvq_scratch;
 #define KVQ_SCRATCH_GRADIENT (-1)
 

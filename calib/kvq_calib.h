@@ -5,9 +5,9 @@
 // Forward, layer 0 .. L-1: every window's layer input goes to scratch files, K of one layer is kept for its exact
 // quantiles. Backward, layer L-1 .. 0: each window is recomputed from scratch, its K, V and their gradients are counted
 // into the histograms of that layer, the layer is fitted and forgotten.
-// Memory: one layer of weights + one window's activations + one layer's K + two histograms per thread; it does not grow
-// with the number of layers, and with the number of windows only through one layer's K. Scratch on disk: (L + 1) * T *
-// C f32.
+// Memory: one layer of weights + one window's activations + one layer's K or two histograms per thread; it does not
+// grow with the number of layers, and with the number of windows only through one layer's K. Scratch on disk: (L + 2) *
+// T * C f32.
 #ifndef KVQ_CALIB_H
 #define KVQ_CALIB_H
 
@@ -25,7 +25,7 @@ typedef struct kvq_calib_options {
     double        outlier_fraction; // two-sided, 0 .. 0.1; 0 = no outliers
     int64_t       sink_tokens;      // first tokens of a window kept in f16 and out of the statistics, 0 .. S - 1
     kvq_weighting weighting;
-    const char   *scratch_dir; // created, and removed at the end whatever the outcome
+    const char   *scratch_dir; // decides the disk; its files have no names and end with the process
 } kvq_calib_options;
 kvq_calib_options kvq_calib_options_default(void); // 3 bits, 1 %, 1 sink, fisher-scaled
 

@@ -34,13 +34,19 @@ kvq_status kvq_calib_options_check(const kvq_calib_options *o, const kvq_model_c
                         "--seq-len %lld: the model was made for at most %lld positions", (long long)seq_len,
                         (long long)config->max_positions);
     }
-    if (o->sink_tokens < 0 || o->sink_tokens >= seq_len) {
+    // the last token of a window predicts nothing, so its Fisher weights are exactly zero
+    int64_t most_sinks = seq_len - (o->weighting == KVQ_WEIGHT_NONE ? 1 : 2);
+    if (o->sink_tokens < 0 || o->sink_tokens > most_sinks) {
         return kvq_fail(err, KVQ_ERR_USAGE, NULL,
                         "--sink-tokens %lld: must lie in 0 .. %lld for windows of %lld tokens",
-                        (long long)o->sink_tokens, (long long)(seq_len - 1), (long long)seq_len);
+                        (long long)o->sink_tokens, (long long)most_sinks, (long long)seq_len);
     }
     int n_side = kvq_block_n_side(o->outlier_fraction, d);
-    if (2 * n_side >= d || n_side > KVQ_BLOCK_MAX_SIDE || d >= (int)KVQ_NO_CHANNEL) {
+    if (d >= (int)KVQ_NO_CHANNEL) {
+        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL, "K and V have %d channels per token: at most %d can be stored",
+                        d, (int)KVQ_NO_CHANNEL - 1);
+    }
+    if (2 * n_side >= d || n_side > KVQ_BLOCK_MAX_SIDE) {
         return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "use a smaller --outliers",
                         "K and V have %d channels: %d outliers on either side do not fit", d, n_side);
     }
@@ -57,7 +63,8 @@ kvq_calib_plan kvq_calib_estimate(const kvq_context *ctx, const kvq_model *model
     int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim, tokens = n_windows * seq_len;
     int64_t                 histograms = 2 * ctx->n_threads * (int64_t)(KVQ_HISTOGRAM_BINS * sizeof(kvq_bin));
     int64_t window = 4 * (kvq_workspace_floats(model, seq_len, true) + 2 * seq_len * c->hidden_size + 4 * seq_len * d);
-    int64_t layer = 4 * layer_floats(c) + 4 * tokens * d + histograms, head = 4 * c->vocab_size * c->hidden_size;
+    int64_t kv = 4 * tokens * d > histograms ? 4 * tokens * d : histograms; // never both at a time
+    int64_t layer = 4 * layer_floats(c) + kv, head = 4 * c->vocab_size * c->hidden_size;
     double  layer_flops = 2.0 * (double)layer_floats(c) * (double)tokens;
     double  attention =
         2.0 * (double)(c->n_heads * c->head_dim) * (double)tokens * (double)seq_len; // QK and PV, causal half

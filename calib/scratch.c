@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Hidden states on disk; see calib_impl.h.
+//
+// Hidden states on disk; see calib_impl.h. All files are opened and unlinked before the first byte is written: two runs
+// in one folder cannot meet, and however a run ends, also by a signal, the system takes the space back.
 #include <errno.h>
-#include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -10,49 +12,52 @@
 #include "calib_impl.h"
 
 struct kvq_scratch {
-    char   *folder;
+    char   *folder; // for messages
     int64_t n_boundaries, window_floats;
-    int    *files; // [n_boundaries + 1], the gradient last; -1 = not open
+    int    *files; // [n_boundaries + 1], the gradient last; -1 = closed
 };
 
 static int64_t slot_of(const kvq_scratch *s, int64_t boundary) {
     return boundary == KVQ_SCRATCH_GRADIENT ? s->n_boundaries : boundary;
 }
 
-static void path_of(const kvq_scratch *s, int64_t slot, char *path, size_t size) {
-    if (slot == s->n_boundaries) {
-        (void)snprintf(path, size, "%s/gradient.f32", s->folder);
-    } else {
-        (void)snprintf(path, size, "%s/boundary-%04lld.f32", s->folder, (long long)slot);
-    }
+static kvq_status scratch_failure(const char *folder, const char *what, kvq_error *err) {
+    return kvq_fail(err, KVQ_ERR_DISK, "free some disk space or choose another folder with --work-dir",
+                    "%s: cannot %s: %s", folder, what, strerror(errno));
 }
 
-static kvq_status scratch_failure(const kvq_scratch *s, int64_t slot, const char *verb, kvq_error *err) {
+// A file without a name.
+static kvq_status open_file(const char *folder, int *file, kvq_error *err) {
     char path[4096];
-    path_of(s, slot, path, sizeof path);
-    return kvq_fail(err, KVQ_ERR_DISK, "free some disk space or choose another folder with --work-dir",
-                    "%s: cannot %s scratch file: %s", path, verb, strerror(errno));
+    if (snprintf(path, sizeof path, "%s/kvq-scratch-XXXXXX", folder) >= (int)sizeof path) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "choose a shorter --work-dir", "%.64s...: the path is too long", folder);
+    }
+    *file = mkstemp(path);
+    if (*file < 0) return scratch_failure(folder, "create a scratch file", err);
+    (void)unlink(path);
+    return KVQ_OK;
 }
 
 kvq_status kvq_scratch_create(const kvq_context *ctx, const char *folder, int64_t n_boundaries, int64_t window_floats,
                               kvq_scratch **out, kvq_error *err) {
     kvq_scratch *s = NULL;
+    bool         made_folder = false;
     kvq_status   status = KVQ_OK;
     KVQ_TRY(KVQ_NEW(ctx, 1, "scratch", &s, err));
     KVQ_TRY(KVQ_NEW(ctx, n_boundaries + 1, "scratch files", &s->files, err));
     s->n_boundaries = n_boundaries;
     s->window_floats = window_floats;
-    for (int64_t i = 0; i <= n_boundaries; i++) s->files[i] = -1;
-    s->folder = kvq_strdup(ctx, folder); // before the folder exists, so that destroy can always remove it
+    for (int64_t slot = 0; slot <= n_boundaries; slot++) s->files[slot] = -1;
+    s->folder = kvq_strdup(ctx, folder);
     if (s->folder == NULL) KVQ_TRY(kvq_fail(err, KVQ_ERR_MEMORY, NULL, "scratch folder name"));
-    if (mkdir(folder, 0777) != 0 && errno != EEXIST) {
-        KVQ_TRY(kvq_fail(err, KVQ_ERR_DISK, "choose another folder with --work-dir",
-                         "%s: cannot create the scratch folder: %s", folder, strerror(errno)));
-    }
+    made_folder = mkdir(folder, 0777) == 0;
+    if (!made_folder && errno != EEXIST) KVQ_TRY(scratch_failure(folder, "create the scratch folder", err));
+    for (int64_t slot = 0; slot <= n_boundaries; slot++) KVQ_TRY(open_file(folder, &s->files[slot], err));
     *out = s;
     s = NULL;
 
 done:
+    if (made_folder) (void)rmdir(folder);
     kvq_scratch_destroy(ctx, &s);
     return status;
 }
@@ -60,9 +65,7 @@ done:
 void kvq_scratch_destroy(const kvq_context *ctx, kvq_scratch **scratch) {
     kvq_scratch *s = *scratch;
     if (s == NULL) return;
-    for (int64_t slot = 0; s->files != NULL && s->folder != NULL && slot <= s->n_boundaries; slot++)
-        kvq_scratch_drop(s, slot);
-    if (s->folder != NULL) (void)rmdir(s->folder); // stays when it holds somebody else's files
+    for (int64_t slot = 0; s->files != NULL && slot <= s->n_boundaries; slot++) kvq_scratch_drop(s, slot);
     kvq_free(ctx, s->files);
     kvq_free(ctx, s->folder);
     kvq_free(ctx, s);
@@ -70,30 +73,19 @@ void kvq_scratch_destroy(const kvq_context *ctx, kvq_scratch **scratch) {
 }
 
 void kvq_scratch_drop(kvq_scratch *s, int64_t boundary) {
-    char    path[4096];
     int64_t slot = slot_of(s, boundary);
-    if (s->files[slot] < 0) return;
-    (void)close(s->files[slot]);
+    if (s->files[slot] >= 0) (void)close(s->files[slot]);
     s->files[slot] = -1;
-    path_of(s, slot, path, sizeof path);
-    (void)unlink(path);
 }
 
 kvq_status kvq_scratch_write(kvq_scratch *s, int64_t boundary, int64_t window, const float *x, kvq_error *err) {
-    int64_t     slot = slot_of(s, boundary);
     size_t      bytes = (size_t)s->window_floats * sizeof *x;
     off_t       at = (off_t)((size_t)window * bytes);
     const char *from = (const char *)x;
-    if (s->files[slot] < 0) {
-        char path[4096];
-        path_of(s, slot, path, sizeof path);
-        s->files[slot] = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-        if (s->files[slot] < 0) return scratch_failure(s, slot, "create", err);
-    }
     while (bytes > 0) {
-        ssize_t n = pwrite(s->files[slot], from, bytes, at);
+        ssize_t n = pwrite(s->files[slot_of(s, boundary)], from, bytes, at);
         if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) return scratch_failure(s, slot, "write", err);
+        if (n <= 0) return scratch_failure(s->folder, "write a scratch file", err);
         from += n;
         at += n;
         bytes -= (size_t)n;
@@ -102,15 +94,14 @@ kvq_status kvq_scratch_write(kvq_scratch *s, int64_t boundary, int64_t window, c
 }
 
 kvq_status kvq_scratch_read(kvq_scratch *s, int64_t boundary, int64_t window, float *x, kvq_error *err) {
-    int64_t slot = slot_of(s, boundary);
-    size_t  bytes = (size_t)s->window_floats * sizeof *x;
-    off_t   at = (off_t)((size_t)window * bytes);
-    char   *to = (char *)x;
+    size_t bytes = (size_t)s->window_floats * sizeof *x;
+    off_t  at = (off_t)((size_t)window * bytes);
+    char  *to = (char *)x;
     while (bytes > 0) {
-        ssize_t n = pread(s->files[slot], to, bytes, at);
+        ssize_t n = pread(s->files[slot_of(s, boundary)], to, bytes, at);
         if (n < 0 && errno == EINTR) continue;
         if (n == 0) errno = ENODATA;
-        if (n <= 0) return scratch_failure(s, slot, "read", err);
+        if (n <= 0) return scratch_failure(s->folder, "read a scratch file", err);
         to += n;
         at += n;
         bytes -= (size_t)n;

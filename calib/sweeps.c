@@ -158,9 +158,7 @@ static kvq_status count_window(count_job *job, int64_t layer, kvq_error *err) {
     kvq_parallel_for(job->s->ctx, 2 * job->n_blocks, count_item, job);
     for (int64_t item = 0; item < 2 * job->n_blocks; item++) {
         if (job->statuses[item] == KVQ_OK) continue;
-        if (count_block(job, item, 0, err) == KVQ_OK) { // again, for its message; it had none if memory is back
-            (void)kvq_fail(err, job->statuses[item], NULL, "counting failed");
-        }
+        (void)count_block(job, item, 0, err); // again, for its message
         kvq_error_prefix(err, "layer %lld, %s, positions from %lld: ", (long long)layer,
                          item < job->n_blocks ? "K" : "V", (long long)(item % job->n_blocks * ROWS_PER_ITEM));
         return name_window(job->s, job->statuses[item], err);
@@ -204,13 +202,22 @@ done:
     return status;
 }
 
-static kvq_status fit_tensor(sweep *s, int tensor, kvq_tensor_quant *out, kvq_error *err) {
+// A fit without any weight would be an unweighted one under the name of a weighted one.
+static kvq_status check_weights(const sweep *s, int64_t layer, int tensor, const kvq_fit_report *fit, kvq_error *err) {
+    if (s->options->weighting == KVQ_WEIGHT_NONE || fit->n_points == 0 || fit->weight_sum > 0) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_NUMERICAL, "use more or longer windows, or --weighting none",
+                    "layer %lld, %s: the loss does not feel any of the %lld elements, their weights are all zero",
+                    (long long)layer, tensor == 0 ? "K" : "V", (long long)fit->n_points);
+}
+
+static kvq_status fit_tensor(sweep *s, int64_t layer, int tensor, kvq_tensor_quant *out, kvq_error *err) {
     kvq_histogram *total = s->histograms[tensor];
     kvq_status     status = KVQ_OK;
     for (int worker = 1; worker < s->ctx->n_threads; worker++)
         kvq_histogram_merge(total, s->histograms[2 * worker + tensor]);
     KVQ_TRY(KVQ_NEW(s->ctx, out->n_levels, "codebook", &out->codebook, err));
     KVQ_TRY(kvq_fit_histogram(s->ctx, total, out->bits, out->codebook, &out->fit, err));
+    KVQ_TRY(check_weights(s, layer, tensor, &out->fit, err));
 
 done:
     return status;
@@ -244,8 +251,8 @@ static kvq_status backward_layer(sweep *s, int64_t l, kvq_error *err) {
         KVQ_TRY(count_window(&job, l, err));
         kvq_report_progress(s->ctx, "backward", (L - 1 - l) * N + s->window + 1, L * N);
     }
-    KVQ_TRY(fit_tensor(s, 0, &quant->k, err));
-    KVQ_TRY(fit_tensor(s, 1, &quant->v, err));
+    KVQ_TRY(fit_tensor(s, l, 0, &quant->k, err));
+    KVQ_TRY(fit_tensor(s, l, 1, &quant->v, err));
     kvq_scratch_drop(s->scratch, l);
 
 done:

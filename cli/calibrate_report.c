@@ -16,8 +16,8 @@ void print_calibration_plan(kvq_cli *cli, const calibration *c) {
     kvq_cli_format_bytes((double)c->plan.memory_bytes, memory, sizeof memory);
     kvq_cli_format_bytes((double)c->plan.scratch_bytes, scratch, sizeof scratch);
 
-    kvq_cli_say(cli, "model      %s  %s  %lld layers  %d KV heads x %d", kvq_file_name(c->o->model),
-                config->architecture, (long long)config->n_layers, config->n_kv_heads, config->head_dim);
+    kvq_cli_say(cli, "model      %s  %s  %lld layers  %d KV heads x %d", c->identity.name, config->architecture,
+                (long long)config->n_layers, config->n_kv_heads, config->head_dim);
     kvq_cli_say(cli, "windows    %lld x %lld tokens  seed %llu", (long long)c->o->samples, (long long)c->seq_len,
                 (unsigned long long)c->o->seed.value);
     if (c->windows.ids != NULL) {
@@ -28,8 +28,9 @@ void print_calibration_plan(kvq_cli *cli, const calibration *c) {
     }
     kvq_cli_say(cli, "quantizer  K %d bits  V %d bits  outliers %g%%  sink tokens %lld  weighting %s", q->k_bits,
                 q->v_bits, q->outlier_fraction * 100, (long long)q->sink_tokens, kvq_weighting_name(q->weighting));
-    kvq_cli_say(cli, "needs      about %s memory  %s scratch in %s  %.3g TFLOP on %d threads with %s", memory, scratch,
-                q->scratch_dir, c->plan.tera_flops, cli->ctx.n_threads, c->be->matmul);
+    kvq_cli_say(
+        cli, "needs      about %s memory beside the mapped model  %s scratch in %s  %.3g TFLOP on %d threads with %s",
+        memory, scratch, q->scratch_dir, c->plan.tera_flops, cli->ctx.n_threads, c->be->matmul);
 }
 
 // ---------------------------------------------------------------- provenance
@@ -54,18 +55,16 @@ static kvq_status describe_options(const calibration *c, char **out, kvq_error *
 }
 
 kvq_status record_identity(kvq_cli *cli, const calibration *c, kvq_error *err) {
-    kvq_status              status = KVQ_OK;
-    kvq_artifact           *a = c->artifact;
-    kvq_checkpoint_identity identity;
-    char                    cpu[256];
-    char                   *options_json = NULL;
+    kvq_status    status = KVQ_OK;
+    kvq_artifact *a = c->artifact;
+    char          cpu[256];
+    char         *options_json = NULL;
 
-    KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, c->checkpoint, &identity, err));
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->model.name, identity.name, err));
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->model.dtype, identity.dtype, err));
-    memcpy(a->model.config_sha256, identity.config_sha256, sizeof a->model.config_sha256);
-    memcpy(a->model.weights_sha256, identity.weights_sha256, sizeof a->model.weights_sha256);
-    a->model.n_tensors = identity.n_tensors;
+    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->model.name, c->identity.name, err));
+    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->model.dtype, c->identity.dtype, err));
+    memcpy(a->model.config_sha256, c->identity.config_sha256, sizeof a->model.config_sha256);
+    memcpy(a->model.weights_sha256, c->identity.weights_sha256, sizeof a->model.weights_sha256);
+    a->model.n_tensors = c->identity.n_tensors;
 
     KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->tokenizer.kind, c->tokenizer.kind, err));
     memcpy(a->tokenizer.sha256, c->tokenizer.sha256, sizeof a->tokenizer.sha256);

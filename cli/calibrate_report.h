@@ -23,6 +23,7 @@ typedef struct calibration {
     kvq_calib_plan           plan;
     int64_t                  seq_len;
     kvq_checkpoint          *checkpoint;
+    kvq_checkpoint_identity  identity;
     kvq_backend             *be;
     kvq_model               *model;
     kvq_windows              windows;

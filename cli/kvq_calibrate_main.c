@@ -5,8 +5,7 @@
 
 #include "calibrate_report.h"
 
-#define DEFAULT_SEQ_LEN 2048
-#define MAX_PATH        4096
+#define MAX_PATH 4096
 
 static const char *const WEIGHTING_NAMES[] = {"none", "fisher", "fisher-scaled", NULL}; // in the order of kvq_weighting
 
@@ -32,7 +31,7 @@ static const kvq_cli_option OPTIONS[] = {
     {"weighting", 0, CLI_CHOICE, AT(weighting), "HOW", .help = "fisher-scaled (default), fisher or none",
      .choices = WEIGHTING_NAMES},
     {"threads", 0, CLI_COUNT, AT(common.n_threads), "N", .help = "changes speed, never a result (one per core)",
-     .min = 1, .max = 1024},
+     .min = 1, .max = KVQ_MAX_THREADS},
     {"work-dir", 0, CLI_TEXT, AT(work_dir), "DIR", .help = "scratch, removed at the end (OUT.work)"},
     {"dry-run", 'n', CLI_FLAG, AT(dry_run), NULL, .help = "print the plan, write nothing"},
     {"force", 'f', CLI_FLAG, AT(force), NULL, .help = "replace an existing output"},
@@ -94,8 +93,9 @@ static kvq_status prepare(kvq_cli *cli, calibration *c, kvq_error *err) {
     KVQ_TRY(check_output(cli, o, err));
     KVQ_TRY(kvq_checkpoint_open(&cli->ctx, o->model, &c->checkpoint, err));
     const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
-    KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, DEFAULT_SEQ_LEN, &c->seq_len, err));
+    KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, CLI_DEFAULT_SEQ_LEN, &c->seq_len, err));
     KVQ_TRY(kvq_calib_options_check(&c->options, config, c->seq_len, err));
+    KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, c->checkpoint, &c->identity, err));
     KVQ_TRY(kvq_backend_cpu(&cli->ctx, &c->be, err));
     KVQ_TRY(kvq_model_create(&cli->ctx, c->be, c->checkpoint, false, &c->model, err));
     c->plan = kvq_calib_estimate(&cli->ctx, c->model, o->samples, c->seq_len);
@@ -106,6 +106,10 @@ static kvq_status prepare(kvq_cli *cli, calibration *c, kvq_error *err) {
                                 err));
     }
     print_calibration_plan(cli, c);
+    if (!self && c->windows.n_available < o->samples * c->seq_len) {
+        kvq_log(&cli->ctx, KVQ_LOG_WARNING, "%s has fewer than %lld x %lld tokens, so windows overlap",
+                c->windows.source, (long long)o->samples, (long long)c->seq_len);
+    }
     KVQ_TRY(check_disk(c, err));
     if (self && !o->dry_run) {
         KVQ_TRY(kvq_cli_windows(cli, c->be, c->checkpoint, o->model, &o->source, &request, &c->windows, &c->tokenizer,

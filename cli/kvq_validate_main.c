@@ -8,8 +8,7 @@
 #include "kvq_cli.h"
 #include "validate_report.h"
 
-#define DEFAULT_SEQ_LEN 2048
-#define SELF_WINDOWS    4
+#define SELF_WINDOWS 4
 
 typedef struct validate_options {
     kvq_cli_common common;
@@ -39,7 +38,7 @@ static const kvq_cli_option OPTIONS[] = {
     {"allow-other-weights", 0, CLI_FLAG, AT(allow_other_weights), NULL,
      .help = "accept a model of equal shape with other weights"},
     {"threads", 0, CLI_COUNT, AT(common.n_threads), "N", .help = "changes speed, never a result (one per core)",
-     .min = 1, .max = 1024},
+     .min = 1, .max = KVQ_MAX_THREADS},
     {"json", 0, CLI_FLAG, AT(json), NULL, .help = "one JSON document on stdout (kvq.validate/1)"},
 };
 #undef AT
@@ -143,7 +142,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     r.config = kvq_checkpoint_config(checkpoint);
     r.artifact = artifact;
     r.artifact_name = o->artifact != NULL ? kvq_file_name(o->artifact) : NULL;
-    int64_t usual = artifact != NULL ? artifact->dataset.seq_len : DEFAULT_SEQ_LEN;
+    int64_t usual = artifact != NULL ? artifact->dataset.seq_len : CLI_DEFAULT_SEQ_LEN;
     KVQ_TRY(kvq_cli_seq_len(cli, r.config, o->seq_len, usual, &request.seq_len, err));
     if (r.self && request.n_windows == 0) request.n_windows = SELF_WINDOWS;
     request.seed = r.seed;

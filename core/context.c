@@ -25,7 +25,7 @@ kvq_context kvq_context_default(void) {
     return ctx;
 }
 
-kvq_status kvq_alloc(const kvq_context *ctx, int64_t count, size_t size, const char *what, void **out, kvq_error *err) {
+kvq_status kvq_alloc(const kvq_context *ctx, int64_t count, size_t size, const char *what, void *out, kvq_error *err) {
     size_t limit = SIZE_MAX / 2 - ALIGNMENT;
     if (count < 0 || size == 0 || (uint64_t)count > limit / size) {
         return kvq_fail(err, KVQ_ERR_MEMORY, NULL, "%s: %lld elements of %zu bytes are more than can be addressed",
@@ -36,7 +36,7 @@ kvq_status kvq_alloc(const kvq_context *ctx, int64_t count, size_t size, const c
     void  *p = ctx->alloc(ctx->user, padded);
     if (p == NULL) return kvq_fail(err, KVQ_ERR_MEMORY, NULL, "%s: could not allocate %zu bytes", what, bytes);
     memset(p, 0, padded);
-    *out = p;
+    memcpy(out, &p, sizeof p); // the caller's pointer has a type of its own
     return KVQ_OK;
 }
 

@@ -47,7 +47,6 @@ extern "C" {
     X(ERR_MEMORY, 6001, 6, "not enough memory", "use fewer or shorter windows, or a machine with more memory")         \
     X(ERR_DISK, 6002, 6, "writing failed", "free some disk space or choose another folder")                            \
     X(ERR_EXISTS, 2002, 2, "the output already exists", "choose another name or pass --force")                         \
-    X(ERR_INTERRUPTED, 7501, 75, "stopped by a signal", "run the same command again")                                  \
     X(ERR_INTERNAL, 9001, 70, "a defect in kvq", "please report it with the command line")
 
 typedef enum kvq_status {
@@ -96,8 +95,8 @@ typedef struct kvq_progress {
 // never changed by the library; two contexts never share state. Callbacks may be NULL and are called from the thread
 // that called the library.
 typedef struct kvq_context {
-    int n_threads; // 1 or more; changes speed only, never a result
-    void *(*alloc)(void *user, size_t bytes);
+    int n_threads;                            // 1 or more; changes speed only, never a result
+    void *(*alloc)(void *user, size_t bytes); // bytes is a multiple of 64, and the result must be aligned to 64
     void (*release)(void *user, void *p);
     void (*log)(void *user, kvq_log_level level, const char *text);
     void (*progress)(void *user, const kvq_progress *p);
@@ -111,21 +110,22 @@ void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t done
 
 // ---------------------------------------------------------------- memory
 
-// Zeroed array of `count` elements of `size` bytes, aligned to 64 bytes; release with kvq_free. Fails with
-// KVQ_ERR_MEMORY (naming `what`) when the product overflows or memory runs out; `*out` is then untouched.
-// A count of 0 gives a valid pointer.
-kvq_status kvq_alloc(const kvq_context *ctx, int64_t count, size_t size, const char *what, void **out, kvq_error *err);
+// Zeroed array of `count` elements of `size` bytes, aligned to 64 bytes; release with kvq_free. `out` is the address of
+// a pointer of any type. Fails with KVQ_ERR_MEMORY (naming `what`) when the product overflows or memory runs out;
+// `*out` is then untouched. A count of 0 gives a valid pointer.
+kvq_status kvq_alloc(const kvq_context *ctx, int64_t count, size_t size, const char *what, void *out, kvq_error *err);
 void       kvq_free(const kvq_context *ctx, void *p);            // NULL is fine
 char      *kvq_strdup(const kvq_context *ctx, const char *text); // NULL when out of memory; kvq_free
 
 // Typed form: KVQ_NEW(ctx, n, "weights", &p, err) takes the element size from the pointer.
-#define KVQ_NEW(ctx, count, what, out, err) kvq_alloc((ctx), (count), sizeof **(out), (what), (void **)(out), (err))
+#define KVQ_NEW(ctx, count, what, out, err) kvq_alloc((ctx), (count), sizeof **(out), (what), (out), (err))
 
 // ---------------------------------------------------------------- parallel work
 
 // Calls body(user, item, worker) once for every item in [0, n_items), on up to ctx->n_threads threads; worker is in
-// [0, n_threads). Which thread gets which item is not defined, so results must depend on the item alone. Library calls
-// made inside run single-threaded, whatever they are built with. Bodies must not call the context's callbacks.
+// [0, n_threads). Which thread gets which item is not defined, so results must depend on the item alone. Libraries that
+// use OpenMP run single-threaded inside. Bodies must not call the context's callbacks.
+#define KVQ_MAX_THREADS 256 // more are not used
 typedef void (*kvq_parallel_fn)(void *user, int64_t item, int worker);
 void kvq_parallel_for(const kvq_context *ctx, int64_t n_items, kvq_parallel_fn body, void *user);
 

@@ -10,8 +10,6 @@
 
 #include "kvq_core.h"
 
-#define MAX_THREADS 256
-
 typedef struct loop {
     kvq_parallel_fn body;
     void           *user;
@@ -25,7 +23,7 @@ typedef struct loop_worker {
     pthread_t thread;
 } loop_worker;
 
-// Libraries that bring their own OpenMP threads (oneDNN, OpenBLAS) must use one here: the items are what is parallel,
+// Libraries that bring their own OpenMP threads (oneDNN) must use one here: the items are what is parallel,
 // and a library that splits its sums by its thread count would give other bits.
 static void *run_items(void *argument) {
     const loop_worker *worker = argument;
@@ -37,8 +35,8 @@ static void *run_items(void *argument) {
 
 void kvq_parallel_for(const kvq_context *ctx, int64_t n_items, kvq_parallel_fn body, void *user) {
     loop        l = {.body = body, .user = user, .n_items = n_items};
-    loop_worker workers[MAX_THREADS];
-    int         n_threads = ctx->n_threads < MAX_THREADS ? ctx->n_threads : MAX_THREADS, n_started = 1;
+    loop_worker workers[KVQ_MAX_THREADS];
+    int         n_threads = ctx->n_threads < KVQ_MAX_THREADS ? ctx->n_threads : KVQ_MAX_THREADS, n_started = 1;
     if (n_items < n_threads) n_threads = (int)n_items;
     for (int i = 1; i < n_threads; i++) {
         workers[n_started] = (loop_worker){.loop = &l, .index = n_started};

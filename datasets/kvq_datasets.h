@@ -13,7 +13,6 @@ extern "C" {
 #endif
 
 typedef enum kvq_bos_policy { KVQ_BOS_AUTO, KVQ_BOS_ALWAYS, KVQ_BOS_NEVER } kvq_bos_policy;
-bool kvq_bos_parse(const char *name, kvq_bos_policy *out); // "auto", "always", "never"
 
 // Windows of equal length, each a sequence of its own: positions restart at 0 in each.
 typedef struct kvq_windows {

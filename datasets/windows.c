@@ -6,17 +6,6 @@
 #include "kvq_datasets.h"
 #include "windows_impl.h"
 
-bool kvq_bos_parse(const char *name, kvq_bos_policy *out) {
-    static const char *const NAMES[] = {
-        [KVQ_BOS_AUTO] = "auto", [KVQ_BOS_ALWAYS] = "always", [KVQ_BOS_NEVER] = "never"};
-    for (size_t i = 0; i < sizeof NAMES / sizeof *NAMES; i++) {
-        if (strcmp(NAMES[i], name) != 0) continue;
-        *out = (kvq_bos_policy)i;
-        return true;
-    }
-    return false;
-}
-
 void kvq_windows_free(const kvq_context *ctx, kvq_windows *windows) {
     kvq_free(ctx, windows->ids);
     *windows = (kvq_windows){0};

@@ -33,7 +33,8 @@ typedef struct field {
     double      low, high; // legal range of i64, int, bool and f64
 } field;
 
-#define COUNT_MAX 0x1p53 // counts beyond this are damage; and every JSON reader holds integers up to here
+#define TOKENS_MAX 0x1p31 // of one window and of one sequence; products with sizes of a model stay in 63 bits
+#define COUNT_MAX  0x1p53 // counts beyond this are damage; and every JSON reader holds integers up to here
 #define ARTIFACT(group, name, kind, member, low, high)                                                                 \
     { group, name, kind, offsetof(kvq_artifact, member), low, high }
 #define TENSOR(group, name, kind, member, low, high)                                                                   \
@@ -65,15 +66,15 @@ static const field ARTIFACT_FIELDS[] = {
     ARTIFACT("/dataset", "source_sha256", FIELD_HASH, dataset.source_sha256, 0, 0),
     ARTIFACT("/dataset", "token_ids_sha256", FIELD_HASH, dataset.token_ids_sha256, 0, 0),
     ARTIFACT("/dataset", "n_available_tokens", FIELD_I64, dataset.n_available_tokens, 0, COUNT_MAX),
-    ARTIFACT("/dataset", "n_samples", FIELD_I64, dataset.n_samples, 0, COUNT_MAX),
-    ARTIFACT("/dataset", "seq_len", FIELD_I64, dataset.seq_len, 0, COUNT_MAX),
+    ARTIFACT("/dataset", "n_samples", FIELD_I64, dataset.n_samples, 0, TOKENS_MAX),
+    ARTIFACT("/dataset", "seq_len", FIELD_I64, dataset.seq_len, 0, TOKENS_MAX),
     ARTIFACT("/dataset", "seed", FIELD_U64, dataset.seed, 0, 0),
     ARTIFACT("/dataset", "baseline_nll", FIELD_F64, baseline_nll, 0, DBL_MAX),
     ARTIFACT("/quantizer", "scheme", FIELD_TEXT, quantizer.scheme, 0, 0),
     ARTIFACT("/quantizer", "outlier_fraction", FIELD_F64, quantizer.outlier_fraction, 0, 1),
     ARTIFACT("/quantizer", "n_side_k", FIELD_INT, quantizer.n_side_k, 0, KVQ_BLOCK_MAX_SIDE),
     ARTIFACT("/quantizer", "n_side_v", FIELD_INT, quantizer.n_side_v, 0, KVQ_BLOCK_MAX_SIDE),
-    ARTIFACT("/quantizer", "sink_tokens", FIELD_I64, quantizer.sink_tokens, 0, COUNT_MAX),
+    ARTIFACT("/quantizer", "sink_tokens", FIELD_I64, quantizer.sink_tokens, 0, TOKENS_MAX),
     ARTIFACT("/quantizer", "weighting", FIELD_WEIGHTING, quantizer.weighting, 0, 0),
 };
 
@@ -514,8 +515,12 @@ static kvq_status count_layers(record_list *list, int64_t *out, kvq_error *err) 
     kvq_status    status = take(list, "/model@n_layers", RECORD_I64, 0, &r, err);
     if (status != KVQ_OK) return status;
     int64_t n = *(const int64_t *)r->data;
+    if (n < 1 || n > ARTIFACT_MAX_LAYERS) {
+        return kvq_fail(err, KVQ_ERR_INPUT, NULL, "/model@n_layers is %" PRId64 ", not between 1 and %d", n,
+                        ARTIFACT_MAX_LAYERS);
+    }
     (void)snprintf(path, sizeof path, "/layers/%03" PRId64 "/v/codebook", n - 1);
-    if (n < 1 || n > ARTIFACT_MAX_LAYERS || record_find(list, path) == NULL) {
+    if (record_find(list, path) == NULL) {
         return kvq_fail(err, KVQ_ERR_INPUT, NULL, "/model@n_layers is %" PRId64 ", but there is no %s", n, path);
     }
     *out = n;

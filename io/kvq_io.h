@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Every byte in and out: checkpoints, tokenizers, text, token ids, artifacts, exports, and files that are either
-// written whole or not at all. The only folder that sees HDF5, cJSON and PCRE2. Knows formats, never runs a model.
+// written whole or not at all. The only library that sees HDF5, cJSON and PCRE2. Knows formats, never runs a model.
 //
 // Files are not trusted: every offset, size, shape and type is checked against the file before it is used, and a
 // rejection names the file, the field or tensor, and the value.
@@ -148,7 +148,7 @@ kvq_status kvq_artifact_read(const kvq_context *ctx, const char *path, kvq_artif
 
 // ---------------------------------------------------------------- exports
 
-// One row per target: name, what loads the result, what it carries, whether it needs a model, how to write it and how
+// One row per target: name, what loads the result, what it carries, how to write it and how
 // to check it. kvq_export_targets returns the table; *n_targets receives its length.
 typedef struct kvq_export_target {
     const char *name, *files, *consumer, *carries;

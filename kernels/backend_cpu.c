@@ -53,7 +53,7 @@ kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_backend **out, kvq_error 
     if (status != KVQ_OK) return status;
     *be = (kvq_backend){
         .name = "cpu",
-        .matmul = kvq_gemm_library(),
+        .matmul = kvq_gemm_prepare(),
         .ctx = ctx,
         .destroy = destroy,
         .alloc = alloc_floats,

@@ -11,7 +11,7 @@
 // transpose_a: a is stored [k, m]; transpose_b: b is stored [n, k].
 void        kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
                      int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
-const char *kvq_gemm_library(void);
+const char *kvq_gemm_prepare(void); // keeps the library on the calling thread; returns its name
 
 void kvq_linear_cpu(const kvq_backend *be, const float *x, const float *w, const float *bias, float *y, int64_t m,
                     int64_t n_out, int64_t n_in);

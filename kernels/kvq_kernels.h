@@ -37,7 +37,7 @@ typedef struct kvq_position_score {
 typedef struct kvq_backend kvq_backend;
 struct kvq_backend {
     const char        *name;   // "cpu"
-    const char        *matmul; // library behind `linear`: "onednn 2.7", "cblas"
+    const char        *matmul; // library behind `linear`: "onednn", "cblas"
     const kvq_context *ctx;    // borrowed for the life of the backend
     void              *state;  // private
 

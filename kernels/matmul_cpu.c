@@ -4,15 +4,23 @@
 // on one thread. Threading the tiles instead of the library makes the result independent of the thread count.
 #include "kernels_impl.h"
 
-#if KVQ_MATMUL_ONEDNN
+#ifdef KVQ_MATMUL_ONEDNN
+#include <math.h>
 #include <oneapi/dnnl/dnnl.h>
 
 void kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
               int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
-    (void)dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    dnnl_status_t status =
+        dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    if (status == dnnl_success) return;
+    // Out of memory, most likely. What was in c must not pass for a result: the next check for finite numbers ends the
+    // run.
+    for (int64_t i = 0; i < m; i++) {
+        for (int64_t j = 0; j < n; j++) c[i * ldc + j] = NAN;
+    }
 }
 
-const char *kvq_gemm_library(void) { return "onednn"; }
+const char *kvq_gemm_prepare(void) { return "onednn"; } // its threads are kept at one by core/parallel.c
 #else
 #include <cblas.h>
 
@@ -22,7 +30,11 @@ void kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t 
                 (blasint)m, (blasint)n, (blasint)k, alpha, a, (blasint)lda, b, (blasint)ldb, beta, c, (blasint)ldc);
 }
 
-const char *kvq_gemm_library(void) { return "cblas"; }
+// OpenBLAS has threads of its own that follow no OpenMP setting.
+const char *kvq_gemm_prepare(void) {
+    openblas_set_num_threads(1);
+    return "cblas";
+}
 #endif
 
 // Many rows: tall tiles amortise the packing of w. Few rows (a decode step, a block of logits): cut the columns, or a

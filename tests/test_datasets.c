@@ -14,15 +14,6 @@ static kvq_ids counting(int64_t n) {
     return ids;
 }
 
-START_TEST(bos_policies_are_parsed) {
-    kvq_bos_policy policy = KVQ_BOS_NEVER;
-    ck_assert(kvq_bos_parse("auto", &policy) && policy == KVQ_BOS_AUTO);
-    ck_assert(kvq_bos_parse("always", &policy) && policy == KVQ_BOS_ALWAYS);
-    ck_assert(kvq_bos_parse("never", &policy) && policy == KVQ_BOS_NEVER);
-    ck_assert(!kvq_bos_parse("Never", &policy) && policy == KVQ_BOS_NEVER);
-}
-END_TEST
-
 // ---------------------------------------------------------------- consecutive windows
 
 START_TEST(consecutive_windows_cover_the_text_in_order) {
@@ -428,7 +419,6 @@ START_TEST(damaged_npy_does_no_harm) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    KVQ_CASE(bos_policies_are_parsed),
     KVQ_CASE(consecutive_windows_cover_the_text_in_order),
     KVQ_CASE(bos_takes_position_zero_and_no_token_is_lost),
     KVQ_CASE(windows_that_cannot_be_are_refused),
