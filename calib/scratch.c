@@ -22,7 +22,10 @@ static int64_t slot_of(const kvq_scratch *s, int64_t boundary) {
 }
 
 static kvq_status scratch_failure(const char *folder, const char *what, kvq_error *err) {
-    return kvq_fail(err, KVQ_ERR_DISK, "free some disk space or choose another folder with --work-dir",
+    bool full = errno == ENOSPC || errno == EFBIG || errno == EDQUOT;
+    return kvq_fail(err, KVQ_ERR_DISK,
+                    full ? "free some disk space or choose another folder with --work-dir"
+                         : "choose another folder with --work-dir",
                     "%s: cannot %s: %s", folder, what, strerror(errno));
 }
 

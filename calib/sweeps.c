@@ -218,6 +218,18 @@ static kvq_status fit_tensor(sweep *s, int64_t layer, int tensor, kvq_tensor_qua
     KVQ_TRY(KVQ_NEW(s->ctx, out->n_levels, "codebook", &out->codebook, err));
     KVQ_TRY(kvq_fit_histogram(s->ctx, total, out->bits, out->codebook, &out->fit, err));
     KVQ_TRY(check_weights(s, layer, tensor, &out->fit, err));
+    kvq_log(s->ctx, KVQ_LOG_DEBUG,
+            "layer %lld %s: %lld elements worth %.0f samples, %lld outliers, weighted error %.3e", (long long)layer,
+            tensor == 0 ? "K" : "V", (long long)out->fit.n_points, out->fit.effective_samples,
+            (long long)out->fit.n_outliers, out->fit.objective);
+    if (s->options->weighting != KVQ_WEIGHT_NONE && out->fit.n_points > 0 &&
+        out->fit.effective_samples < out->n_levels) {
+        kvq_log(
+            s->ctx, KVQ_LOG_WARNING,
+            "layer %lld %s: the weights make %lld elements worth %.1f samples, too few for %d levels; use more text",
+            (long long)layer, tensor == 0 ? "K" : "V", (long long)out->fit.n_points, out->fit.effective_samples,
+            out->n_levels);
+    }
 
 done:
     return status;

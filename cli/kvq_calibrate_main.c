@@ -19,7 +19,8 @@ static const kvq_cli_option OPTIONS[] = {
     {"seq-len", 0, CLI_COUNT, AT(seq_len), "S", .help = "tokens per window (2048, or all positions of the model)",
      .min = 2, .max = CLI_MAX_TOKENS},
     {"seed", 0, CLI_SEED, AT(seed), "X", .help = "decides which windows are drawn (0)"},
-    {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW", .help = "BOS token at the start of a window: auto, always, never",
+    {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW",
+     .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",
      .choices = kvq_cli_bos_names},
     {"bits", 0, CLI_COUNT, AT(bits), "B", .help = "bits per element of K and V, 2 to 4 (3)", .min = 2, .max = 4},
     {"k-bits", 0, CLI_COUNT, AT(k_bits), "B", .help = "bits of K alone", .min = 2, .max = 4},
@@ -64,14 +65,6 @@ static void resolve_options(const calibrate_options *o, const char *work_dir, kv
 
 // ---------------------------------------------------------------- one run
 
-// The output is tried before hours are spent on it.
-static kvq_status check_output(kvq_cli *cli, const calibrate_options *o, kvq_error *err) {
-    kvq_output output;
-    kvq_status status = kvq_output_begin(&cli->ctx, o->output, o->force, &output, err);
-    if (status == KVQ_OK) kvq_output_discard(&cli->ctx, &output);
-    return status;
-}
-
 // A disk that is too small is found before hours are spent on filling it.
 static kvq_status check_disk(const calibration *c, kvq_error *err) {
     double free_bytes = kvq_cli_free_bytes(c->options.scratch_dir);
@@ -90,7 +83,8 @@ static kvq_status prepare(kvq_cli *cli, calibration *c, kvq_error *err) {
     bool                     self = kvq_cli_is_self(&o->source);
     kvq_cli_window_request   request = {.n_windows = o->samples, .seed = o->seed.value, .drawn = true};
 
-    KVQ_TRY(check_output(cli, o, err));
+    const char *inputs[] = {o->model, self ? NULL : o->source.text, o->source.tokens};
+    KVQ_TRY(kvq_cli_check_output(cli, o->output, o->force, inputs, CLI_COUNT_OF(inputs), err));
     KVQ_TRY(kvq_checkpoint_open(&cli->ctx, o->model, &c->checkpoint, err));
     const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
     KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, CLI_DEFAULT_SEQ_LEN, &c->seq_len, err));

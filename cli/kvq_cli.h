@@ -113,6 +113,13 @@ void   kvq_cli_format_seconds(double s, char *out, size_t n);   // "37m52s"
 void   kvq_cli_describe_cpu(char *out, size_t n); // machine.c
 double kvq_cli_free_bytes(const char *path);      // on the disk of a path that need not exist yet; -1 = unknown
 
+// ---------------------------------------------------------------- outputs (outputs.c)
+
+// KVQ_ERR_USAGE when the output is one of the inputs (a path or NULL each) or part of an input folder, KVQ_ERR_EXISTS
+// and KVQ_ERR_DISK as kvq_output_begin. Nothing is left behind.
+kvq_status kvq_cli_check_output(kvq_cli *cli, const char *output, bool force, const char *const *inputs, int n_inputs,
+                                kvq_error *err);
+
 // ---------------------------------------------------------------- tokens (tokens.c)
 
 extern const char *const kvq_cli_bos_names[]; // in the order of kvq_bos_policy

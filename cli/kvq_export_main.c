@@ -107,6 +107,8 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     KVQ_TRY(find_target(o->target, &target, err));
     KVQ_TRY(kvq_artifact_read(&cli->ctx, o->artifact, &artifact, content_sha256, err));
     if (o->model != NULL) KVQ_TRY(check_model(cli, o->model, artifact, err));
+    const char *inputs[] = {o->artifact, o->model};
+    KVQ_TRY(kvq_cli_check_output(cli, o->output, o->force, inputs, CLI_COUNT_OF(inputs), err));
     KVQ_TRY(target->write(&cli->ctx, artifact, content_sha256, o->output, o->force, err));
     if (o->check) KVQ_TRY(target->check(&cli->ctx, artifact, content_sha256, o->output, &max_error, err));
 

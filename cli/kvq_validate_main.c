@@ -32,7 +32,8 @@ static const kvq_cli_option OPTIONS[] = {
     {"windows", 0, CLI_COUNT, AT(windows), "N", .help = "windows from the start of the text (all; 4 with self)",
      .min = 1, .max = CLI_MAX_TOKENS},
     {"seed", 0, CLI_SEED, AT(seed), "X", .help = "of --text self (one more than the artifact's, or 0)"},
-    {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW", .help = "BOS token at the start of a window: auto, always, never",
+    {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW",
+     .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",
      .choices = kvq_cli_bos_names},
     {"gate", 0, CLI_LIST, AT(gates), "EXPR", .help = "a limit such as 'dppl<=1%'; repeatable, all must hold"},
     {"allow-other-weights", 0, CLI_FLAG, AT(allow_other_weights), NULL,
@@ -95,12 +96,28 @@ done:
 }
 
 static void check_tokenizer(kvq_cli *cli, const validate_report *r) {
-    if (r->artifact == NULL || strcmp(r->tokenizer.kind, "none") == 0 ||
-        strcmp(r->artifact->tokenizer.kind, "none") == 0)
-        return;
+    if (strcmp(r->tokenizer.kind, "none") == 0 || strcmp(r->artifact->tokenizer.kind, "none") == 0) return;
     if (strcmp(r->tokenizer.sha256, r->artifact->tokenizer.sha256) == 0) return;
     kvq_log(&cli->ctx, KVQ_LOG_WARNING, "the artifact was calibrated with another tokenizer file (%s, sha256 %.12s...)",
             r->artifact->tokenizer.kind, r->artifact->tokenizer.sha256);
+}
+
+// What a user would not want to be measured in silence.
+static void warn(kvq_cli *cli, const validate_report *r) {
+    const kvq_artifact *a = r->artifact;
+    if (a == NULL) return;
+    check_tokenizer(cli, r);
+    if (a->tokenizer.bos_added != r->windows.bos_added) {
+        kvq_log(&cli->ctx, KVQ_LOG_WARNING, "calibrated %s BOS token in front of each window, measured %s (--bos)",
+                a->tokenizer.bos_added ? "with a" : "without", r->windows.bos_added ? "with one" : "without");
+    }
+    if (r->windows.source_sha256[0] != 0 && strcmp(r->windows.source_sha256, a->dataset.source_sha256) == 0) {
+        kvq_log(&cli->ctx, KVQ_LOG_WARNING, "%s is the text the artifact was calibrated on: expect flattering numbers",
+                r->windows.source);
+    }
+    if (!r->weights_checked) {
+        kvq_log(&cli->ctx, KVQ_LOG_WARNING, "--allow-other-weights: the model need not be the one that was calibrated");
+    }
 }
 
 static void print_plan(kvq_cli *cli, const validate_options *o, const validate_report *r) {
@@ -133,9 +150,12 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     kvq_artifact           *artifact = NULL;
     kvq_backend            *be = NULL;
     kvq_model              *model = NULL;
-    validate_report         r = {
-                .self = kvq_cli_is_self(&o->source), .bos = o->source.bos, .gates = gates, .n_gates = o->gates.count};
-    kvq_cli_window_request request = {.n_windows = o->windows};
+    validate_report         r = {.self = kvq_cli_is_self(&o->source),
+                                 .bos = o->source.bos,
+                                 .gates = gates,
+                                 .n_gates = o->gates.count,
+                                 .weights_checked = !o->allow_other_weights};
+    kvq_cli_window_request  request = {.n_windows = o->windows};
 
     KVQ_TRY(check_options(o, gates, err));
     KVQ_TRY(open_pair(cli, o, &r, &checkpoint, &artifact, err));
@@ -148,8 +168,8 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     request.seed = r.seed;
     KVQ_TRY(kvq_backend_cpu(&cli->ctx, &be, err));
     KVQ_TRY(kvq_cli_windows(cli, be, checkpoint, o->model, &o->source, &request, &r.windows, &r.tokenizer, err));
-    check_tokenizer(cli, &r);
     print_plan(cli, o, &r);
+    warn(cli, &r);
     KVQ_TRY(kvq_model_create(&cli->ctx, be, checkpoint, false, &model, err));
     KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &r.validation, err));
     kvq_cli_end_progress(cli);
@@ -180,11 +200,13 @@ static const kvq_cli_program PROGRAM = {
                 "    [--windows N] [--bos auto|always|never] [--gate EXPR]... [--json]\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
-    .notes = "gates: a metric (dppl, kld.mean, top1, ppl, effective_bits), <= or >=, a number or percentage.\n"
-             "exit code: 0 when every gate holds, 1 when one fails (docs/exit-codes.md has the others).\n\n"
-             "examples:\n"
-             "  kvq-validate --model llama-3.1-8b --artifact l31.kvq.h5 --text wiki.test.raw\n"
-             "  kvq-validate --model m.gguf --artifact m.kvq.h5 --text self --gate 'dppl<=1%' --json > report.json\n",
+    .notes =
+        "gates: a metric (dppl, kld.mean, top1, ppl, effective_bits), <= or >=, a limit; dppl and top1 as 1% or 0.01.\n"
+        "A gate compares the measured value itself; the standard error beside it says how far to trust it.\n"
+        "exit code: 0 when every gate holds, 1 when one fails (docs/exit-codes.md has the others).\n\n"
+        "examples:\n"
+        "  kvq-validate --model llama-3.1-8b --artifact l31.kvq.h5 --text wiki.test.raw\n"
+        "  kvq-validate --model m.gguf --artifact m.kvq.h5 --text self --gate 'dppl<=1%' --json > report.json\n",
     .run = run,
 };
 

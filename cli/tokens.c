@@ -66,6 +66,44 @@ static kvq_status check_vocabulary(const kvq_ids *ids, int64_t vocab_size, const
     return KVQ_OK;
 }
 
+// Beginnings of files that a tokenizer would turn into thousands of meaningless tokens without a word.
+static const struct {
+    const char *magic, *what;
+} NO_TEXT[] = {
+    {"\x1f\x8b", "gzip"},
+    {"\x28\xb5\x2f\xfd", "zstd"},
+    {"\xfd"
+     "7zXZ",
+     "xz"},
+    {"BZh", "bzip2"},
+    {"PK\x03\x04", "zip"},
+    {"\x89HDF", "HDF5"},
+    {"GGUF", "GGUF"},
+    {"\xff\xfe", "UTF-16"},
+    {"\xfe\xff", "UTF-16"},
+};
+
+static kvq_status check_text(kvq_cli *cli, const char *path, const kvq_mapped_file *file, kvq_error *err) {
+    const char *advice = "give plain UTF-8 text; decompress or convert it first";
+    for (int i = 0; i < CLI_COUNT_OF(NO_TEXT); i++) {
+        size_t n = strlen(NO_TEXT[i].magic);
+        if (file->bytes < n || memcmp(file->data, NO_TEXT[i].magic, n) != 0) continue;
+        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, advice, "%s: the file begins as %s, not as text", path,
+                        NO_TEXT[i].what);
+    }
+    const uint8_t *zero = file->bytes > 0 ? memchr(file->data, 0, file->bytes) : NULL;
+    if (zero != NULL) {
+        return kvq_fail(err, KVQ_ERR_INPUT, advice, "%s: byte %td is zero, so this is no text", path,
+                        zero - file->data);
+    }
+    size_t malformed = kvq_utf8_valid_prefix((const char *)file->data, file->bytes);
+    if (malformed < file->bytes) {
+        kvq_log(&cli->ctx, KVQ_LOG_WARNING, "%s: not UTF-8 from byte %zu on; malformed bytes become U+FFFD", path,
+                malformed);
+    }
+    return KVQ_OK;
+}
+
 static kvq_status read_text(kvq_cli *cli, const char *path, const char *model_path, const kvq_model_config *config,
                             token_source *source, kvq_cli_tokenizer *description, char source_sha256[KVQ_SHA256_HEX],
                             kvq_error *err) {
@@ -74,6 +112,7 @@ static kvq_status read_text(kvq_cli *cli, const char *path, const char *model_pa
     kvq_tokenizer  *tokenizer = NULL;
 
     KVQ_TRY(kvq_map_file(path, &file, err));
+    KVQ_TRY(check_text(cli, path, &file, err));
     KVQ_TRY(kvq_sha256_of(file.data, file.bytes, source_sha256, err));
     KVQ_TRY(kvq_tokenizer_open(&cli->ctx, model_path, &tokenizer, err));
     kvq_tokenizer_info info = kvq_tokenizer_describe(tokenizer);

@@ -3,6 +3,7 @@
 // The result of kvq-validate on stdout: a table for people, or one JSON document whose keys stay what they are.
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "validate_report.h"
 
@@ -40,12 +41,14 @@ void print_report_text(const validate_report *r) {
         printf("top-1        -            %-12.4f %s\n", v->top1.mean,
                plus_minus(v->top1.stderr_, 4, "", text, sizeof text));
         printf("bits         -            %-12.3f per element of a window, everything counted\n", v->effective_bits);
+        printf("+- is one standard error over %lld windows\n", (long long)v->n_windows);
     }
     for (int i = 0; i < r->n_gates; i++) {
         double      value;
         kvq_verdict verdict = kvq_gate_judge(&r->gates[i], v, &value);
-        printf("gate         %s  %s  (measured %.6g)\n", verdict == KVQ_PASS ? "PASS" : "FAIL", r->gates[i].expression,
-               value);
+        bool        percent = strchr(r->gates[i].expression, '%') != NULL;
+        printf("gate         %s  %s  (measured %.6g%s)\n", verdict == KVQ_PASS ? "PASS" : "FAIL",
+               r->gates[i].expression, percent ? 100 * value : value, percent ? "%" : "");
     }
     if (r->n_gates > 0) {
         int failed = count_failed_gates(r);
@@ -66,6 +69,7 @@ static void add_model(kvq_json *json, const validate_report *r) {
     cJSON *artifact = kvq_json_object(json, json->root, "artifact");
     kvq_json_text(json, artifact, "name", r->artifact_name);
     kvq_json_text(json, artifact, "content_sha256", r->artifact_sha256);
+    kvq_json_bool(json, artifact, "weights_checked", r->weights_checked);
 }
 
 static void add_text(kvq_json *json, const validate_report *r) {

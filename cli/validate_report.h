@@ -15,7 +15,7 @@ typedef struct validate_report {
     kvq_windows             windows;
     kvq_cli_tokenizer       tokenizer;
     int                     bos; // kvq_bos_policy
-    bool                    self;
+    bool                    self, weights_checked;
     uint64_t                seed; // of self text
     kvq_validation          validation;
     const kvq_gate         *gates;

@@ -10,6 +10,7 @@
 
 typedef struct metric {
     const char *name;
+    bool        share; // a part of one, which may be written in percent
     double (*value)(const kvq_validation *v);
 } metric;
 
@@ -21,7 +22,8 @@ static double bits_of(const kvq_validation *v) { return missing(v, v->effective_
 static double ppl_of(const kvq_validation *v) { return v->has_artifact ? v->quantized_ppl : v->baseline_ppl; }
 
 static const metric METRICS[] = {
-    {"dppl", dppl_of}, {"kld.mean", kld_of}, {"top1", top1_of}, {"ppl", ppl_of}, {"effective_bits", bits_of},
+    {"dppl", true, dppl_of}, {"kld.mean", false, kld_of},        {"top1", true, top1_of},
+    {"ppl", false, ppl_of},  {"effective_bits", false, bits_of},
 };
 #define N_METRICS (sizeof METRICS / sizeof *METRICS)
 
@@ -32,26 +34,34 @@ static kvq_status bad_gate(const char *expression, const char *why, kvq_error *e
 }
 
 kvq_status kvq_gate_parse(const char *expression, kvq_gate *out, kvq_error *err) {
-    kvq_gate    gate = {.metric = NULL};
+    kvq_gate gate = {.metric = NULL};
+    bool     share = false, percent = false;
+    while (isspace((unsigned char)*expression)) expression++;
     const char *relation = strpbrk(expression, "<>");
     if (strlen(expression) >= sizeof gate.expression) return bad_gate(expression, "too long", err);
     if (relation == NULL || relation[1] != '=') return bad_gate(expression, "there is no <= or >=", err);
     size_t length = (size_t)(relation - expression);
     while (length > 0 && isspace((unsigned char)expression[length - 1])) length--;
     for (size_t i = 0; i < N_METRICS; i++) {
-        if (strlen(METRICS[i].name) == length && strncmp(expression, METRICS[i].name, length) == 0)
-            gate.metric = METRICS[i].name;
+        if (strlen(METRICS[i].name) != length || strncmp(expression, METRICS[i].name, length) != 0) continue;
+        gate.metric = METRICS[i].name;
+        share = METRICS[i].share;
     }
     if (gate.metric == NULL) return bad_gate(expression, "unknown metric", err);
     char *end;
     gate.limit = strtod(relation + 2, &end);
     if (end == relation + 2 || !isfinite(gate.limit)) return bad_gate(expression, "the limit is not a number", err);
-    if (*end == '%') {
+    percent = *end == '%';
+    if (percent) {
         gate.limit /= 100;
         end++;
     }
     while (isspace((unsigned char)*end)) end++;
     if (*end != 0) return bad_gate(expression, "there is something behind the limit", err);
+    if (percent && !share) return bad_gate(expression, "this metric is no percentage", err);
+    // a limit of 10 for a share is 1000 %: a gate that is always open, or never
+    if (share && !percent && fabs(gate.limit) > 1)
+        return bad_gate(expression, "a limit above 1 needs a percent sign", err);
     gate.at_most = *relation == '<';
     (void)snprintf(gate.expression, sizeof gate.expression, "%s", expression);
     *out = gate;

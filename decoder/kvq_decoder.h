@@ -71,7 +71,7 @@ kvq_status kvq_artifact_matches(const kvq_artifact *artifact, const kvq_model_co
 
 typedef enum kvq_verdict { KVQ_PASS, KVQ_FAIL } kvq_verdict;
 
-// `metric operator limit`: dppl<=1%, kld.mean<=0.02, top1>=97%, ppl<=25. A percent sign divides by 100.
+// `metric operator limit`: dppl<=1%, kld.mean<=0.02, top1>=97%, ppl<=25. dppl and top1 are shares: 1% or 0.01.
 typedef struct kvq_gate {
     char        expression[64];
     const char *metric; // points to a table of names

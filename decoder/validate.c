@@ -238,7 +238,8 @@ kvq_status kvq_artifact_matches(const kvq_artifact *artifact, const kvq_model_co
     KVQ_TRY(compare_size("vocabulary", artifact->model.vocab_size, c->vocab_size, err));
     if (identity != NULL && strcmp(artifact->model.weights_sha256, identity->weights_sha256) != 0) {
         status = kvq_fail(
-            err, KVQ_ERR_MISMATCH, "use the checkpoint the artifact was made from, or pass --allow-other-weights",
+            err, KVQ_ERR_MISMATCH,
+            "use the checkpoint the artifact was made from (kvq-validate --allow-other-weights measures all the same)",
             "weights: the artifact was made for '%s' (sha256 %.12s), '%s' has %.12s", artifact->model.name,
             artifact->model.weights_sha256, identity->name, identity->weights_sha256);
     }

@@ -132,6 +132,9 @@ void kvq_ids_free(const kvq_context *ctx, kvq_ids *ids);
 kvq_status kvq_tokenizer_encode(const kvq_context *ctx, const kvq_tokenizer *tokenizer, const char *text, size_t n,
                                 bool parse_special, kvq_ids *ids, kvq_error *err);
 
+// How many leading bytes are well-formed UTF-8; n when all are.
+size_t kvq_utf8_valid_prefix(const char *text, size_t n);
+
 // Token ids from a .npy file (version 1 or 2, little-endian i2, i4, i8, u2 or u4, one dimension, C order).
 // Ids must lie in [0, vocab_size): the first that does not is named with its index.
 kvq_status kvq_ids_read_npy(const kvq_context *ctx, const char *path, int64_t vocab_size, kvq_ids *ids, kvq_error *err);

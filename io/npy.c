@@ -41,7 +41,9 @@ typedef struct header { // the text still to be read
 } header;
 
 static kvq_status bad_header(const header *h, const char *what) {
-    int shown = h->end - h->begin < 200 ? (int)(h->end - h->begin) : 200;
+    const char *last = h->end; // padding and the line's end say nothing
+    while (last > h->begin && (last[-1] == ' ' || last[-1] == '\n')) last--;
+    int shown = last - h->begin < 200 ? (int)(last - h->begin) : 200;
     return kvq_fail(h->err, KVQ_ERR_INPUT, ADVICE, "%s: %s, at byte %td of the header %.*s", h->path, what,
                     h->at - h->begin, shown, h->begin);
 }

@@ -23,14 +23,17 @@ size_t utf8_encode(uint32_t code_point, char out[4]) {
     return (size_t)utf8proc_encode_char((utf8proc_int32_t)code_point, (utf8proc_uint8_t *)out);
 }
 
-bool utf8_is_valid(const char *text, size_t n) {
+size_t kvq_utf8_valid_prefix(const char *text, size_t n) {
     uint32_t code_point;
-    for (size_t at = 0, length; at < n; at += length) {
+    size_t   at = 0;
+    for (size_t length; at < n; at += length) {
         length = utf8_decode(text + at, n - at, &code_point);
-        if (length == 0) return false;
+        if (length == 0) break;
     }
-    return true;
+    return at;
 }
+
+bool utf8_is_valid(const char *text, size_t n) { return kvq_utf8_valid_prefix(text, n) == n; }
 
 bool utf8_is_white_space(uint32_t c) {
     return (c >= 0x09 && c <= 0x0d) || c == 0x20 || c == 0x85 || c == 0xa0 || c == 0x1680 ||

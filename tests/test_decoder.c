@@ -252,8 +252,9 @@ START_TEST(gates_are_read_and_judged) {
         ck_assert_int_eq(gate.at_most, GATES[i].at_most);
         ck_assert_int_eq(kvq_gate_judge(&gate, &v, &value), GATES[i].verdict);
     }
-    const char *bad[] = {
-        "", "dppl", "dppl<1%", "dppl=1", "speed<=1", "dppl<=", "dppl<=x", "dppl<=1%%", "dppl<=nan", "<=3", "dppl<=1 2"};
+    const char *bad[] = {"",          "dppl",     "dppl<1%",   "dppl=1",       "speed<=1",
+                         "dppl<=",    "dppl<=x",  "dppl<=1%%", "dppl<=nan",    "<=3",
+                         "dppl<=1 2", "dppl<=10", "top1>=97",  "kld.mean<=2%", "ppl<=500%"};
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         kvq_gate gate;
         kvq_test_failed(kvq_gate_parse(bad[i], &gate, &err), KVQ_ERR_USAGE, &err, "--gate");

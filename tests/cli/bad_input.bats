@@ -264,3 +264,42 @@ limited() {
   contains "$stderr" "nowhere/"
   [[ $stderr != *"quantizer"* ]]
 }
+
+@test "an output that is an input, with --force or without" {
+  copy_model
+  cp "$SHARED_DIR/text.txt" text.txt
+  fails 2 kvq-calibrate --model model --text text.txt $SMALL --force -o text.txt
+  contains "$stderr" "text.txt" "is an input"
+  fails 2 kvq-calibrate --model model --text text.txt $SMALL --force -o model/model.safetensors
+  contains "$stderr" "belongs to model"
+  cmp text.txt "$SHARED_DIR/text.txt"
+  cmp model/model.safetensors "$SHARED_DIR/model/model.safetensors"
+  cp "$SHARED_DIR/a.kvq.h5" a.kvq.h5
+  fails 2 kvq-export a.kvq.h5 --to json --force -o a.kvq.h5
+  cmp a.kvq.h5 "$SHARED_DIR/a.kvq.h5"
+}
+
+@test "files that are no text" {
+  printf '\x1f\x8b\x08rest of a gzip file' >text.gz
+  fails 3 kvq-calibrate --model "$SHARED_DIR/model" --text text.gz $SMALL -o out.kvq.h5
+  contains "$stderr" "text.gz" "gzip"
+  { words 100 && printf 'a\0b'; } >zero.txt
+  fails 3 kvq-calibrate --model "$SHARED_DIR/model" --text zero.txt $SMALL -o out.kvq.h5
+  contains "$stderr" "zero.txt: byte " "is zero"
+  { words 300 && printf 'caf\xe9'; } >latin1.txt
+  succeeds kvq-calibrate --model "$SHARED_DIR/model" --text latin1.txt $SMALL -o out.kvq.h5
+  contains "$stderr" "warning" "latin1.txt: not UTF-8 from byte "
+}
+
+@test "a work folder that was there keeps what is in it, and two runs may share it" {
+  mkdir wk
+  echo mine >wk/mine
+  calibrate() { kvq-calibrate -q --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" $SMALL --work-dir wk "$@"; }
+  calibrate -o one.kvq.h5 &
+  calibrate --seed 1 -o two.kvq.h5
+  wait
+  [ "$(ls -A wk)" = mine ]
+  cmp one.kvq.h5 "$SHARED_DIR/a.kvq.h5"
+  calibrate --seed 1 -o again.kvq.h5
+  cmp two.kvq.h5 again.kvq.h5
+}
