@@ -29,8 +29,9 @@ void print_calibration_plan(kvq_cli *cli, const calibration *c) {
     kvq_cli_say(cli, "quantizer  K %d bits  V %d bits  outliers %g%%  sink tokens %lld  weighting %s", q->k_bits,
                 q->v_bits, q->outlier_fraction * 100, (long long)q->sink_tokens, kvq_weighting_name(q->weighting));
     kvq_cli_say(
-        cli, "needs      about %s memory beside the mapped model  %s scratch in %s  %.3g TFLOP on %d threads with %s",
-        memory, scratch, q->scratch_dir, c->plan.tera_flops, cli->ctx.n_threads, c->be->matmul);
+        cli,
+        "needs      about %s memory beside the mapped model  %s scratch in %s  %.3g TFLOP on %d %s threads with %s",
+        memory, scratch, q->scratch_dir, c->plan.tera_flops, cli->ctx.n_threads, c->be->name, c->be->matmul);
 }
 
 // ---------------------------------------------------------------- provenance

@@ -17,10 +17,8 @@
 #endif
 
 #ifdef __cplusplus
-#define KVQ_RESTRICT                       __restrict__
 #define KVQ_STATIC_ASSERT(condition, text) static_assert(condition, text)
 #else
-#define KVQ_RESTRICT                       restrict
 #define KVQ_STATIC_ASSERT(condition, text) _Static_assert(condition, text)
 #endif
 

@@ -13,7 +13,7 @@
 #include "kvq_exp_hd.h"
 
 #define QUERY_BLOCK 128
-#define LANES       16
+#define F32_LANES   16
 
 typedef struct attention_job {
     kvq_attention_shape shape;
@@ -38,23 +38,23 @@ static int64_t n_blocks(const kvq_attention_shape *s) { return (s->n_tokens + QU
 static int64_t kv_head_of(const kvq_attention_shape *s, int64_t head) { return head / (s->n_heads / s->n_kv_heads); }
 
 static float row_maximum(const float *x, int64_t n) {
-    float   lane[LANES], best = x[0];
+    float   lane[F32_LANES], best = x[0];
     int64_t i = 0;
-    for (int j = 0; j < LANES; j++) lane[j] = x[0];
-    for (; i + LANES <= n; i += LANES) {
-        for (int j = 0; j < LANES; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
+    for (int j = 0; j < F32_LANES; j++) lane[j] = x[0];
+    for (; i + F32_LANES <= n; i += F32_LANES) {
+        for (int j = 0; j < F32_LANES; j++) lane[j] = x[i + j] > lane[j] ? x[i + j] : lane[j];
     }
     for (; i < n; i++) best = x[i] > best ? x[i] : best;
-    for (int j = 0; j < LANES; j++) best = lane[j] > best ? lane[j] : best;
+    for (int j = 0; j < F32_LANES; j++) best = lane[j] > best ? lane[j] : best;
     return best;
 }
 
 // x [n] -> exp(x - maximum), returns the sum
 static float exponentials(float *x, int64_t n, float maximum) {
-    float   lane[LANES] = {0};
+    float   lane[F32_LANES] = {0};
     int64_t i = 0;
-    for (; i + LANES <= n; i += LANES) {
-        for (int j = 0; j < LANES; j++) {
+    for (; i + F32_LANES <= n; i += F32_LANES) {
+        for (int j = 0; j < F32_LANES; j++) {
             x[i + j] = kvq_exp_f32(x[i + j] - maximum);
             lane[j] += x[i + j];
         }
@@ -63,7 +63,7 @@ static float exponentials(float *x, int64_t n, float maximum) {
         x[i] = kvq_exp_f32(x[i] - maximum);
         lane[j] += x[i];
     }
-    for (int width = LANES / 2; width > 0; width /= 2) {
+    for (int width = F32_LANES / 2; width > 0; width /= 2) {
         for (int j = 0; j < width; j++) lane[j] += lane[j + width];
     }
     return lane[0];

@@ -7,6 +7,14 @@
 
 #include "kvq_kernels.h"
 
+// f64 sums of a row run over this many partial sums in a fixed order, which a compiler can turn into vector code
+// without reordering anything.
+#define LANES 8
+
+static inline double sum_lanes(const double lane[LANES]) {
+    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
+}
+
 // c [m, n] = alpha * op(a) op(b) + beta * c on the calling thread, by one library call; row strides lda, ldb, ldc.
 // transpose_a: a is stored [k, m]; transpose_b: b is stored [n, k].
 void        kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,

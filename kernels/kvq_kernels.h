@@ -39,7 +39,6 @@ struct kvq_backend {
     const char        *name;   // "cpu"
     const char        *matmul; // library behind `linear`: "onednn", "cblas"
     const kvq_context *ctx;    // borrowed for the life of the backend
-    void              *state;  // private
 
     void (*destroy)(kvq_backend **be);
 

@@ -8,8 +8,6 @@
 #include "kernels_impl.h"
 #include "kvq_exp_hd.h"
 
-#define LANES 8
-
 static float maximum_of(const float *x, int64_t n, int *index) {
     int best = 0;
     for (int64_t i = 1; i < n; i++) {
@@ -17,10 +15,6 @@ static float maximum_of(const float *x, int64_t n, int *index) {
     }
     *index = best;
     return x[best];
-}
-
-static double sum_lanes(const double lane[LANES]) {
-    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
 }
 
 static double log_sum_exp(const float *x, int64_t n, float maximum) {

@@ -8,13 +8,8 @@
 #include "kernels_impl.h"
 #include "kvq_exp_hd.h"
 
-#define LANES             8
 #define ROWS_PER_ITEM     32
 #define ELEMENTS_PER_ITEM 16384
-
-static double sum_lanes(const double lane[LANES]) {
-    return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
-}
 
 static double sum_of_squares(const float *x, int64_t n) {
     double  lane[LANES] = {0};

@@ -112,12 +112,10 @@ kvq_status kvq_decode_step(kvq_model *model, kvq_decode *s, const int32_t *ids, 
         kvq_layer_release(model, &layer);
     }
     KVQ_TRY(kvq_head_load(model, &head, err));
-    model->be->rmsnorm(model->be, s->x, head->norm, c->rms_norm_eps, s->normed, s->n_seqs, c->hidden_size);
-    kvq_apply_linear(model->be, &head->output, s->normed, s->logits, s->n_seqs);
-    int64_t bad = model->be->find_nonfinite(model->be, s->logits, s->n_seqs * c->vocab_size);
-    if (bad >= 0) {
-        KVQ_TRY(kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "decoding, sequence %lld, position %lld: a logit is not finite",
-                         (long long)(bad / c->vocab_size), (long long)s->n_past));
+    status = kvq_head_apply(model, head, s->x, s->n_seqs, s->normed, s->logits, err);
+    if (status != KVQ_OK) {
+        kvq_error_prefix(err, "decoding, position %lld (row = sequence): ", (long long)s->n_past);
+        goto done;
     }
     s->n_past++;
     *logits = s->logits;

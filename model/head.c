@@ -4,15 +4,20 @@
 // LOGIT_ROWS rows at a time.
 #include "model_impl.h"
 
-kvq_status kvq_head_logits(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const float *x, int64_t n_rows,
-                           float *logits, kvq_error *err) {
+kvq_status kvq_head_apply(const kvq_model *model, const kvq_head *head, const float *x, int64_t n_rows, float *normed,
+                          float *logits, kvq_error *err) {
     const kvq_model_config *c = model->config;
-    model->be->rmsnorm(model->be, x, head->norm, c->rms_norm_eps, ws->normed, n_rows, c->hidden_size);
-    kvq_apply_linear(model->be, &head->output, ws->normed, logits, n_rows);
+    model->be->rmsnorm(model->be, x, head->norm, c->rms_norm_eps, normed, n_rows, c->hidden_size);
+    kvq_apply_linear(model->be, &head->output, normed, logits, n_rows);
     int64_t at = model->be->find_nonfinite(model->be, logits, n_rows * c->vocab_size);
     if (at < 0) return KVQ_OK;
     return kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "output head, row %lld, token %lld: the logit is not finite",
                     (long long)(at / c->vocab_size), (long long)(at % c->vocab_size));
+}
+
+kvq_status kvq_head_logits(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const float *x, int64_t n_rows,
+                           float *logits, kvq_error *err) {
+    return kvq_head_apply(model, head, x, n_rows, ws->normed, logits, err);
 }
 
 static int64_t block_rows(int64_t n_left) { return n_left < LOGIT_ROWS ? n_left : LOGIT_ROWS; }
@@ -40,6 +45,7 @@ kvq_status kvq_head_compare(kvq_model *model, const kvq_head *head, kvq_workspac
                             int64_t n_tokens, const float *x_a, const float *x_b, kvq_position_score *host_scores,
                             kvq_error *err) {
     int64_t C = model->config->hidden_size, n_scored = n_tokens - 1;
+    if (ws->backward) return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "a backward workspace has no room for two models");
     for (int64_t t = 0; t < n_scored; t += LOGIT_ROWS) {
         int64_t    rows = block_rows(n_scored - t);
         kvq_status status = kvq_head_logits(model, head, ws, x_a + t * C, rows, ws->logits, err);

@@ -67,11 +67,11 @@ kvq_kv_view kvq_workspace_kv(const kvq_workspace *ws);
 // it receives d(mean of host_nll) / dx. Logits exist for a block of rows at a time, never for the whole window.
 kvq_status kvq_head_loss(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const int32_t *ids,
                          int64_t n_tokens, const float *x, float *dx, double *host_nll, kvq_error *err);
-// The same positions scored for two final hidden states of one window.
+// The same positions scored for two final hidden states of one window; ws must be a forward workspace.
 kvq_status kvq_head_compare(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const int32_t *ids,
                             int64_t n_tokens, const float *x_a, const float *x_b, kvq_position_score *host_scores,
                             kvq_error *err);
-// Logits [n_rows, V] of rows of x, for tests and sampling; logits is backend memory.
+// Logits [n_rows, V] of rows of x; logits is backend memory.
 kvq_status kvq_head_logits(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const float *x, int64_t n_rows,
                            float *logits, kvq_error *err);
 

@@ -125,6 +125,12 @@ static kvq_status check_finite(const kvq_model *model, const float *x, int64_t m
                     (long long)(at / width), (long long)(at % width));
 }
 
+static kvq_status check_workspace(const kvq_workspace *ws, int64_t n_tokens, bool backward, kvq_error *err) {
+    if (n_tokens <= ws->capacity && (ws->backward || !backward)) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "a %s workspace of %lld tokens was given %lld tokens",
+                    ws->backward ? "backward" : "forward", (long long)ws->capacity, (long long)n_tokens);
+}
+
 void kvq_layer_project(const kvq_model *model, const kvq_layer *layer, int64_t m, const float *x, float *normed,
                        float *q, float *k, float *v) {
     const kvq_backend *be = model->be;
@@ -167,6 +173,7 @@ kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_works
     int64_t             d = layer->k.n_out;
     kvq_attention_shape shape = kvq_model_attention_shape(model->config, n_tokens);
     kvq_status          status = KVQ_OK;
+    KVQ_TRY(check_workspace(ws, n_tokens, false, err));
     kvq_layer_project(model, layer, n_tokens, x, ws->normed, ws->q, ws->k, ws->v);
     KVQ_TRY(check_finite(model, ws->k, n_tokens, d, layer->index, "K", err));
     KVQ_TRY(check_finite(model, ws->v, n_tokens, d, layer->index, "V", err));
@@ -201,6 +208,7 @@ kvq_status kvq_layer_backward(kvq_model *model, const kvq_layer *layer, kvq_work
     int64_t                 m = n_tokens, C = c->hidden_size, d = layer->k.n_out;
     kvq_attention_shape     shape = kvq_model_attention_shape(c, m);
     kvq_status              status = KVQ_OK;
+    KVQ_TRY(check_workspace(ws, n_tokens, true, err));
 
     kvq_layer_project(model, layer, m, x, ws->normed, ws->q, ws->k, ws->v);
     be->copy(be, ws->k_rotated, ws->k, m * d);

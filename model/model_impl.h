@@ -65,6 +65,10 @@ void kvq_layer_project(const kvq_model *model, const kvq_layer *layer, int64_t m
 void kvq_layer_finish(const kvq_model *model, const kvq_layer *layer, int64_t m, const float *attended, float *x,
                       float *normed, float *gate, float *up);
 
+// logits [n_rows, V] of hidden states x; normed [n_rows, C] is scratch.
+kvq_status kvq_head_apply(const kvq_model *model, const kvq_head *head, const float *x, int64_t n_rows, float *normed,
+                          float *logits, kvq_error *err);
+
 void kvq_apply_linear(const kvq_backend *be, const linear_weights *l, const float *x, float *y, int64_t m);
 
 #endif
