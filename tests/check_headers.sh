@@ -3,7 +3,7 @@
 # Every public header compiles alone, as C11, as C17 and (where a C++ compiler is installed) as C++17.
 # shellcheck disable=SC2086 # $includes is a list of options
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 includes=
 for folder in core kernels codebook io datasets model fisher calib decoder; do includes="$includes -I$folder"; done
 passed=0 failed=0 skipped=0
