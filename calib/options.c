@@ -53,19 +53,14 @@ kvq_status kvq_calib_options_check(const kvq_calib_options *o, const kvq_model_c
     return KVQ_OK;
 }
 
-static int64_t layer_floats(const kvq_model_config *c) {
-    int64_t q = (int64_t)c->n_heads * c->head_dim, d = (int64_t)c->n_kv_heads * c->head_dim;
-    return c->hidden_size * (2 * q + 2 * d + 3 * c->intermediate_size + 2);
-}
-
 kvq_calib_plan kvq_calib_estimate(const kvq_context *ctx, const kvq_model *model, int64_t n_windows, int64_t seq_len) {
     const kvq_model_config *c = kvq_model_describe(model);
     int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim, tokens = n_windows * seq_len;
     int64_t                 histograms = 2 * ctx->n_threads * (int64_t)(KVQ_HISTOGRAM_BINS * sizeof(kvq_bin));
     int64_t window = 4 * (kvq_workspace_floats(model, seq_len, true) + 2 * seq_len * c->hidden_size + 4 * seq_len * d);
     int64_t kv = 4 * tokens * d > histograms ? 4 * tokens * d : histograms; // never both at a time
-    int64_t layer = 4 * layer_floats(c) + kv, head = 4 * c->vocab_size * c->hidden_size;
-    double  layer_flops = 2.0 * (double)layer_floats(c) * (double)tokens;
+    int64_t layer = 4 * kvq_layer_floats(c) + kv, head = 4 * c->vocab_size * c->hidden_size;
+    double  layer_flops = 2.0 * (double)kvq_layer_floats(c) * (double)tokens;
     double  attention =
         2.0 * (double)(c->n_heads * c->head_dim) * (double)tokens * (double)seq_len; // QK and PV, causal half
     kvq_calib_plan plan;

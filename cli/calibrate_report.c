@@ -24,7 +24,12 @@ void print_calibration_plan(kvq_cli *cli, const calibration *c) {
         kvq_cli_say(cli, "text       %s  %lld tokens available  tokenizer %s  BOS %s", c->windows.source,
                     (long long)c->windows.n_available, c->tokenizer.kind, c->windows.bos_added ? "added" : "not added");
     } else {
-        kvq_cli_say(cli, "text       the model writes its own");
+        char writing[32];
+        kvq_cli_format_bytes(4.0 * (double)kvq_decode_floats(c->model, c->o->samples, c->seq_len), writing,
+                             sizeof writing);
+        kvq_cli_say(cli,
+                    "text       the model writes its own, which keeps all of it in memory: about %s before the sweeps",
+                    writing);
     }
     kvq_cli_say(cli, "quantizer  K %d bits  V %d bits  outliers %g%%  sink tokens %lld  weighting %s", q->k_bits,
                 q->v_bits, q->outlier_fraction * 100, (long long)q->sink_tokens, kvq_weighting_name(q->weighting));

@@ -78,6 +78,7 @@ static void say_word(const char *word) {
 
 void kvq_cli_next(kvq_cli *cli, const char *first, ...) {
     if (cli->quiet) return;
+    (void)fflush(stdout); // the result comes first, also where both streams go into one file
     kvq_cli_end_progress(cli);
     (void)fputs("next: ", stderr);
     va_list args;

@@ -2,6 +2,8 @@
 //
 // Token by token: a batch of sequences in step, with a full-precision cache. It makes text (datasets/self_text.c); the
 // packed cache of decoder/ is what quantised decoding uses.
+#include <string.h>
+
 #include "model_impl.h"
 
 struct kvq_decode {
@@ -15,20 +17,11 @@ struct kvq_decode {
 
 #define N_BUFFERS 14
 
-kvq_status kvq_decode_create(kvq_model *model, int64_t n_seqs, int64_t capacity, kvq_decode **out, kvq_error *err) {
-    const kvq_model_config *c = model->config;
-    const kvq_backend      *be = model->be;
+static void list_buffers(const kvq_model_config *c, kvq_decode *s, int64_t n_seqs, int64_t capacity,
+                         kvq_model_buffer list[N_BUFFERS]) {
     int64_t d = (int64_t)c->n_kv_heads * c->head_dim, q = (int64_t)c->n_heads * c->head_dim, half = c->rope.n_dims / 2;
-    int64_t cache = c->n_layers * n_seqs * capacity * d, total = 0;
-    kvq_decode *s = NULL;
-    kvq_status  status = KVQ_OK;
-    KVQ_TRY(KVQ_NEW(model->ctx, 1, "decode state", &s, err));
-    s->n_seqs = n_seqs;
-    s->capacity = capacity;
-    struct {
-        float **pointer;
-        int64_t n_floats;
-    } list[N_BUFFERS] = {
+    int64_t cache = c->n_layers * n_seqs * capacity * d;
+    const kvq_model_buffer all[N_BUFFERS] = {
         {&s->k_cache, cache},
         {&s->v_cache, cache},
         {&s->x, n_seqs * c->hidden_size},
@@ -44,14 +37,27 @@ kvq_status kvq_decode_create(kvq_model *model, int64_t n_seqs, int64_t capacity,
         {&s->cos_table, n_seqs * half},
         {&s->sin_table, n_seqs * half},
     };
-    for (int i = 0; i < N_BUFFERS; i++) total += list[i].n_floats;
-    KVQ_TRY(be->alloc(be, total, "cache of the decoder", &s->storage, err));
-    float *at = s->storage;
-    for (int i = 0; i < N_BUFFERS; i++) {
-        *list[i].pointer = at;
-        at += list[i].n_floats;
-    }
-    KVQ_TRY(KVQ_NEW(model->ctx, 2 * n_seqs * half, "rotary tables", &s->host_tables, err));
+    memcpy(list, all, sizeof all);
+}
+
+int64_t kvq_decode_floats(const kvq_model *model, int64_t n_seqs, int64_t capacity) {
+    const kvq_model_config *c = model->config;
+    kvq_decode              unused;
+    kvq_model_buffer        list[N_BUFFERS];
+    list_buffers(c, &unused, n_seqs, capacity, list);
+    return kvq_buffers_floats(list, N_BUFFERS) + c->n_layers * kvq_layer_floats(c) + c->vocab_size * c->hidden_size;
+}
+
+kvq_status kvq_decode_create(kvq_model *model, int64_t n_seqs, int64_t capacity, kvq_decode **out, kvq_error *err) {
+    kvq_decode      *s = NULL;
+    kvq_model_buffer list[N_BUFFERS];
+    kvq_status       status = KVQ_OK;
+    KVQ_TRY(KVQ_NEW(model->ctx, 1, "decode state", &s, err));
+    s->n_seqs = n_seqs;
+    s->capacity = capacity;
+    list_buffers(model->config, s, n_seqs, capacity, list);
+    KVQ_TRY(kvq_buffers_alloc(model->be, list, N_BUFFERS, "cache of the decoder", &s->storage, err));
+    KVQ_TRY(KVQ_NEW(model->ctx, n_seqs * model->config->rope.n_dims, "rotary tables", &s->host_tables, err));
     *out = s;
     s = NULL;
 

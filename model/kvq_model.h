@@ -29,6 +29,7 @@ const kvq_model_config *kvq_model_describe(const kvq_model *model);
 typedef struct kvq_layer kvq_layer; // one decoder layer, expanded to f32 in backend memory
 typedef struct kvq_head  kvq_head;  // final norm and output matrix
 
+int64_t    kvq_layer_floats(const kvq_model_config *config); // weights of one expanded layer, biases left out
 kvq_status kvq_layer_load(kvq_model *model, int64_t index, kvq_layer **out, kvq_error *err);
 void       kvq_layer_release(kvq_model *model, kvq_layer **layer);
 kvq_status kvq_head_load(kvq_model *model, kvq_head **out, kvq_error *err);
@@ -80,7 +81,9 @@ kvq_status kvq_head_logits(kvq_model *model, const kvq_head *head, kvq_workspace
 // A batch of sequences decoded in step, with an f32 cache of `capacity` positions each.
 typedef struct kvq_decode kvq_decode;
 kvq_status kvq_decode_create(kvq_model *model, int64_t n_seqs, int64_t capacity, kvq_decode **out, kvq_error *err);
-void       kvq_decode_destroy(kvq_model *model, kvq_decode **decode);
+// What decoding keeps in memory, with the weights of all layers and the head (a resident model).
+int64_t kvq_decode_floats(const kvq_model *model, int64_t n_seqs, int64_t capacity);
+void    kvq_decode_destroy(kvq_model *model, kvq_decode **decode);
 // Appends ids [n_seqs] (host) at the next position; *logits [n_seqs, V] (backend memory) stay valid until the next
 // step.
 kvq_status kvq_decode_step(kvq_model *model, kvq_decode *decode, const int32_t *ids, const float **logits,

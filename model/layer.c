@@ -24,35 +24,30 @@ static void linear_gradient(const kvq_backend *be, const linear_weights *l, cons
 
 // ---------------------------------------------------------------- workspace
 
-// One entry per buffer: where its pointer goes, how many floats.
-typedef struct buffer {
-    float **pointer;
-    int64_t n_floats;
-} buffer;
-
 #define MAX_BUFFERS 24
 
-static int list_buffers(const kvq_model *model, kvq_workspace *ws, int64_t S, bool backward, buffer list[MAX_BUFFERS]) {
+static int list_buffers(const kvq_model *model, kvq_workspace *ws, int64_t S, bool backward,
+                        kvq_model_buffer list[MAX_BUFFERS]) {
     const kvq_model_config *c = model->config;
     int64_t C = c->hidden_size, d = (int64_t)c->n_kv_heads * c->head_dim, q = (int64_t)c->n_heads * c->head_dim;
     int64_t rot = c->rope.n_dims / 2, F = c->intermediate_size;
     int64_t rows = S < LOGIT_ROWS ? S : LOGIT_ROWS;
-    kvq_attention_shape shape = kvq_model_attention_shape(c, S);
-    const buffer        both[] = {
-               {&ws->cos_table, S * rot},
-               {&ws->sin_table, S * rot},
-               {&ws->normed, S * C},
-               {&ws->q, S * q},
-               {&ws->attended, S * q},
-               {&ws->k, S * d},
-               {&ws->v, S * d},
-               {&ws->gate, S * F},
-               {&ws->up, S * F},
-               {&ws->logits, rows * c->vocab_size},
-               {&ws->logits_b, backward ? 0 : rows * c->vocab_size},
-               {&ws->attention, model->be->attention_scratch_floats(model->be, &shape, backward)},
+    kvq_attention_shape    shape = kvq_model_attention_shape(c, S);
+    const kvq_model_buffer both[] = {
+        {&ws->cos_table, S * rot},
+        {&ws->sin_table, S * rot},
+        {&ws->normed, S * C},
+        {&ws->q, S * q},
+        {&ws->attended, S * q},
+        {&ws->k, S * d},
+        {&ws->v, S * d},
+        {&ws->gate, S * F},
+        {&ws->up, S * F},
+        {&ws->logits, rows * c->vocab_size},
+        {&ws->logits_b, backward ? 0 : rows * c->vocab_size},
+        {&ws->attention, model->be->attention_scratch_floats(model->be, &shape, backward)},
     };
-    const buffer gradients[] = {
+    const kvq_model_buffer gradients[] = {
         {&ws->mid, S * C}, {&ws->k_rotated, S * d}, {&ws->dq, S * q},     {&ws->dattended, S * q},
         {&ws->dk, S * d},  {&ws->dv, S * d},        {&ws->dgated, S * F}, {&ws->dnormed, S * C},
     };
@@ -62,16 +57,27 @@ static int list_buffers(const kvq_model *model, kvq_workspace *ws, int64_t S, bo
     return n;
 }
 
-static int64_t sum_floats(const buffer *list, int n) {
+int64_t kvq_buffers_floats(const kvq_model_buffer *list, int n) {
     int64_t sum = 0;
     for (int i = 0; i < n; i++) sum += list[i].n_floats;
     return sum;
 }
 
+kvq_status kvq_buffers_alloc(const kvq_backend *be, const kvq_model_buffer *list, int n, const char *what,
+                             float **storage, kvq_error *err) {
+    kvq_status status = be->alloc(be, kvq_buffers_floats(list, n), what, storage, err);
+    float     *at = *storage;
+    for (int i = 0; i < n && status == KVQ_OK; i++) {
+        *list[i].pointer = at;
+        at += list[i].n_floats;
+    }
+    return status;
+}
+
 int64_t kvq_workspace_floats(const kvq_model *model, int64_t seq_len, bool backward) {
-    kvq_workspace unused;
-    buffer        list[MAX_BUFFERS];
-    return sum_floats(list, list_buffers(model, &unused, seq_len, backward, list));
+    kvq_workspace    unused;
+    kvq_model_buffer list[MAX_BUFFERS];
+    return kvq_buffers_floats(list, list_buffers(model, &unused, seq_len, backward, list));
 }
 
 kvq_status kvq_workspace_create(kvq_model *model, int64_t seq_len, bool backward, kvq_workspace **out, kvq_error *err) {
@@ -80,18 +86,13 @@ kvq_status kvq_workspace_create(kvq_model *model, int64_t seq_len, bool backward
     int64_t            n_table = seq_len * (model->config->rope.n_dims / 2);
     kvq_workspace     *ws = NULL;
     float             *tables = NULL;
-    buffer             list[MAX_BUFFERS];
+    kvq_model_buffer   list[MAX_BUFFERS];
     kvq_status         status = KVQ_OK;
     KVQ_TRY(KVQ_NEW(ctx, 1, "workspace", &ws, err));
     ws->capacity = seq_len;
     ws->backward = backward;
     int n = list_buffers(model, ws, seq_len, backward, list);
-    KVQ_TRY(be->alloc(be, sum_floats(list, n), "activations of one window", &ws->storage, err));
-    float *at = ws->storage;
-    for (int i = 0; i < n; i++) {
-        *list[i].pointer = at;
-        at += list[i].n_floats;
-    }
+    KVQ_TRY(kvq_buffers_alloc(be, list, n, "activations of one window", &ws->storage, err));
     KVQ_TRY(KVQ_NEW(ctx, 2 * n_table, "rotary tables", &tables, err));
     kvq_rope_fill(model, 0, seq_len, tables, tables + n_table);
     be->upload(be, ws->cos_table, tables, n_table);

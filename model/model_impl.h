@@ -57,6 +57,15 @@ struct kvq_workspace {
     float  *dq, *dattended, *dk, *dv, *dgated, *dnormed;
 };
 
+// A set of buffers in one allocation: where each pointer goes, how many floats it gets.
+typedef struct kvq_model_buffer {
+    float **pointer;
+    int64_t n_floats;
+} kvq_model_buffer;
+int64_t    kvq_buffers_floats(const kvq_model_buffer *list, int n);
+kvq_status kvq_buffers_alloc(const kvq_backend *be, const kvq_model_buffer *list, int n, const char *what,
+                             float **storage, kvq_error *err);
+
 kvq_attention_shape kvq_model_attention_shape(const kvq_model_config *config, int64_t n_tokens);
 
 // The two halves of a layer up to and from attention, shared by the window and the decode path.

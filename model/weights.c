@@ -116,6 +116,11 @@ done:
 
 // ---------------------------------------------------------------- layers
 
+int64_t kvq_layer_floats(const kvq_model_config *c) {
+    int64_t q = (int64_t)c->n_heads * c->head_dim, d = (int64_t)c->n_kv_heads * c->head_dim;
+    return c->hidden_size * (2 * q + 2 * d + 3 * c->intermediate_size + 2);
+}
+
 static void describe_layer(const kvq_model_config *c, kvq_layer *layer, slot_list *list) {
     char    prefix[64];
     int64_t d = (int64_t)c->n_kv_heads * c->head_dim, q = (int64_t)c->n_heads * c->head_dim, C = c->hidden_size;
