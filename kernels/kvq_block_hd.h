@@ -13,7 +13,7 @@
 //               an unused slot (K only) has channel 0xFFFF and residual 0
 //
 // Decoded value: level[code] * r + z in f32, each operation rounded; where an outlier names the channel its residual is
-// added. The rules (method.md section 9.1 and design.md section 8 of the project's notes, restated in docs/format.md):
+// added. The rules (docs/format.md has them in prose):
 //   * Normalised value x' = (x - z) / r in f32; code = nearest level by |x' - level| in f32, the lower index on a tie.
 //   * K: z, r are fixed per channel. x' beyond +-(1 + 2^-14) is an outlier; a side with more than n_side of them keeps
 //     the n_side with the largest |x'| (ties: the lower channel), the rest are clamped to an end level.
