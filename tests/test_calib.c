@@ -321,10 +321,10 @@ typedef struct bad_options {
 } bad_options;
 
 static const bad_options BAD[] = {
-    {1, 3, 0, 0, TINY_S, KVQ_ERR_USAGE, "--k-bits 1"},         {3, 5, 0, 0, TINY_S, KVQ_ERR_USAGE, "--v-bits 5"},
-    {3, 3, -0.1, 0, TINY_S, KVQ_ERR_USAGE, "--outliers"},      {3, 3, 0.11, 0, TINY_S, KVQ_ERR_USAGE, "--outliers"},
-    {3, 3, NAN, 0, TINY_S, KVQ_ERR_USAGE, "--outliers"},       {3, 3, 0, -1, TINY_S, KVQ_ERR_USAGE, "--sink-tokens"},
-    {3, 3, 0, TINY_S, TINY_S, KVQ_ERR_USAGE, "--sink-tokens"}, {3, 3, 0, 0, 1, KVQ_ERR_USAGE, "--seq-len 1"},
+    {1, 3, 0, 0, TINY_S, KVQ_ERR_USAGE, "--k-bits 1"},           {3, 5, 0, 0, TINY_S, KVQ_ERR_USAGE, "--v-bits 5"},
+    {3, 3, -0.1, 0, TINY_S, KVQ_ERR_USAGE, "--outliers"},        {3, 3, 0.11, 0, TINY_S, KVQ_ERR_USAGE, "--outliers"},
+    {3, 3, (double)NAN, 0, TINY_S, KVQ_ERR_USAGE, "--outliers"}, {3, 3, 0, -1, TINY_S, KVQ_ERR_USAGE, "--sink-tokens"},
+    {3, 3, 0, TINY_S, TINY_S, KVQ_ERR_USAGE, "--sink-tokens"},   {3, 3, 0, 0, 1, KVQ_ERR_USAGE, "--seq-len 1"},
     {3, 3, 0, 0, 1 << 30, KVQ_ERR_USAGE, "positions"},
 };
 
