@@ -7,8 +7,6 @@
 
 #define MAX_PATH 4096
 
-static const char *const WEIGHTING_NAMES[] = {"none", "fisher", "fisher-scaled", NULL}; // in the order of kvq_weighting
-
 #define AT(field) offsetof(calibrate_options, field)
 static const kvq_cli_option OPTIONS[] = {
     {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file"},
@@ -30,7 +28,7 @@ static const kvq_cli_option OPTIONS[] = {
     {"sink-tokens", 0, CLI_COUNT, AT(sink_tokens), "N", .help = "first tokens kept in f16 (1)", .min = 0,
      .max = CLI_MAX_TOKENS},
     {"weighting", 0, CLI_CHOICE, AT(weighting), "HOW", .help = "fisher-scaled (default), fisher or none",
-     .choices = WEIGHTING_NAMES},
+     .choices = kvq_weighting_names},
     {"threads", 0, CLI_COUNT, AT(common.n_threads), "N", .help = "changes speed, never a result (one per core)",
      .min = 1, .max = KVQ_MAX_THREADS},
     {"work-dir", 0, CLI_TEXT, AT(work_dir), "DIR", .help = "scratch, removed at the end (OUT.work)"},

@@ -7,13 +7,13 @@
 
 // ---------------------------------------------------------------- names
 
-static const char *const WEIGHTING_NAMES[] = {"none", "fisher", "fisher-scaled"}; // in the order of the enumeration
+const char *const kvq_weighting_names[] = {"none", "fisher", "fisher-scaled", NULL};
 
-const char *kvq_weighting_name(kvq_weighting weighting) { return WEIGHTING_NAMES[weighting]; }
+const char *kvq_weighting_name(kvq_weighting weighting) { return kvq_weighting_names[weighting]; }
 
 bool kvq_weighting_parse(const char *name, kvq_weighting *out) {
     for (int i = 0; i <= KVQ_WEIGHT_FISHER_SCALED; i++) {
-        if (strcmp(name, WEIGHTING_NAMES[i]) != 0) continue;
+        if (strcmp(name, kvq_weighting_names[i]) != 0) continue;
         *out = (kvq_weighting)i;
         return true;
     }

@@ -124,8 +124,9 @@ typedef enum kvq_axis { KVQ_AXIS_CHANNEL, KVQ_AXIS_TOKEN } kvq_axis;
 
 // Element weights of the fit.
 typedef enum kvq_weighting { KVQ_WEIGHT_NONE, KVQ_WEIGHT_FISHER, KVQ_WEIGHT_FISHER_SCALED } kvq_weighting;
-const char *kvq_weighting_name(kvq_weighting weighting); // "none", "fisher", "fisher-scaled"
-bool        kvq_weighting_parse(const char *name, kvq_weighting *out);
+extern const char *const kvq_weighting_names[]; // in the order of the enumeration, NULL at the end
+const char              *kvq_weighting_name(kvq_weighting weighting); // "none", "fisher", "fisher-scaled"
+bool                     kvq_weighting_parse(const char *name, kvq_weighting *out);
 
 typedef struct kvq_fit_report {
     int64_t n_points, n_outliers, n_constant;

@@ -203,12 +203,10 @@ float kvq_quantile_interpolate(float low, float high, double fraction) {
 }
 
 static kvq_status check_finite(const float *x, int64_t n_rows, int64_t n_columns, kvq_error *err) {
-    for (int64_t i = 0; i < n_rows * n_columns; i++) {
-        if (isfinite(x[i])) continue;
-        return kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "thresholds: row %lld, channel %lld is %g",
-                        (long long)(i / n_columns), (long long)(i % n_columns), (double)x[i]);
-    }
-    return KVQ_OK;
+    int64_t i = kvq_find_nonfinite(x, n_rows * n_columns);
+    if (i < 0) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "thresholds: row %lld, channel %lld is %g",
+                    (long long)(i / n_columns), (long long)(i % n_columns), (double)x[i]);
 }
 
 kvq_status kvq_thresholds(const kvq_context *ctx, const float *x, int64_t n_rows, int64_t n_columns, double fraction,

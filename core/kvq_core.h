@@ -129,6 +129,11 @@ char      *kvq_strdup(const kvq_context *ctx, const char *text); // NULL when ou
 typedef void (*kvq_parallel_fn)(void *user, int64_t item, int worker);
 void kvq_parallel_for(const kvq_context *ctx, int64_t n_items, kvq_parallel_fn body, void *user);
 
+// ---------------------------------------------------------------- finite numbers
+
+// Index of the first element of x [n] that is NaN or infinite, or -1.
+int64_t kvq_find_nonfinite(const float *x, int64_t n);
+
 // ---------------------------------------------------------------- hashing
 
 #define KVQ_SHA256_HEX 65 // 64 lower-case digits and the final zero

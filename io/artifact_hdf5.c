@@ -160,15 +160,6 @@ kvq_status kvq_artifact_read(const kvq_context *ctx, const char *path, kvq_artif
     return status;
 }
 
-static kvq_status write_bytes(const char *path, const void *data, size_t bytes, kvq_error *err) {
-    errno = 0;
-    FILE *file = fopen(path, "wb");
-    bool  ok = file != NULL && fwrite(data, 1, bytes, file) == bytes;
-    if (file != NULL && fclose(file) != 0) ok = false;
-    if (!ok) return kvq_fail(err, KVQ_ERR_DISK, NULL, "%s: writing %zu bytes failed: %s", path, bytes, strerror(errno));
-    return KVQ_OK;
-}
-
 // What lies on the disk is read with all checks, and must be what lies in memory.
 static kvq_status read_back(const kvq_context *ctx, const char *path, const char *content_sha256, kvq_error *err) {
     kvq_artifact *again = NULL;
@@ -195,7 +186,7 @@ kvq_status kvq_artifact_write(const kvq_context *ctx, const kvq_artifact *artifa
         return status;
     }
     KVQ_TRY(kvq_output_begin(ctx, path, force, &output, err));
-    KVQ_TRY(write_bytes(output.temporary, image, bytes, err));
+    KVQ_TRY(kvq_output_write(&output, image, bytes, err));
     KVQ_TRY(read_back(ctx, output.temporary, content, err));
     KVQ_TRY(kvq_output_commit(ctx, &output, err));
     strcpy(content_sha256, content);

@@ -170,12 +170,24 @@ static kvq_status write_all(int fd, const char *path, const uint8_t *data, size_
         ssize_t n = write(fd, data + at, bytes - at);
         if (n < 0 && errno == EINTR) continue;
         if (n < 0) {
-            return kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: writing stopped at byte %zu of %zu: %s", path, at,
-                            bytes, strerror(errno));
+            return kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: writing failed, stopped at byte %zu of %zu: %s", path,
+                            at, bytes, strerror(errno));
         }
         at += (size_t)n;
     }
     return KVQ_OK;
+}
+
+kvq_status kvq_output_write(const kvq_output *output, const void *data, size_t bytes, kvq_error *err) {
+    int fd = open(output->temporary, O_WRONLY | O_CLOEXEC);
+    if (fd < 0) {
+        return kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: cannot be opened: %s", output->temporary, strerror(errno));
+    }
+    kvq_status status = write_all(fd, output->path, data, bytes, err);
+    if (close(fd) != 0 && status == KVQ_OK) {
+        status = kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: cannot be closed: %s", output->path, strerror(errno));
+    }
+    return status;
 }
 
 kvq_status kvq_write_file(const kvq_context *ctx, const char *path, bool force, const void *data, size_t bytes,
@@ -183,18 +195,8 @@ kvq_status kvq_write_file(const kvq_context *ctx, const char *path, bool force, 
     kvq_output output = {0};
     kvq_status status = kvq_output_begin(ctx, path, force, &output, err);
     if (status != KVQ_OK) return status;
-    int fd = open(output.temporary, O_WRONLY | O_CLOEXEC);
-    if (fd < 0) {
-        status =
-            kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: cannot be opened: %s", output.temporary, strerror(errno));
-        goto done;
-    }
-    status = write_all(fd, path, data, bytes, err);
-    if (close(fd) != 0 && status == KVQ_OK) {
-        status = kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: cannot be closed: %s", path, strerror(errno));
-    }
+    status = kvq_output_write(&output, data, bytes, err);
     if (status == KVQ_OK) status = kvq_output_commit(ctx, &output, err);
-done:
     kvq_output_discard(ctx, &output);
     return status;
 }

@@ -35,6 +35,8 @@ typedef struct kvq_output {
 kvq_status kvq_output_begin(const kvq_context *ctx, const char *path, bool force, kvq_output *out, kvq_error *err);
 kvq_status kvq_output_commit(const kvq_context *ctx, kvq_output *output, kvq_error *err); // also frees
 void       kvq_output_discard(const kvq_context *ctx, kvq_output *output);                // harmless after commit
+// Fills the temporary file, which must be empty.
+kvq_status kvq_output_write(const kvq_output *output, const void *data, size_t bytes, kvq_error *err);
 // The whole sequence for a block of memory.
 kvq_status kvq_write_file(const kvq_context *ctx, const char *path, bool force, const void *data, size_t bytes,
                           kvq_error *err);

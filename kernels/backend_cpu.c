@@ -25,20 +25,9 @@ static void add_floats(const kvq_backend *be, float *y, const float *x, int64_t 
     for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
 
-// Blocks are tested without branches, so that the usual case runs at the speed of memory.
 static int64_t find_nonfinite(const kvq_backend *be, const float *x, int64_t n) {
-    enum { BLOCK = 4096 };
     (void)be;
-    for (int64_t first = 0; first < n; first += BLOCK) {
-        int64_t  end = first + BLOCK < n ? first + BLOCK : n;
-        uint32_t bad = 0;
-        for (int64_t i = first; i < end; i++) bad |= (kvq_bits_of_float(x[i]) & 0x7f800000u) == 0x7f800000u ? 1u : 0u;
-        if (bad == 0) continue;
-        for (int64_t i = first; i < end; i++) {
-            if ((kvq_bits_of_float(x[i]) & 0x7f800000u) == 0x7f800000u) return i;
-        }
-    }
-    return -1;
+    return kvq_find_nonfinite(x, n);
 }
 
 static void destroy(kvq_backend **be) {
