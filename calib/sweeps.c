@@ -52,11 +52,11 @@ static kvq_status store_state(sweep *s, int64_t boundary, const float *from, kvq
 // ---------------------------------------------------------------- forward
 
 // Keeps K of this window, without its sinks, for the thresholds of the layer.
-static kvq_status keep_k(void *user, int64_t layer, float *k, float *v, int64_t n_tokens, kvq_error *err) {
+static kvq_status keep_k(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
     sweep  *s = user;
     int64_t sinks = s->options->sink_tokens, n = n_tokens - sinks;
-    (void)layer, (void)v, (void)err;
-    s->be->download(s->be, s->layer_k + s->window * n * s->d, k + sinks * s->d, n * s->d);
+    (void)layer, (void)err;
+    s->be->download(s->be, s->layer_k + s->window * n * s->d, x.k + sinks * s->d, n * s->d);
     return KVQ_OK;
 }
 
@@ -167,11 +167,11 @@ static kvq_status count_window(count_job *job, int64_t layer, kvq_error *err) {
 }
 
 // Without weights K and V are all that is needed, and a forward pass gives them.
-static kvq_status fetch_kv(void *user, int64_t layer, float *k, float *v, int64_t n_tokens, kvq_error *err) {
+static kvq_status fetch_kv(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
     sweep *s = user;
     (void)layer, (void)err;
-    s->be->download(s->be, s->k, k, n_tokens * s->d);
-    s->be->download(s->be, s->v, v, n_tokens * s->d);
+    s->be->download(s->be, s->k, x.k, n_tokens * s->d);
+    s->be->download(s->be, s->v, x.v, n_tokens * s->d);
     return KVQ_OK;
 }
 

@@ -65,3 +65,5 @@ void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t done
     kvq_progress p = {stage, done, total};
     if (ctx->progress != NULL) ctx->progress(ctx->user, &p);
 }
+
+bool kvq_stop_requested(const kvq_context *ctx) { return ctx->stop != NULL && ctx->stop(ctx->user); }

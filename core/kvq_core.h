@@ -46,6 +46,7 @@ extern "C" {
       "check the weights; a damaged checkpoint is the usual cause")                                                    \
     X(ERR_MEMORY, 6001, 6, "not enough memory", "use fewer or shorter windows, or a machine with more memory")         \
     X(ERR_DISK, 6002, 6, "writing failed", "free some disk space or choose another folder")                            \
+    X(ERR_INTERRUPTED, 7501, 75, "the run was stopped on request", "run the same command again to continue")           \
     X(ERR_EXISTS, 2002, 2, "the output already exists", "choose another name or pass --force")                         \
     X(ERR_INTERNAL, 9001, 70, "a defect in kvq", "please report it with the command line")
 
@@ -93,13 +94,14 @@ typedef struct kvq_progress {
 
 // Passed first to every function that allocates, works in parallel or reports. Plain data, borrowed for the call,
 // never changed by the library; two contexts never share state. Callbacks may be NULL and are called from the thread
-// that called the library.
+// that called the library; alloc and release from any thread.
 typedef struct kvq_context {
     int n_threads;                            // 1 or more; changes speed only, never a result
     void *(*alloc)(void *user, size_t bytes); // bytes is a multiple of 64, and the result must be aligned to 64
     void (*release)(void *user, void *p);
     void (*log)(void *user, kvq_log_level level, const char *text);
     void (*progress)(void *user, const kvq_progress *p);
+    bool (*stop)(void *user); // asked now and then by long work; true ends it with KVQ_ERR_INTERRUPTED, state saved
     void *user;
 } kvq_context;
 
@@ -107,6 +109,7 @@ kvq_context kvq_context_default(void); // malloc, one thread per available core,
 
 void kvq_log(const kvq_context *ctx, kvq_log_level level, const char *format, ...) KVQ_PRINTF(3, 4);
 void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t done, int64_t total);
+bool kvq_stop_requested(const kvq_context *ctx);
 
 // ---------------------------------------------------------------- memory
 

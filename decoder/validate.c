@@ -27,12 +27,12 @@ typedef struct run {
 } run;
 
 // The protocol itself: what attention sees is what the cache gives back, for every token of the window.
-static kvq_status through_the_cache(void *user, int64_t layer, float *k, float *v, int64_t n_tokens, kvq_error *err) {
+static kvq_status through_the_cache(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
     run *r = user;
     (void)layer;
     kvq_packed_layer_reset(r->cache);
-    kvq_status status = kvq_packed_layer_append(r->be, r->cache, k, v, n_tokens, err);
-    if (status == KVQ_OK) kvq_packed_layer_decode(r->be, r->cache, k, v);
+    kvq_status status = kvq_packed_layer_append(r->be, r->cache, x.k, x.v, n_tokens, err);
+    if (status == KVQ_OK) kvq_packed_layer_decode(r->be, r->cache, x.k, x.v);
     return status;
 }
 

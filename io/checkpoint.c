@@ -14,6 +14,10 @@ const char *kvq_rope_type_name(kvq_rope_type type) {
     return NAMES[type];
 }
 
+int64_t kvq_layer_window(const kvq_model_config *config, int64_t layer) {
+    return (config->slides[layer / 8] >> (layer % 8) & 1) != 0 ? config->sliding_window : 0;
+}
+
 kvq_status checkpoint_join_path(const kvq_context *ctx, const char *directory, const char *name, char **out,
                                 kvq_error *err) {
     size_t     size = strlen(directory) + strlen(name) + 2;

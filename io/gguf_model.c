@@ -318,6 +318,8 @@ kvq_status checkpoint_open_gguf(const kvq_context *ctx, kvq_checkpoint *c, kvq_e
     KVQ_TRY(read_rope(c->gguf, config, err));
     KVQ_TRY(get_float(c->gguf, "attention.layer_norm_rms_epsilon", false, &eps, err));
     config->rms_norm_eps = (float)eps;
+    config->embedding_scale = 1;
+    config->attention_scale = (float)(1 / sqrt(config->head_dim));
     KVQ_TRY(read_token_id(c->gguf, "tokenizer.ggml.bos_token_id", &config->bos_id, err));
     KVQ_TRY(read_token_id(c->gguf, "tokenizer.ggml.eos_token_id", &config->eos_id, err));
     KVQ_TRY(checkpoint_check_config(config, c->path, err));

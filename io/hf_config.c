@@ -3,6 +3,7 @@
 // config.json of a Hugging Face directory. Every field is looked up in a table that says what kvq makes of it: read it,
 // ignore it because it cannot change a result, or insist on the one value that kvq implements. A field outside the
 // table is reported and ignored; a field with another value is refused by name.
+#include <math.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -353,6 +354,8 @@ kvq_status hf_config_read(const kvq_context *ctx, const char *text, size_t n, co
     KVQ_TRY(read_token_id(config, "eos_token_id", what, &c.eos_id, err));
     KVQ_TRY(read_rope(config, what, &c, err));
     c.rms_norm_eps = (float)eps;
+    c.embedding_scale = 1;
+    c.attention_scale = (float)(1 / sqrt(c.head_dim));
     c.o_bias = c.qkv_bias; // llama has one switch for the four of them
     KVQ_TRY(checkpoint_check_config(&c, what, err));
     *out = c;

@@ -50,13 +50,30 @@ const char *kvq_rope_type_name(kvq_rope_type type);
 
 // A decoder described by data. Everything the reference model needs to know, in Hugging Face terms; a checkpoint whose
 // config says anything this struct cannot hold is refused by the reader, which names the field.
+typedef enum kvq_activation { KVQ_SILU, KVQ_GELU_TANH } kvq_activation;
+
+#define KVQ_MAX_LAYERS 4096
+
 typedef struct kvq_model_config {
-    char    architecture[32]; // "llama"
+    char    architecture[32]; // "llama", "qwen3", ...
     int64_t n_layers, hidden_size, intermediate_size, vocab_size, max_positions;
     int     n_heads, n_kv_heads, head_dim;
     float   rms_norm_eps;
     bool    tied_head; // the embedding is also the output matrix
     bool    qkv_bias, o_bias, mlp_bias;
+    bool    qk_norm;     // every head of q and k goes through an RMS norm with weight [D] before RoPE (qwen3, gemma3)
+    bool    post_norms;  // the outputs of attention and MLP are normed before they are added (gemma)
+    bool    norm_offset; // norms multiply by 1 + w (gemma)
+    kvq_activation activation;        // of the gate
+    float          embedding_scale;   // multiplies embedding rows; 1 unless gemma
+    float          attention_scale;   // multiplies scores; 1 / sqrt(head_dim) unless the config says otherwise
+    float          attention_softcap; // scores become cap * tanh(score / cap); 0 = off (gemma2)
+    float          logit_softcap;     // logits likewise; 0 = off
+    int64_t        sliding_window;    // keys that a sliding layer sees, the query's own included; 0 = no layer slides
+    uint8_t        slides[KVQ_MAX_LAYERS / 8]; // bit per layer; see kvq_layer_window
+    double         local_rope_theta;           // base of sliding layers, unscaled; 0 = all layers share `rope` (gemma3)
+    int            n_experts, experts_per_token; // 0 = a dense MLP; intermediate_size is that of one expert
+    bool           normalize_experts;            // the chosen experts' probabilities are divided by their sum
     struct {
         kvq_rope_type type;
         double        theta;
@@ -69,6 +86,7 @@ typedef struct kvq_model_config {
     } rope;
     int64_t bos_id, eos_id; // -1 = none
 } kvq_model_config;
+int64_t kvq_layer_window(const kvq_model_config *config, int64_t layer); // 0 = the layer sees all keys
 
 // The weights of a decoder by their Hugging Face names ("model.layers.0.self_attn.q_proj.weight"), whatever the file
 // calls them. Memory-mapped; nothing is expanded before it is asked for.

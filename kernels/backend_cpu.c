@@ -52,6 +52,8 @@ kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_backend **out, kvq_error 
         .copy = copy_floats,
         .zero = zero_floats,
         .add = add_floats,
+        .weights_floats = kvq_weights_floats_cpu,
+        .upload_weights = kvq_upload_weights_cpu,
         .linear = kvq_linear_cpu,
         .linear_backward = kvq_linear_backward_cpu,
         .rmsnorm = kvq_rmsnorm_cpu,

@@ -31,8 +31,11 @@ void kvq_rmsnorm_backward_cpu(const kvq_backend *be, const float *x, const float
                               float *dx, int64_t m, int64_t n);
 void kvq_rope_cpu(const kvq_backend *be, float *x, const float *cos_table, const float *sin_table, int direction,
                   int64_t m, int n_heads, int head_dim, int rot);
-void kvq_silu_mul_cpu(const kvq_backend *be, const float *gate, const float *up, float *y, int64_t n);
-void kvq_silu_mul_backward_cpu(const kvq_backend *be, float *gate, float *up, const float *dy, int64_t n);
+int64_t kvq_weights_floats_cpu(const kvq_backend *be, int64_t n_out, int64_t n_in);
+void    kvq_upload_weights_cpu(const kvq_backend *be, float *w, int64_t n_in, int64_t row, int64_t n_rows,
+                               const float *host_from);
+void    kvq_silu_mul_cpu(const kvq_backend *be, const float *gate, const float *up, float *y, int64_t n);
+void    kvq_silu_mul_backward_cpu(const kvq_backend *be, float *gate, float *up, const float *dy, int64_t n);
 
 int64_t kvq_attention_scratch_floats_cpu(const kvq_backend *be, const kvq_attention_shape *shape, bool backward);
 void    kvq_attention_cpu(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,

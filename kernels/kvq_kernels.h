@@ -25,6 +25,7 @@ typedef struct kvq_attention_shape {
     int     head_dim;            // D
     int64_t window;              // 0 = unlimited
     float   scale;               // multiplies the scores, usually 1 / sqrt(D)
+    float   softcap;             // scores become softcap * tanh(score / softcap); 0 = off
 } kvq_attention_shape;
 
 // What is compared per scored position by `compare`.
@@ -52,7 +53,12 @@ struct kvq_backend {
     void (*zero)(const kvq_backend *be, float *x, int64_t n);
     void (*add)(const kvq_backend *be, float *y, const float *x, int64_t n); // y += x
 
-    // ---- linear layers; w is [n_out, n_in] as checkpoints store it
+    // ---- linear layers; w is [n_out, n_in] as checkpoints store it, in the backend's own form (f32, or bf16 when the
+    // backend computes in it): sized, filled row by row, and used through these functions only.
+    int64_t (*weights_floats)(const kvq_backend *be, int64_t n_out, int64_t n_in); // floats to alloc for one matrix
+    // rows [row, row + n_rows) of w; may be called from several threads for different rows
+    void (*upload_weights)(const kvq_backend *be, float *w, int64_t n_in, int64_t row, int64_t n_rows,
+                           const float *host_from);
     // y [m, n_out] = x [m, n_in] w^T + bias [n_out] (NULL = none)
     void (*linear)(const kvq_backend *be, const float *x, const float *w, const float *bias, float *y, int64_t m,
                    int64_t n_out, int64_t n_in);

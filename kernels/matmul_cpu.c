@@ -2,6 +2,8 @@
 //
 // Linear layers. The product is cut into tiles whose shape depends on the problem alone; each tile is one library call
 // on one thread. Threading the tiles instead of the library makes the result independent of the thread count.
+#include <string.h>
+
 #include "kernels_impl.h"
 
 #ifdef KVQ_MATMUL_ONEDNN
@@ -75,6 +77,17 @@ static void linear_tile(void *user, int64_t item, int worker) {
     for (int64_t i = 0; i < rows; i++) {
         for (int64_t j = 0; j < columns; j++) y[i * job->n + j] += job->bias[column + j];
     }
+}
+
+int64_t kvq_weights_floats_cpu(const kvq_backend *be, int64_t n_out, int64_t n_in) {
+    (void)be;
+    return n_out * n_in;
+}
+
+void kvq_upload_weights_cpu(const kvq_backend *be, float *w, int64_t n_in, int64_t row, int64_t n_rows,
+                            const float *host_from) {
+    (void)be;
+    memcpy(w + row * n_in, host_from, (size_t)(n_rows * n_in) * sizeof *w);
 }
 
 void kvq_linear_cpu(const kvq_backend *be, const float *x, const float *w, const float *bias, float *y, int64_t m,

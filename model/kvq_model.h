@@ -3,7 +3,8 @@
 // The reference transformer, written once against the backend table: one layer's weights at a time, forward,
 // activation-only backward, and a batched decode step. Architecture is data (kvq_model_config); there are no classes.
 //
-// "Pre-RoPE K" is what enters RoPE: k_proj output plus bias, [S, Hkv, D]. V is v_proj output plus bias.
+// "Pre-RoPE K" is what enters RoPE: k_proj output plus bias, after k_norm where there is one, [S, Hkv, D]. V is v_proj
+// output plus bias.
 #ifndef KVQ_MODEL_H
 #define KVQ_MODEL_H
 
@@ -46,13 +47,16 @@ int64_t    kvq_workspace_floats(const kvq_model *model, int64_t seq_len, bool ba
 // x [S, C] = embedding rows of ids (host); x is backend memory.
 kvq_status kvq_model_embed(kvq_model *model, const int32_t *ids, int64_t n_tokens, float *x, kvq_error *err);
 
-// Sees, and may replace, pre-RoPE k and v [S, Hkv * D] (backend memory) of a layer before attention uses them.
-typedef kvq_status (*kvq_kv_hook)(void *user, int64_t layer, float *k, float *v, int64_t n_tokens, kvq_error *err);
+// Sees, and may replace, what enters RoPE and attention of a layer: q [S, H * D], k and v [S, Hkv * D], backend memory.
+typedef struct kvq_qkv {
+    float *q, *k, *v;
+} kvq_qkv;
+typedef kvq_status (*kvq_qkv_hook)(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err);
 
 // x [S, C] -> the next layer's input, in place. hook may be NULL. KVQ_ERR_NUMERICAL names layer, tensor, position and
 // channel when K, V or the result are not finite.
 kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens, float *x,
-                             kvq_kv_hook hook, void *user, kvq_error *err);
+                             kvq_qkv_hook hook, void *user, kvq_error *err);
 
 // Recomputes the layer from its input x [S, C], then turns dx = d loss / d output into d loss / d input in place, and
 // leaves K, V and their gradients in the views below until the next call.

@@ -2,14 +2,12 @@
 //
 // One decoder layer over one window:  x += o(attention(norm(x)));  x += down(silu(gate(norm(x))) * up(norm(x))).
 // The backward pass goes to activations only; weights have no gradients here, so nothing but x has to be kept.
-#include <math.h>
-
 #include "model_impl.h"
 
 kvq_attention_shape kvq_model_attention_shape(const kvq_model_config *c, int64_t n_tokens) {
     kvq_attention_shape shape = {
         .n_tokens = n_tokens, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim};
-    shape.scale = (float)(1.0 / sqrt(c->head_dim));
+    shape.scale = c->attention_scale;
     return shape;
 }
 
@@ -169,7 +167,7 @@ static void rotate(const kvq_model *model, const kvq_workspace *ws, int directio
 }
 
 kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens, float *x,
-                             kvq_kv_hook hook, void *user, kvq_error *err) {
+                             kvq_qkv_hook hook, void *user, kvq_error *err) {
     const kvq_backend  *be = model->be;
     int64_t             d = layer->k.n_out;
     kvq_attention_shape shape = kvq_model_attention_shape(model->config, n_tokens);
@@ -178,7 +176,7 @@ kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_works
     kvq_layer_project(model, layer, n_tokens, x, ws->normed, ws->q, ws->k, ws->v);
     KVQ_TRY(check_finite(model, ws->k, n_tokens, d, layer->index, "K", err));
     KVQ_TRY(check_finite(model, ws->v, n_tokens, d, layer->index, "V", err));
-    if (hook != NULL) KVQ_TRY(hook(user, layer->index, ws->k, ws->v, n_tokens, err));
+    if (hook != NULL) KVQ_TRY(hook(user, layer->index, (kvq_qkv){ws->q, ws->k, ws->v}, n_tokens, err));
     rotate(model, ws, 1, n_tokens, ws->q, ws->k);
     be->attention(be, &shape, ws->q, ws->k, ws->v, ws->attended, ws->attention);
     kvq_layer_finish(model, layer, n_tokens, ws->attended, x, ws->normed, ws->gate, ws->up);

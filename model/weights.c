@@ -13,6 +13,7 @@
 typedef struct slot {
     char    name[128];
     int64_t n_rows, n_columns; // a vector is one row
+    bool    is_matrix;         // of a linear layer, stored in the backend's own form
     float **pointer;
 } slot;
 
@@ -22,12 +23,17 @@ typedef struct slot_list {
 } slot_list;
 
 static void add_slot(slot_list *list, const char *prefix, const char *name, int64_t n_rows, int64_t n_columns,
-                     float **pointer) {
+                     bool is_matrix, float **pointer) {
     slot *s = &list->slots[list->n++];
     (void)snprintf(s->name, sizeof s->name, "%s%s", prefix, name);
     s->n_rows = n_rows;
     s->n_columns = n_columns;
+    s->is_matrix = is_matrix;
     s->pointer = pointer;
+}
+
+static int64_t slot_floats(const kvq_model *model, const slot *s) {
+    return s->is_matrix ? model->be->weights_floats(model->be, s->n_rows, s->n_columns) : s->n_rows * s->n_columns;
 }
 
 static void add_linear(slot_list *list, const char *prefix, const char *name, int64_t n_out, int64_t n_in, bool bias,
@@ -36,10 +42,10 @@ static void add_linear(slot_list *list, const char *prefix, const char *name, in
     linear->n_out = n_out;
     linear->n_in = n_in;
     (void)snprintf(full, sizeof full, "%s.weight", name);
-    add_slot(list, prefix, full, n_out, n_in, &linear->w);
+    add_slot(list, prefix, full, n_out, n_in, true, &linear->w);
     if (!bias) return;
     (void)snprintf(full, sizeof full, "%s.bias", name);
-    add_slot(list, prefix, full, 1, n_out, &linear->bias);
+    add_slot(list, prefix, full, 1, n_out, false, &linear->bias);
 }
 
 // ---------------------------------------------------------------- expanding a list of slots
@@ -61,9 +67,13 @@ static kvq_status expand(const kvq_model *model, const row_block *b, float *stag
     const slot *s = b->slot;
     kvq_status  status =
         kvq_checkpoint_read(model->checkpoint, s->name, s->n_rows, s->n_columns, b->row, b->n_rows, staging, err);
-    if (status == KVQ_OK)
+    if (status != KVQ_OK) return status;
+    if (s->is_matrix) {
+        model->be->upload_weights(model->be, *s->pointer, s->n_columns, b->row, b->n_rows, staging);
+    } else {
         model->be->upload(model->be, *s->pointer + b->row * s->n_columns, staging, b->n_rows * s->n_columns);
-    return status;
+    }
+    return KVQ_OK;
 }
 
 static void expand_block(void *user, int64_t item, int worker) {
@@ -85,7 +95,7 @@ static kvq_status load_slots(const kvq_model *model, const slot_list *list, cons
     kvq_status         status = KVQ_OK;
     for (int i = 0; i < list->n; i++) {
         const slot *s = &list->slots[i];
-        n_floats += s->n_rows * s->n_columns;
+        n_floats += slot_floats(model, s);
         n_blocks += (s->n_rows + rows_per_block(s) - 1) / rows_per_block(s);
         if (s->n_columns > job.staging_floats) job.staging_floats = s->n_columns;
     }
@@ -96,7 +106,7 @@ static kvq_status load_slots(const kvq_model *model, const slot_list *list, cons
     for (int i = 0; i < list->n; i++) {
         const slot *s = &list->slots[i];
         *s->pointer = *storage + at;
-        at += s->n_rows * s->n_columns;
+        at += slot_floats(model, s);
         for (int64_t row = 0; row < s->n_rows; row += rows_per_block(s)) {
             int64_t rest = s->n_rows - row;
             job.blocks[block++] = (row_block){s, row, rest < rows_per_block(s) ? rest : rows_per_block(s), KVQ_OK};
@@ -125,8 +135,8 @@ static void describe_layer(const kvq_model_config *c, kvq_layer *layer, slot_lis
     char    prefix[64];
     int64_t d = (int64_t)c->n_kv_heads * c->head_dim, q = (int64_t)c->n_heads * c->head_dim, C = c->hidden_size;
     (void)snprintf(prefix, sizeof prefix, "model.layers.%lld.", (long long)layer->index);
-    add_slot(list, prefix, "input_layernorm.weight", 1, C, &layer->input_norm);
-    add_slot(list, prefix, "post_attention_layernorm.weight", 1, C, &layer->post_attention_norm);
+    add_slot(list, prefix, "input_layernorm.weight", 1, C, false, &layer->input_norm);
+    add_slot(list, prefix, "post_attention_layernorm.weight", 1, C, false, &layer->post_attention_norm);
     add_linear(list, prefix, "self_attn.q_proj", q, C, c->qkv_bias, &layer->q);
     add_linear(list, prefix, "self_attn.k_proj", d, C, c->qkv_bias, &layer->k);
     add_linear(list, prefix, "self_attn.v_proj", d, C, c->qkv_bias, &layer->v);
@@ -184,7 +194,7 @@ kvq_status kvq_head_load(kvq_model *model, kvq_head **out, kvq_error *err) {
         return KVQ_OK;
     }
     KVQ_TRY(KVQ_NEW(model->ctx, 1, "output head", &head, err));
-    add_slot(&list, "", "model.norm.weight", 1, c->hidden_size, &head->norm);
+    add_slot(&list, "", "model.norm.weight", 1, c->hidden_size, false, &head->norm);
     add_linear(&list, "", c->tied_head ? "model.embed_tokens" : "lm_head", c->vocab_size, c->hidden_size, false,
                &head->output);
     KVQ_TRY(load_slots(model, &list, "output matrix", &head->storage, err));

@@ -213,7 +213,7 @@ static const attention_case ATTENTION_CASES[] = {
 #define N_ATTENTION_CASES ((int)(sizeof ATTENTION_CASES / sizeof *ATTENTION_CASES))
 
 static kvq_attention_shape shape_of(attention_case a) {
-    kvq_attention_shape s = {a.n_tokens, a.n_heads, a.n_kv_heads, a.head_dim, a.window, (float)(1 / sqrt(a.head_dim))};
+    kvq_attention_shape s = {a.n_tokens, a.n_heads, a.n_kv_heads, a.head_dim, a.window, (float)(1 / sqrt(a.head_dim)), 0};
     return s;
 }
 
