@@ -1,21 +1,103 @@
 // SPDX-License-Identifier: Apache-2.0
-// Private to calib: scratch files for the hidden states between layers.
+// Private to calib: growing bytes, the work directory, the steps of a run, and what a calibration keeps per layer.
 #ifndef KVQ_CALIB_IMPL_H
 #define KVQ_CALIB_IMPL_H
 
 #include "kvq_calib.h"
 
-// One file per layer boundary plus one for the gradient, each [n_windows, window_floats] f32, on the disk of `folder`.
-// The files have no names, and a folder that did not exist before is removed again at once: nothing can be left behind.
-typedef struct kvq_scratch kvq_scratch;
-#define KVQ_SCRATCH_GRADIENT (-1)
+// ---------------------------------------------------------------- growing bytes (blob.c)
 
-kvq_status kvq_scratch_create(const kvq_context *ctx, const char *folder, int64_t n_boundaries, int64_t window_floats,
-                              kvq_scratch **out, kvq_error *err);
-void       kvq_scratch_destroy(const kvq_context *ctx, kvq_scratch **scratch);
-// boundary: 0 .. n_boundaries - 1 or KVQ_SCRATCH_GRADIENT
-kvq_status kvq_scratch_write(kvq_scratch *scratch, int64_t boundary, int64_t window, const float *x, kvq_error *err);
-kvq_status kvq_scratch_read(kvq_scratch *scratch, int64_t boundary, int64_t window, float *x, kvq_error *err);
-void       kvq_scratch_drop(kvq_scratch *scratch, int64_t boundary); // frees the disk space of a boundary that is done
+void       kvq_blob_free(const kvq_context *ctx, kvq_blob *blob);
+kvq_status kvq_blob_append(const kvq_context *ctx, kvq_blob *blob, const void *data, int64_t bytes, kvq_error *err);
+// Appends `bytes` zeros and returns where they are, for the caller to fill.
+kvq_status kvq_blob_extend(const kvq_context *ctx, kvq_blob *blob, int64_t bytes, uint8_t **at, kvq_error *err);
+
+// Reads a blob from the front. What is missing at the end fails with KVQ_ERR_INTEGRITY.
+typedef struct blob_reader {
+    const uint8_t *at;
+    int64_t        left;
+} blob_reader;
+kvq_status blob_take(blob_reader *reader, void *to, int64_t bytes, kvq_error *err);
+
+// ---------------------------------------------------------------- the work directory (work_dir.c)
+
+// A directory that one run owns (flock), with a manifest (fingerprint and last finished step), small files that are
+// written whole or not at all, and large ones of equal slots. Everything carries a checksum that is verified when it
+// is read. What is written becomes durable with the next commit.
+typedef struct work_dir work_dir;
+
+// Opens or makes the directory. A manifest with another fingerprint: KVQ_ERR_MISMATCH, naming the fields. A second run
+// in the same directory: KVQ_ERR_EXISTS.
+kvq_status work_open(const kvq_context *ctx, const char *path, const kvq_field *fingerprint, int64_t n_fingerprint,
+                     bool restart, work_dir **out, kvq_error *err);
+// finished: removes the directory and all that kvq put into it; otherwise it stays for the next run.
+void work_close(const kvq_context *ctx, work_dir **work, bool finished);
+
+bool       work_exists(const char *path);                      // with a manifest
+kvq_status work_make_folder(const char *path, kvq_error *err); // it may be there already
+void       work_remove_folder(const char *path);               // when it is empty
+
+int64_t    work_step(const work_dir *work);   // steps finished; 0 in a new directory
+int64_t    work_stride(const work_dir *work); // of the run that made the directory; 0 in a new one
+void       work_set_stride(work_dir *work, int64_t stride);
+kvq_status work_commit(const kvq_context *ctx, work_dir *work, int64_t step, kvq_error *err);
+
+kvq_status work_put(const kvq_context *ctx, work_dir *work, const char *name, const kvq_blob *blob, kvq_error *err);
+// *blob stays empty when there is no such file.
+kvq_status work_get(const kvq_context *ctx, work_dir *work, const char *name, kvq_blob *blob, kvq_error *err);
+void       work_drop(work_dir *work, const char *name); // harmless when there is none
+
+kvq_status work_write_slot(work_dir *work, const char *name, int64_t slot, const float *x, int64_t n, kvq_error *err);
+kvq_status work_read_slot(work_dir *work, const char *name, int64_t slot, float *x, int64_t n, kvq_error *err);
+
+// ---------------------------------------------------------------- steps (steps.c)
+
+typedef enum step_kind { STEP_EMBED, STEP_FORWARD, STEP_LOSS, STEP_REFILL, STEP_BACKWARD } step_kind;
+typedef struct step {
+    step_kind kind;
+    int64_t   layer;
+} step;
+
+// Which steps a run has. Boundary b is the input of layer b; boundaries 0, stride, 2 stride, ... stay on disk after the
+// forward pass, and before a group of layers is passed backward, the boundaries inside it are made again (REFILL).
+typedef struct step_plan {
+    int64_t n_layers, stride;
+    bool    second_pass, gradients;
+} step_plan;
+int64_t step_count(const step_plan *plan);
+step    step_at(const step_plan *plan, int64_t index);
+int64_t step_first_after_forward(const step_plan *plan);
+// Does the input of a layer stay on disk after the layer was passed forward?
+bool step_keeps_boundary(const step_plan *plan, int64_t layer);
+// The most boundaries and gradients on disk at once.
+int64_t step_peak_states(const step_plan *plan);
+
+// What a finished step of a run of one process left in the work directory.
+kvq_status sweep_result(const kvq_context *ctx, const kvq_sweep_options *options, step_kind kind, int64_t layer,
+                        kvq_blob *out, kvq_error *err);
+
+// An artifact whose tensors are described but not yet measured: model shape, quantizer, bits, axes.
+kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config *config,
+                                 const kvq_calib_options *options, kvq_artifact **out, kvq_error *err);
+
+kvq_status calib_describe_windows(const kvq_context *ctx, const kvq_windows *windows, kvq_artifact *artifact,
+                                  kvq_error *err);
+double     calib_mean_loss(kvq_loss_sum loss); // nats per token
+
+// ---------------------------------------------------------------- what a calibration keeps (measure.c)
+
+// One layer at a time: the ends of K in the forward pass, weighted histograms of K and V in the backward pass. Results
+// go into the artifact's layers.
+typedef struct measure measure;
+kvq_status             measure_create(const kvq_context *ctx, const kvq_calib_options *options, int d, int64_t seq_len,
+                                      int64_t n_windows, kvq_artifact *artifact, measure **out, kvq_error *err);
+void                   measure_destroy(const kvq_context *ctx, measure **m);
+// In a shard the results are what was seen, to be merged with the other shards' before anything is concluded from it.
+void         measure_keep_raw(measure *m);
+kvq_observer measure_observer(measure *m);
+// One window in the backward pass of a layer, with element weights that somebody else made; NULL = none.
+kvq_status measure_count(measure *m, int64_t layer, const float *k, const float *v, const float *w_k, const float *w_v,
+                         kvq_error *err);
+int64_t    measure_bytes(const kvq_context *ctx, const kvq_calib_options *options, int d, int64_t n_rows);
 
 #endif

@@ -1,13 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The layer-major sweeps that turn a model and windows of tokens into an artifact.
+// The layer-major sweeps over a model, and the calibration that watches them.
 //
-// Forward, layer 0 .. L-1: every window's layer input goes to scratch files, K of one layer is kept for its exact
-// quantiles. Backward, layer L-1 .. 0: each window is recomputed from scratch, its K, V and their gradients are counted
-// into the histograms of that layer, the layer is fitted and forgotten.
-// Memory: one layer of weights + one window's activations + one layer's K or two histograms per thread; it does not
-// grow with the number of layers, and with the number of windows only through one layer's K. Scratch on disk: (L + 2) *
-// T * C f32.
+// How is a model swept that does not fit into memory?  One layer at a time, all windows through it: forward from layer
+// 0
+//   to L - 1, then the loss, then backward from L - 1 to 0, where each window's layer is recomputed from its input. The
+//   hidden states between layers wait in a work directory.
+// What if it is killed?  The work directory knows the last step that was finished, and what the unfinished one had
+//   seen when it was last saved. The same command goes on from there and ends in the same bytes.
+// What if it is spread?  Windows are dealt to processes (MPI) or to independent runs (shards). What they saw is order
+//   statistics, integer counts and fixed-point sums: it merges exactly, so any distribution gives the same bytes.
+// What does it cost?  Memory: one layer of weights (two with prefetch), one window's activations, and what one layer's
+//   statistics need; it does not grow with the number of layers. Disk: kvq_sweep_plan.
 #ifndef KVQ_CALIB_H
 #define KVQ_CALIB_H
 
@@ -20,12 +24,96 @@
 extern "C" {
 #endif
 
+// ---------------------------------------------------------------- processes
+
+// The processes that share one run. One is the usual case: kvq_processes_single.
+typedef struct kvq_processes kvq_processes;
+struct kvq_processes {
+    int   rank, n_ranks;
+    void *user;
+    // Both are called by all ranks in the same order. agree: *smallest = the smallest value of all ranks.
+    // exchange: every rank gives `bytes` bytes; *all (kvq_free) receives them one behind the other by rank, and
+    // sizes [n_ranks] how many each gave.
+    kvq_status (*agree)(const kvq_processes *p, int64_t value, int64_t *smallest, kvq_error *err);
+    kvq_status (*exchange)(const kvq_processes *p, const kvq_context *ctx, const void *mine, int64_t bytes,
+                           uint8_t **all, int64_t *sizes, kvq_error *err);
+};
+kvq_processes kvq_processes_single(void);
+// Starts MPI when the program was started by it (mpirun), otherwise one process. KVQ_ERR_UNSUPPORTED when kvq was built
+// without MPI but several processes were started. `finish` must be called by all of them before the program ends.
+kvq_status kvq_processes_start(kvq_processes *out, kvq_error *err);
+void       kvq_processes_finish(kvq_processes *p);
+
+// ---------------------------------------------------------------- sweeps
+
+typedef enum kvq_pass { KVQ_PASS_FORWARD, KVQ_PASS_BACKWARD } kvq_pass;
+
+// One window in one layer. Host memory, valid during the call.
+typedef struct kvq_seen {
+    int64_t      window;  // index in kvq_windows
+    const float *q;       // [S, H * D] pre-RoPE, forward and only when asked for
+    const float *k, *v;   // [S, d] pre-RoPE K, and V
+    const float *dk, *dv; // [S, d] gradients of the window's mean loss, backward and only when asked for
+} kvq_seen;
+
+// A growing array of bytes.
+typedef struct kvq_blob {
+    uint8_t *data;
+    int64_t  bytes, capacity;
+} kvq_blob;
+
+// Watches the sweeps. For each layer and pass: begin, window for every window of this process, then finish. What was
+// seen can be saved and merged at any time in between; a merge follows only a begin.
+typedef struct kvq_observer {
+    void *user;
+    bool  wants_query, wants_second_pass, wants_gradients;
+    kvq_status (*begin)(void *user, kvq_pass pass, int64_t layer, kvq_error *err);
+    kvq_status (*window)(void *user, kvq_pass pass, int64_t layer, const kvq_seen *seen, kvq_error *err);
+    // Appends the result of the layer, once everything of all processes was seen or merged.
+    kvq_status (*finish)(void *user, kvq_pass pass, int64_t layer, kvq_blob *result, kvq_error *err);
+    // The rest is NULL for an observer whose sweeps can be neither resumed nor shared among processes.
+    kvq_status (*save)(void *user, kvq_pass pass, int64_t layer, kvq_blob *out, kvq_error *err);
+    kvq_status (*merge)(void *user, kvq_pass pass, int64_t layer, const uint8_t *data, int64_t bytes, kvq_error *err);
+    // Takes a result of finish back, in a later run.
+    kvq_status (*restore)(void *user, kvq_pass pass, int64_t layer, const uint8_t *data, int64_t bytes, kvq_error *err);
+} kvq_observer;
+
+typedef struct kvq_sweep_options {
+    const char      *work_dir;        // made when needed, removed at the end
+    bool             restart;         // forget what an earlier run left there
+    bool             forward_only;    // end after the forward pass and leave the work directory for a later run
+    bool             prefetch;        // expand the next layer's weights in the background
+    int64_t          stride;          // every stride-th boundary between layers stays on disk; the rest is recomputed
+    int64_t          shard, n_shards; // this run sees windows with index % n_shards == shard; 0 of 1 = all
+    const kvq_field *fingerprint;     // what the run depends on; a work directory of another run is refused with a diff
+    int64_t          n_fingerprint;
+} kvq_sweep_options;
+
+// The model's loss over the windows that were seen; exact, so it does not depend on their order.
+typedef struct kvq_loss_sum {
+    kvq_fixed sum; // nats
+    int64_t   n_tokens;
+} kvq_loss_sum;
+
+// Runs the sweeps of this process's windows; *loss is that of all processes. The work directory stays, complete, until
+// kvq_sweep_forget: call it when what came of the run is safe.
+// KVQ_ERR_INTERRUPTED when ctx->stop asked for it, or another process failed: everything is saved. KVQ_ERR_MISMATCH,
+// with the differing fields: the work directory belongs to another run.
+kvq_status kvq_sweep(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
+                     const kvq_sweep_options *options, const kvq_processes *processes, const kvq_observer *observer,
+                     kvq_loss_sum *loss, kvq_error *err);
+// Has a run begun in this work directory that can be continued?
+bool kvq_sweep_has_begun(const kvq_sweep_options *options, const kvq_processes *processes);
+// Removes the work directory.
+void kvq_sweep_forget(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes);
+
+// ---------------------------------------------------------------- calibration
+
 typedef struct kvq_calib_options {
     int           k_bits, v_bits;   // 2 .. 4
     double        outlier_fraction; // two-sided, 0 .. 0.1; 0 = no outliers
     int64_t       sink_tokens;      // first tokens of a window kept in f16 and out of the statistics, 0 .. S - 1
     kvq_weighting weighting;
-    const char   *scratch_dir; // decides the disk; its files have no names and end with the process
 } kvq_calib_options;
 kvq_calib_options kvq_calib_options_default(void); // 3 bits, 1 %, 1 sink, fisher-scaled
 
@@ -33,17 +121,66 @@ kvq_calib_options kvq_calib_options_default(void); // 3 bits, 1 %, 1 sink, fishe
 kvq_status kvq_calib_options_check(const kvq_calib_options *options, const kvq_model_config *config, int64_t seq_len,
                                    kvq_error *err);
 
-// What a run will need, from shapes alone.
+// What a run will need, from shapes alone, and how it is made to fit.
+typedef struct kvq_calib_limits {
+    int64_t memory_bytes, scratch_bytes; // 0 = none
+} kvq_calib_limits;
 typedef struct kvq_calib_plan {
-    int64_t memory_bytes, scratch_bytes;
-    double  tera_flops;
+    int64_t memory_bytes;                                     // resident, at the worst moment; the sum of the next four
+    int64_t weight_bytes, activation_bytes, statistics_bytes; // layers or head; one window; what one layer collects
+    int64_t program_bytes;                                    // code, libraries, and what they keep
+    int64_t scratch_bytes;                                    // work directory of this process at its largest
+    int64_t stride;                                           // for kvq_sweep_options
+    bool    prefetch;                                         // likewise
+    double  tera_flops;                                       // of this process
 } kvq_calib_plan;
-kvq_calib_plan kvq_calib_estimate(const kvq_context *ctx, const kvq_model *model, int64_t n_windows, int64_t seq_len);
+// n_parts: processes times shards that the windows are dealt to. KVQ_ERR_MEMORY or KVQ_ERR_DISK when a limit is too
+// small; the message names the least that would do.
+kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, const kvq_calib_options *options,
+                               int64_t n_windows, int64_t seq_len, int64_t n_parts, kvq_calib_limits limits,
+                               kvq_calib_plan *out, kvq_error *err);
 
-// Runs both sweeps and the fit. The artifact's quantizer, dataset counts, model shape and layers are filled; identity
-// and provenance are the caller's to add. Same input, same result on any number of threads.
+// Seconds that the sweeps of a plan will take, from two windows of random tokens really passed through layer 0 and the
+// head; nothing is written.
+kvq_status kvq_calib_probe(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
+                           const kvq_calib_options *options, int64_t n_windows, int64_t seq_len, int64_t n_parts,
+                           const kvq_calib_plan *plan, double *seconds, kvq_error *err);
+
+// Sweeps and fit. The artifact's quantizer, dataset counts, model shape and layers are filled; identity and provenance
+// are the caller's to add. Same input, same result on any number of threads, processes and interruptions. The work
+// directory stays until kvq_sweep_forget.
 kvq_status kvq_calibrate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
-                         const kvq_calib_options *options, kvq_artifact **out, kvq_error *err);
+                         const kvq_calib_options *options, const kvq_sweep_options *sweep,
+                         const kvq_processes *processes, kvq_artifact **out, kvq_error *err);
+
+// The same from a capture file, without a model. source_name is recorded when the capture does not say what its text
+// was. KVQ_ERR_INPUT when a layer or needed squared gradients are missing.
+kvq_status kvq_calibrate_capture(const kvq_context *ctx, const kvq_capture *capture, const char *source_name,
+                                 const kvq_calib_options *options, kvq_artifact **out, kvq_error *err);
+
+// ---------------------------------------------------------------- shards
+
+// Independent runs over the shards of one set of windows, in two rounds with a merge after each. Round 1 sees K forward
+// and gives the ends of its channels; merged, they give the thresholds. Round 2 goes on in the same work directory with
+// them and gives histograms; merged, they give the artifact, equal to that of one run.
+typedef enum kvq_round { KVQ_ROUND_ENDS = 1, KVQ_ROUND_HISTOGRAMS = 2 } kvq_round;
+
+// kvq_calibrate for one shard (sweep->shard of sweep->n_shards). *out is a template: everything but what only all
+// shards together know. thresholds: the merged file of round 1, or NULL for round 1 itself. KVQ_ERR_MISMATCH when it
+// was made from other windows or settings.
+kvq_status kvq_calibrate_shard(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
+                               const kvq_windows *windows, const kvq_calib_options *options,
+                               const kvq_sweep_options *sweep, const char *thresholds, kvq_artifact **out,
+                               kvq_error *err);
+// Writes what the shard saw, with the template (identity and provenance filled in), as a file for kvq_merge.
+kvq_status kvq_shard_write(const kvq_context *ctx, const kvq_artifact *artifact, const kvq_sweep_options *sweep,
+                           kvq_round round, const char *path, bool force, kvq_error *err);
+
+// All shards of one round, in any order. Round 1: writes the thresholds to `path`. Round 2: writes the artifact and its
+// content hash. KVQ_ERR_MISMATCH, naming the fields, when the files do not belong together; KVQ_ERR_INPUT when a shard
+// is missing or there twice.
+kvq_status kvq_merge(const kvq_context *ctx, const char *const *paths, int n_paths, const char *path, bool force,
+                     kvq_round *round, char content_sha256[KVQ_SHA256_HEX], kvq_error *err);
 
 #ifdef __cplusplus
 }

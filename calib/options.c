@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What can be asked of a calibration, and what it will cost.
+// What can be asked of a calibration.
 #include "calib_impl.h"
 
 #define MAX_OUTLIER_FRACTION 0.1
@@ -51,24 +51,4 @@ kvq_status kvq_calib_options_check(const kvq_calib_options *o, const kvq_model_c
                         "K and V have %d channels: %d outliers on either side do not fit", d, n_side);
     }
     return KVQ_OK;
-}
-
-kvq_calib_plan kvq_calib_estimate(const kvq_context *ctx, const kvq_model *model, int64_t n_windows, int64_t seq_len) {
-    const kvq_model_config *c = kvq_model_describe(model);
-    int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim, tokens = n_windows * seq_len;
-    int64_t                 histograms = 2 * ctx->n_threads * (int64_t)(KVQ_HISTOGRAM_BINS * sizeof(kvq_bin));
-    int64_t window = 4 * (kvq_workspace_floats(model, seq_len, true) + 2 * seq_len * c->hidden_size + 4 * seq_len * d);
-    int64_t kv = 4 * tokens * d > histograms ? 4 * tokens * d : histograms; // never both at a time
-    int64_t layer = 4 * kvq_layer_floats(c) + kv, head = 4 * c->vocab_size * c->hidden_size;
-    double  layer_flops = 2.0 * (double)kvq_layer_floats(c) * (double)tokens;
-    double  attention =
-        2.0 * (double)(c->n_heads * c->head_dim) * (double)tokens * (double)seq_len; // QK and PV, causal half
-    kvq_calib_plan plan;
-    plan.memory_bytes = window + (layer > head ? layer : head);
-    plan.scratch_bytes = 4 * tokens * c->hidden_size * (c->n_layers + 2);
-    // forward; recomputed forward and gradients; the head forward and backward
-    plan.tera_flops = ((double)c->n_layers * (3 * layer_flops + 4.5 * attention) +
-                       4.0 * (double)c->vocab_size * (double)c->hidden_size * (double)tokens) *
-                      1e-12;
-    return plan;
 }

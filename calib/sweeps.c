@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The two sweeps. Forward finds the thresholds of K layer by layer; backward weighs and counts every element of K and V
-// and fits. Between layers nothing is in memory but the thresholds: hidden states and gradients are on scratch.
+// The engine of the sweeps: runs one step after the other for this process's windows, feeds the observer, and commits.
+// A step is one layer passed by all windows (or the embedding, or the loss). Its result is written before the manifest
+// says that it is finished, and what it read is deleted only when all processes know.
 //
-// What adds up across windows is either an integer count or a fixed-point sum, so the order of windows and the number
-// of threads leave no trace in the result.
+// Between steps the processes agree on how the step went, so that a failure or a request to stop on one of them ends
+// all of them at the same place.
 #include <stdio.h>
 #include <string.h>
+#include <time.h>
 
 #include "calib_impl.h"
-#include "kvq_fisher.h"
 
-#define ROWS_PER_ITEM 256 // of one window, counted by one thread
+#define SAVE_INTERVAL_S 60.0 // an unfinished step is saved this often, so that a kill costs a minute
+#define MAX_NAME        32
+#define MAX_PATH        4096
 
 typedef struct sweep {
     const kvq_context       *ctx;
@@ -19,360 +22,505 @@ typedef struct sweep {
     kvq_model               *model;
     const kvq_model_config  *config;
     const kvq_windows       *windows;
-    const kvq_calib_options *options;
-    kvq_artifact            *artifact;
-    kvq_scratch             *scratch;
+    const kvq_sweep_options *options;
+    const kvq_processes     *processes;
+    const kvq_observer      *observer;
+    step_plan                plan;
+    work_dir                *work;
     kvq_workspace           *ws;
-    int                      d;
-    float                   *x, *dx;            // backend [S, C]
-    float                   *host_x;            // [S, C] between backend and scratch
-    float                   *layer_k;           // forward: [N * (S - sinks), d] of one layer
-    float                   *k, *v, *w_k, *w_v; // backward: host copies of one window, [S, d]
-    float                   *z_and_r;           // [2 d]
-    kvq_histogram          **histograms;        // [2 * n_threads]: K, then V
-    int64_t                  window;            // the one being worked on, for messages
+    float                   *x, *dx;              // backend [S, C]
+    float                   *host_x;              // [S, C] between backend and work directory
+    float                   *q, *k, *v, *dk, *dv; // host copies of one window for the observer
+    int64_t                  state_floats, d, q_width;
+    int64_t                  n_windows, local, window; // of this process; the current one here and in kvq_windows
+    double                  *nll;                      // [S - 1]
+    kvq_loss_sum             loss;
+    kvq_layer               *layer;
+    kvq_head                *head;
+    double                   saved_at_s;
 } sweep;
+
+static double now_s(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+static const char *boundary_name(char name[MAX_NAME], const char *what, int64_t index) {
+    (void)snprintf(name, MAX_NAME, "%s.%04lld", what, (long long)index);
+    return name;
+}
 
 static kvq_status name_window(const sweep *s, kvq_status status, kvq_error *err) {
     if (status != KVQ_OK) kvq_error_prefix(err, "calibration window %lld: ", (long long)s->window);
     return status;
 }
 
-static kvq_status load_state(sweep *s, int64_t boundary, float *to, kvq_error *err) {
-    kvq_status status = kvq_scratch_read(s->scratch, boundary, s->window, s->host_x, err);
-    if (status == KVQ_OK) s->be->upload(s->be, to, s->host_x, s->windows->seq_len * s->config->hidden_size);
+static kvq_status load_state(sweep *s, const char *what, int64_t index, float *to, kvq_error *err) {
+    char       name[MAX_NAME];
+    kvq_status status =
+        work_read_slot(s->work, boundary_name(name, what, index), s->local, s->host_x, s->state_floats, err);
+    if (status == KVQ_OK) s->be->upload(s->be, to, s->host_x, s->state_floats);
     return status;
 }
 
-static kvq_status store_state(sweep *s, int64_t boundary, const float *from, kvq_error *err) {
-    s->be->download(s->be, s->host_x, from, s->windows->seq_len * s->config->hidden_size);
-    return kvq_scratch_write(s->scratch, boundary, s->window, s->host_x, err);
+static kvq_status store_state(sweep *s, const char *what, int64_t index, const float *from, kvq_error *err) {
+    char name[MAX_NAME];
+    s->be->download(s->be, s->host_x, from, s->state_floats);
+    return work_write_slot(s->work, boundary_name(name, what, index), s->local, s->host_x, s->state_floats, err);
 }
 
-// ---------------------------------------------------------------- forward
-
-// Keeps K of this window, without its sinks, for the thresholds of the layer.
-static kvq_status keep_k(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
-    sweep  *s = user;
-    int64_t sinks = s->options->sink_tokens, n = n_tokens - sinks;
-    (void)layer, (void)err;
-    s->be->download(s->be, s->layer_k + s->window * n * s->d, x.k + sinks * s->d, n * s->d);
-    return KVQ_OK;
+static void drop_state(sweep *s, const char *what, int64_t index) {
+    char name[MAX_NAME];
+    work_drop(s->work, boundary_name(name, what, index));
 }
 
-static kvq_status forward_layer(sweep *s, int64_t l, kvq_error *err) {
-    kvq_tensor_quant *k = &s->artifact->layers[l].k;
-    kvq_layer        *layer = NULL;
-    int64_t           S = s->windows->seq_len, N = s->windows->n_windows;
-    kvq_status        status = KVQ_OK;
-    KVQ_TRY(kvq_layer_load(s->model, l, &layer, err));
-    for (s->window = 0; s->window < N; s->window++) {
-        KVQ_TRY(load_state(s, l, s->x, err));
-        KVQ_TRY(name_window(s, kvq_layer_forward(s->model, layer, s->ws, S, s->x, keep_k, s, err), err));
-        KVQ_TRY(store_state(s, l + 1, s->x, err));
-        kvq_report_progress(s->ctx, "forward", l * N + s->window + 1, s->config->n_layers * N);
+// ---------------------------------------------------------------- one window of a step
+
+static kvq_status observe(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+    sweep   *s = user;
+    kvq_seen seen = {.window = s->window, .k = s->k, .v = s->v};
+    if (s->q != NULL) {
+        s->be->download(s->be, s->q, x.q, n_tokens * s->q_width);
+        seen.q = s->q;
     }
-    KVQ_TRY(KVQ_NEW(s->ctx, s->d, "lower thresholds", &k->lower, err));
-    KVQ_TRY(KVQ_NEW(s->ctx, s->d, "upper thresholds", &k->upper, err));
-    KVQ_TRY(kvq_thresholds(s->ctx, s->layer_k, N * (S - s->options->sink_tokens), s->d, s->options->outlier_fraction,
-                           k->lower, k->upper, err));
-
-done:
-    kvq_layer_release(s->model, &layer);
-    return status;
-}
-
-static kvq_status forward_sweep(sweep *s, kvq_error *err) {
-    int64_t    S = s->windows->seq_len;
-    kvq_status status = KVQ_OK;
-    for (s->window = 0; s->window < s->windows->n_windows; s->window++) {
-        KVQ_TRY(name_window(s, kvq_model_embed(s->model, s->windows->ids + s->window * S, S, s->x, err), err));
-        KVQ_TRY(store_state(s, 0, s->x, err));
-    }
-    for (int64_t l = 0; l < s->config->n_layers; l++) KVQ_TRY(forward_layer(s, l, err));
-
-done:
-    return status;
-}
-
-// ---------------------------------------------------------------- the loss
-
-// Mean loss per token of the calibration text and, unless weights are off, its gradient at the last boundary.
-static kvq_status loss_sweep(sweep *s, kvq_error *err) {
-    bool       gradient = s->options->weighting != KVQ_WEIGHT_NONE;
-    int64_t    S = s->windows->seq_len, N = s->windows->n_windows, last = s->config->n_layers;
-    double    *nll = NULL, sum = 0;
-    kvq_head  *head = NULL;
-    kvq_status status = KVQ_OK;
-    KVQ_TRY(KVQ_NEW(s->ctx, S - 1, "losses", &nll, err));
-    KVQ_TRY(kvq_head_load(s->model, &head, err));
-    for (s->window = 0; s->window < N; s->window++) {
-        const int32_t *ids = s->windows->ids + s->window * S;
-        KVQ_TRY(load_state(s, last, s->x, err));
-        KVQ_TRY(
-            name_window(s, kvq_head_loss(s->model, head, s->ws, ids, S, s->x, gradient ? s->dx : NULL, nll, err), err));
-        for (int64_t t = 0; t < S - 1; t++) sum += nll[t];
-        if (gradient) KVQ_TRY(store_state(s, KVQ_SCRATCH_GRADIENT, s->dx, err));
-        kvq_report_progress(s->ctx, "loss", s->window + 1, N);
-    }
-    s->artifact->baseline_nll = sum / (double)(N * (S - 1));
-    kvq_scratch_drop(s->scratch, last);
-
-done:
-    kvq_head_release(s->model, &head);
-    kvq_free(s->ctx, nll);
-    return status;
-}
-
-// ---------------------------------------------------------------- backward
-
-// Rows of one tensor of one window are cut into items; each thread counts into histograms of its own.
-typedef struct count_job {
-    sweep         *s;
-    kvq_block_spec specs[2]; // K, V
-    kvq_status    *statuses; // per item
-    int64_t        n_blocks;
-} count_job;
-
-static kvq_status count_block(const count_job *job, int64_t item, int worker, kvq_error *err) {
-    const sweep      *s = job->s;
-    int               tensor = (int)(item / job->n_blocks);
-    int64_t           S = s->windows->seq_len, first = item % job->n_blocks * ROWS_PER_ITEM;
-    int64_t           n = S - first < ROWS_PER_ITEM ? S - first : ROWS_PER_ITEM, sinks = s->options->sink_tokens;
-    const float      *x = tensor == 0 ? s->k : s->v, *w = tensor == 0 ? s->w_k : s->w_v;
-    kvq_count_options options = {.range_squared = s->options->weighting == KVQ_WEIGHT_FISHER_SCALED,
-                                 .n_skip = sinks <= first      ? 0
-                                           : sinks - first < n ? sinks - first
-                                                               : n};
-    bool              weighted = s->options->weighting != KVQ_WEIGHT_NONE;
-    return kvq_histogram_count_rows(s->histograms[2 * worker + tensor], &job->specs[tensor], x + first * s->d,
-                                    weighted ? w + first * s->d : NULL, n, options, err);
-}
-
-static void count_item(void *user, int64_t item, int worker) {
-    count_job *job = user;
-    job->statuses[item] = count_block(job, item, worker, NULL);
-}
-
-static kvq_status count_window(count_job *job, int64_t layer, kvq_error *err) {
-    kvq_parallel_for(job->s->ctx, 2 * job->n_blocks, count_item, job);
-    for (int64_t item = 0; item < 2 * job->n_blocks; item++) {
-        if (job->statuses[item] == KVQ_OK) continue;
-        (void)count_block(job, item, 0, err); // again, for its message
-        kvq_error_prefix(err, "layer %lld, %s, positions from %lld: ", (long long)layer,
-                         item < job->n_blocks ? "K" : "V", (long long)(item % job->n_blocks * ROWS_PER_ITEM));
-        return name_window(job->s, job->statuses[item], err);
-    }
-    return KVQ_OK;
-}
-
-// Without weights K and V are all that is needed, and a forward pass gives them.
-static kvq_status fetch_kv(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
-    sweep *s = user;
-    (void)layer, (void)err;
     s->be->download(s->be, s->k, x.k, n_tokens * s->d);
     s->be->download(s->be, s->v, x.v, n_tokens * s->d);
-    return KVQ_OK;
+    return s->observer->window(s->observer->user, KVQ_PASS_FORWARD, layer, &seen, err);
 }
 
-static void fetch_weighted_kv(sweep *s, int64_t n) {
+static kvq_status observe_again(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+    sweep   *s = user;
+    kvq_seen seen = {.window = s->window, .k = s->k, .v = s->v};
+    s->be->download(s->be, s->k, x.k, n_tokens * s->d);
+    s->be->download(s->be, s->v, x.v, n_tokens * s->d);
+    return s->observer->window(s->observer->user, KVQ_PASS_BACKWARD, layer, &seen, err);
+}
+
+static kvq_status forward_window(sweep *s, int64_t l, kvq_qkv_hook hook, bool store, kvq_error *err) {
+    int64_t    S = s->windows->seq_len;
+    kvq_status status = load_state(s, "x", l, s->x, err);
+    if (status != KVQ_OK) return status;
+    status = name_window(s, kvq_layer_forward(s->model, s->layer, s->ws, S, s->x, hook, s, err), err);
+    return status == KVQ_OK && store ? store_state(s, "x", l + 1, s->x, err) : status;
+}
+
+static kvq_status backward_window(sweep *s, int64_t l, kvq_error *err) {
+    int64_t    n = s->windows->seq_len * s->d;
+    kvq_seen   seen = {.window = s->window, .k = s->k, .v = s->v, .dk = s->dk, .dv = s->dv};
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(load_state(s, "x", l, s->x, err));
+    KVQ_TRY(load_state(s, "g", l + 1, s->dx, err));
+    KVQ_TRY(name_window(s, kvq_layer_backward(s->model, s->layer, s->ws, s->windows->seq_len, s->x, s->dx, err), err));
     kvq_kv_view view = kvq_workspace_kv(s->ws);
     s->be->download(s->be, s->k, view.k, n);
     s->be->download(s->be, s->v, view.v, n);
-    s->be->download(s->be, s->w_k, view.dk, n);
-    s->be->download(s->be, s->w_v, view.dv, n);
-    kvq_fisher_diagonal(s->w_k, n, s->w_k);
-    kvq_fisher_diagonal(s->w_v, n, s->w_v);
+    s->be->download(s->be, s->dk, view.dk, n);
+    s->be->download(s->be, s->dv, view.dv, n);
+    KVQ_TRY(name_window(s, s->observer->window(s->observer->user, KVQ_PASS_BACKWARD, l, &seen, err), err));
+    if (l > 0) KVQ_TRY(store_state(s, "g", l, s->dx, err));
+done:
+    return status;
 }
 
-static kvq_status recompute_window(sweep *s, const kvq_layer *layer, int64_t l, kvq_error *err) {
+static kvq_status loss_window(sweep *s, const int32_t *ids, kvq_error *err) {
     int64_t    S = s->windows->seq_len;
-    kvq_status status = KVQ_OK;
-    KVQ_TRY(load_state(s, l, s->x, err));
-    if (s->options->weighting == KVQ_WEIGHT_NONE) {
-        KVQ_TRY(name_window(s, kvq_layer_forward(s->model, layer, s->ws, S, s->x, fetch_kv, s, err), err));
-        return KVQ_OK;
+    float     *dx = s->plan.gradients ? s->dx : NULL;
+    kvq_status status = load_state(s, "x", s->config->n_layers, s->x, err);
+    if (status == KVQ_OK)
+        status = name_window(s, kvq_head_loss(s->model, s->head, s->ws, ids, S, s->x, dx, s->nll, err), err);
+    if (status != KVQ_OK) return status;
+    for (int64_t t = 0; t < S - 1; t++) kvq_fixed_add(&s->loss.sum, s->nll[t]);
+    s->loss.n_tokens += S - 1;
+    return dx != NULL ? store_state(s, "g", s->config->n_layers, s->dx, err) : KVQ_OK;
+}
+
+static kvq_status run_window(sweep *s, step at, kvq_error *err) {
+    const int32_t *ids = s->windows->ids + s->window * s->windows->seq_len;
+    kvq_status     status;
+    switch (at.kind) {
+    case STEP_EMBED:
+        status = name_window(s, kvq_model_embed(s->model, ids, s->windows->seq_len, s->x, err), err);
+        return status == KVQ_OK ? store_state(s, "x", 0, s->x, err) : status;
+    case STEP_FORWARD:
+        return forward_window(s, at.layer, observe, s->plan.second_pass || at.layer + 1 < s->config->n_layers, err);
+    case STEP_REFILL:
+        return forward_window(s, at.layer, NULL, true, err);
+    case STEP_LOSS:
+        return loss_window(s, ids, err);
+    case STEP_BACKWARD:
+        return s->plan.gradients ? backward_window(s, at.layer, err)
+                                 : forward_window(s, at.layer, observe_again, false, err);
     }
-    KVQ_TRY(load_state(s, KVQ_SCRATCH_GRADIENT, s->dx, err));
-    KVQ_TRY(name_window(s, kvq_layer_backward(s->model, layer, s->ws, S, s->x, s->dx, err), err));
-    KVQ_TRY(store_state(s, KVQ_SCRATCH_GRADIENT, s->dx, err));
-    fetch_weighted_kv(s, S * s->d);
-
-done:
-    return status;
+    return KVQ_OK;
 }
 
-// A fit without any weight would be an unweighted one under the name of a weighted one.
-static kvq_status check_weights(const sweep *s, int64_t layer, int tensor, const kvq_fit_report *fit, kvq_error *err) {
-    if (s->options->weighting == KVQ_WEIGHT_NONE || fit->n_points == 0 || fit->weight_sum > 0) return KVQ_OK;
-    return kvq_fail(err, KVQ_ERR_NUMERICAL, "use more or longer windows, or --weighting none",
-                    "layer %lld, %s: the loss does not feel any of the %lld elements, their weights are all zero",
-                    (long long)layer, tensor == 0 ? "K" : "V", (long long)fit->n_points);
+// ---------------------------------------------------------------- what a step accumulates
+
+// Embedding and refilling leave nothing behind but states.
+static bool accumulates(step at) { return at.kind != STEP_EMBED && at.kind != STEP_REFILL; }
+
+static kvq_pass pass_of(step at) { return at.kind == STEP_FORWARD ? KVQ_PASS_FORWARD : KVQ_PASS_BACKWARD; }
+
+static kvq_status begin_accumulating(sweep *s, step at, kvq_error *err) {
+    const kvq_observer *o = s->observer;
+    if (at.kind == STEP_LOSS) s->loss = (kvq_loss_sum){0};
+    if (!accumulates(at) || at.kind == STEP_LOSS) return KVQ_OK;
+    return o->begin(o->user, pass_of(at), at.layer, err);
 }
 
-static kvq_status fit_tensor(sweep *s, int64_t layer, int tensor, kvq_tensor_quant *out, kvq_error *err) {
-    kvq_histogram *total = s->histograms[tensor];
+static kvq_status save_accumulated(sweep *s, step at, kvq_blob *out, kvq_error *err) {
+    const kvq_observer *o = s->observer;
+    if (at.kind == STEP_LOSS) return kvq_blob_append(s->ctx, out, &s->loss, sizeof s->loss, err);
+    return accumulates(at) ? o->save(o->user, pass_of(at), at.layer, out, err) : KVQ_OK;
+}
+
+static kvq_status merge_accumulated(sweep *s, step at, const uint8_t *data, int64_t bytes, kvq_error *err) {
+    const kvq_observer *o = s->observer;
+    blob_reader         in = {data, bytes};
+    kvq_loss_sum        part;
+    if (!accumulates(at)) return KVQ_OK;
+    if (at.kind != STEP_LOSS) return o->merge(o->user, pass_of(at), at.layer, data, bytes, err);
+    kvq_status status = blob_take(&in, &part, sizeof part, err);
+    if (status != KVQ_OK) return status;
+    kvq_fixed_merge(&s->loss.sum, part.sum);
+    s->loss.n_tokens += part.n_tokens;
+    return KVQ_OK;
+}
+
+static const char *result_name(char name[MAX_NAME], step at) {
+    return boundary_name(name,
+                         at.kind == STEP_LOSS      ? "loss"
+                         : at.kind == STEP_FORWARD ? "forward"
+                                                   : "backward",
+                         at.layer);
+}
+
+// ---------------------------------------------------------------- unfinished steps
+
+typedef struct partial_header {
+    int64_t step, n_done;
+} partial_header;
+
+static kvq_status save_partial(sweep *s, int64_t index, int64_t n_done, kvq_error *err) {
+    partial_header header = {index, n_done};
+    kvq_blob       blob = {0};
     kvq_status     status = KVQ_OK;
-    for (int worker = 1; worker < s->ctx->n_threads; worker++)
-        kvq_histogram_merge(total, s->histograms[2 * worker + tensor]);
-    KVQ_TRY(KVQ_NEW(s->ctx, out->n_levels, "codebook", &out->codebook, err));
-    KVQ_TRY(kvq_fit_histogram(s->ctx, total, out->bits, out->codebook, &out->fit, err));
-    KVQ_TRY(check_weights(s, layer, tensor, &out->fit, err));
-    kvq_log(s->ctx, KVQ_LOG_DEBUG,
-            "layer %lld %s: %lld elements worth %.0f samples, %lld outliers, weighted error %.3e", (long long)layer,
-            tensor == 0 ? "K" : "V", (long long)out->fit.n_points, out->fit.effective_samples,
-            (long long)out->fit.n_outliers, out->fit.objective);
-    if (s->options->weighting != KVQ_WEIGHT_NONE && out->fit.n_points > 0 &&
-        out->fit.effective_samples < out->n_levels) {
-        kvq_log(
-            s->ctx, KVQ_LOG_WARNING,
-            "layer %lld %s: the weights make %lld elements worth %.1f samples, too few for %d levels; use more text",
-            (long long)layer, tensor == 0 ? "K" : "V", (long long)out->fit.n_points, out->fit.effective_samples,
-            out->n_levels);
-    }
-
+    if (s->observer->save == NULL) return KVQ_OK;
+    KVQ_TRY(work_commit(s->ctx, s->work, index, err)); // the states of these windows first
+    KVQ_TRY(kvq_blob_append(s->ctx, &blob, &header, sizeof header, err));
+    KVQ_TRY(save_accumulated(s, step_at(&s->plan, index), &blob, err));
+    KVQ_TRY(work_put(s->ctx, s->work, "partial", &blob, err));
+    s->saved_at_s = now_s();
 done:
+    kvq_blob_free(s->ctx, &blob);
     return status;
 }
 
-static kvq_status create_histograms(sweep *s, kvq_error *err) {
+// What a stopped run had seen of this step; *n_done stays 0 when there is nothing.
+static kvq_status load_partial(sweep *s, int64_t index, int64_t *n_done, kvq_error *err) {
+    partial_header header = {0};
+    kvq_blob       blob = {0};
+    kvq_status     status = KVQ_OK;
+    KVQ_TRY(work_get(s->ctx, s->work, "partial", &blob, err));
+    if (blob.bytes >= (int64_t)sizeof header) memcpy(&header, blob.data, sizeof header);
+    if (blob.bytes < (int64_t)sizeof header || header.step != index || header.n_done > s->n_windows) goto done;
+    KVQ_TRY(merge_accumulated(s, step_at(&s->plan, index), blob.data + sizeof header,
+                              blob.bytes - (int64_t)sizeof header, err));
+    *n_done = header.n_done;
+done:
+    kvq_blob_free(s->ctx, &blob);
+    return status;
+}
+
+// ---------------------------------------------------------------- one step
+
+static void report(const sweep *s, step at, int64_t n_done) {
+    static const char *const NAMES[] = {"embed", "forward", "loss", "recompute", "backward"};
+    int64_t                  L = s->config->n_layers, layer = -1, before = 0, n_layers = 1;
+    if (at.kind == STEP_FORWARD || at.kind == STEP_BACKWARD) {
+        layer = at.layer;
+        before = at.kind == STEP_FORWARD ? layer : L - 1 - layer;
+        n_layers = L;
+    }
+    kvq_report_progress(s->ctx, NAMES[at.kind], layer, before * s->n_windows + n_done, n_layers * s->n_windows);
+}
+
+static kvq_status stopped(const sweep *s, kvq_error *err) {
+    return kvq_fail(err, KVQ_ERR_INTERRUPTED, NULL, "everything done so far is saved in %s", s->options->work_dir);
+}
+
+static kvq_status run_windows(sweep *s, int64_t index, kvq_error *err) {
+    step       at = step_at(&s->plan, index);
+    int64_t    first = 0, stride = s->options->n_shards * s->processes->n_ranks;
     kvq_status status = KVQ_OK;
-    for (int i = 0; i < 2 * s->ctx->n_threads && status == KVQ_OK; i++)
-        status = kvq_histogram_create(s->ctx, &s->histograms[i], err);
+    KVQ_TRY(begin_accumulating(s, at, err));
+    KVQ_TRY(load_partial(s, index, &first, err));
+    for (s->local = first; s->local < s->n_windows; s->local++) {
+        s->window = s->local * stride + s->options->shard * s->processes->n_ranks + s->processes->rank;
+        KVQ_TRY(run_window(s, at, err));
+        report(s, at, s->local + 1);
+        bool stop = kvq_stop_requested(s->ctx), last = s->local + 1 == s->n_windows;
+        if (last || (!stop && now_s() < s->saved_at_s + SAVE_INTERVAL_S)) continue;
+        KVQ_TRY(save_partial(s, index, s->local + 1, err));
+        if (stop) KVQ_TRY(stopped(s, err));
+    }
+done:
     return status;
 }
 
-static void destroy_histograms(sweep *s) {
-    for (int i = 0; s->histograms != NULL && i < 2 * s->ctx->n_threads; i++)
-        kvq_histogram_destroy(s->ctx, &s->histograms[i]);
+// How a step went, from worst to best; what all processes agree on is the worst.
+enum { WENT_WRONG, WAS_STOPPED, WENT_WELL };
+
+// Turns this process's outcome into that of all.
+static kvq_status agree(sweep *s, int64_t index, kvq_status status, kvq_error *err) {
+    int64_t mine = status == KVQ_OK ? WENT_WELL : status == KVQ_ERR_INTERRUPTED ? WAS_STOPPED : WENT_WRONG;
+    int64_t all = mine;
+    if (s->processes->n_ranks == 1) return status;
+    kvq_status agreed = s->processes->agree(s->processes, mine, &all, status == KVQ_OK ? err : NULL);
+    if (agreed != KVQ_OK && status == KVQ_OK) return agreed;
+    if (all >= mine) return status;
+    if (all == WENT_WRONG) {
+        return kvq_fail(err, KVQ_ERR_INTERRUPTED, "see the message of the other process, then run the same command",
+                        "another process of this run failed; everything done so far is saved");
+    }
+    status = index >= 0 ? save_partial(s, index, s->n_windows, err) : KVQ_OK;
+    return status != KVQ_OK ? status
+                            : kvq_fail(err, KVQ_ERR_INTERRUPTED, NULL,
+                                       "another process of this run was stopped; everything is saved");
 }
 
-static kvq_status backward_layer(sweep *s, int64_t l, kvq_error *err) {
-    kvq_layer_quant *quant = &s->artifact->layers[l];
-    int64_t          N = s->windows->n_windows, L = s->config->n_layers;
-    kvq_layer       *layer = NULL;
-    count_job        job = {.s = s, .n_blocks = (s->windows->seq_len + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM};
-    kvq_status       status = KVQ_OK;
-    job.specs[0] = kvq_tensor_block_spec(&quant->k, s->d, s->artifact->quantizer.n_side_k, s->z_and_r);
-    job.specs[1] = kvq_tensor_block_spec(&quant->v, s->d, s->artifact->quantizer.n_side_v, NULL);
-    KVQ_TRY(KVQ_NEW(s->ctx, 2 * job.n_blocks, "block statuses", &job.statuses, err));
-    KVQ_TRY(create_histograms(s, err));
-    KVQ_TRY(kvq_layer_load(s->model, l, &layer, err));
-    for (s->window = 0; s->window < N; s->window++) {
-        KVQ_TRY(recompute_window(s, layer, l, err));
-        KVQ_TRY(count_window(&job, l, err));
-        kvq_report_progress(s->ctx, "backward", (L - 1 - l) * N + s->window + 1, L * N);
-    }
-    KVQ_TRY(fit_tensor(s, l, 0, &quant->k, err));
-    KVQ_TRY(fit_tensor(s, l, 1, &quant->v, err));
-    kvq_scratch_drop(s->scratch, l);
-
+// What all processes saw, in every process.
+static kvq_status share(sweep *s, step at, kvq_error *err) {
+    kvq_blob   mine = {0};
+    uint8_t   *all = NULL;
+    int64_t   *sizes = NULL, offset = 0;
+    kvq_status status = KVQ_OK;
+    if (s->processes->n_ranks == 1 || !accumulates(at)) return KVQ_OK;
+    KVQ_TRY(KVQ_NEW(s->ctx, s->processes->n_ranks, "sizes of what processes saw", &sizes, err));
+    KVQ_TRY(save_accumulated(s, at, &mine, err));
+    KVQ_TRY(s->processes->exchange(s->processes, s->ctx, mine.data, mine.bytes, &all, sizes, err));
+    KVQ_TRY(begin_accumulating(s, at, err));
+    for (int rank = 0; rank < s->processes->n_ranks; offset += sizes[rank++])
+        KVQ_TRY(merge_accumulated(s, at, all + offset, sizes[rank], err));
 done:
-    kvq_layer_release(s->model, &layer);
-    destroy_histograms(s);
-    kvq_free(s->ctx, job.statuses);
+    kvq_blob_free(s->ctx, &mine);
+    kvq_free(s->ctx, all);
+    kvq_free(s->ctx, sizes);
+    return status;
+}
+
+static kvq_status conclude(sweep *s, step at, kvq_error *err) {
+    const kvq_observer *o = s->observer;
+    char                name[MAX_NAME];
+    kvq_blob            result = {0};
+    kvq_status          status = KVQ_OK;
+    if (!accumulates(at)) return KVQ_OK;
+    KVQ_TRY(share(s, at, err));
+    if (at.kind == STEP_LOSS) {
+        KVQ_TRY(kvq_blob_append(s->ctx, &result, &s->loss, sizeof s->loss, err));
+    } else {
+        KVQ_TRY(o->finish(o->user, pass_of(at), at.layer, &result, err));
+    }
+    KVQ_TRY(work_put(s->ctx, s->work, result_name(name, at), &result, err));
+done:
+    kvq_blob_free(s->ctx, &result);
+    return status;
+}
+
+static void drop_what_was_read(sweep *s, step at) {
+    work_drop(s->work, "partial");
+    if (at.kind == STEP_FORWARD && !step_keeps_boundary(&s->plan, at.layer)) drop_state(s, "x", at.layer);
+    if (at.kind == STEP_LOSS) drop_state(s, "x", at.layer);
+    if (at.kind != STEP_BACKWARD) return;
+    drop_state(s, "x", at.layer);
+    drop_state(s, "g", at.layer + 1);
+}
+
+static kvq_status load_weights(sweep *s, int64_t index, kvq_error *err) {
+    step at = step_at(&s->plan, index), next = step_at(&s->plan, index + 1);
+    if (at.kind == STEP_EMBED) return KVQ_OK;
+    kvq_status status = at.kind == STEP_LOSS ? kvq_head_load(s->model, &s->head, err)
+                                             : kvq_layer_load(s->model, at.layer, &s->layer, err);
+    bool       more = index + 1 < step_count(&s->plan) && next.kind != STEP_LOSS;
+    if (status == KVQ_OK && s->options->prefetch && more) kvq_layer_prefetch(s->model, next.layer);
+    return status;
+}
+
+static kvq_status run_step(sweep *s, int64_t index, kvq_error *err) {
+    step       at = step_at(&s->plan, index);
+    kvq_status status = KVQ_OK;
+    if (kvq_stop_requested(s->ctx)) status = stopped(s, err);
+    KVQ_TRY(agree(s, -1, status, err));
+    status = load_weights(s, index, err);
+    if (status == KVQ_OK) status = run_windows(s, index, err);
+    KVQ_TRY(agree(s, index, status, err));
+    status = conclude(s, at, err);
+    if (status == KVQ_OK) status = work_commit(s->ctx, s->work, index + 1, err);
+    KVQ_TRY(agree(s, -1, status, err));
+    drop_what_was_read(s, at);
+done:
+    kvq_layer_release(s->model, &s->layer);
+    kvq_head_release(s->model, &s->head);
     return status;
 }
 
 // ---------------------------------------------------------------- the whole run
 
-static void describe_tensor(kvq_tensor_quant *t, int bits, kvq_axis axis) {
-    t->bits = bits;
-    t->axis = axis;
-    t->n_groups = t->dim = 1;
-    t->n_levels = 1 << bits;
-}
-
-static kvq_status describe_artifact(sweep *s, kvq_error *err) {
-    const kvq_model_config *c = s->config;
-    kvq_artifact           *a = s->artifact;
-    kvq_status              status = KVQ_OK;
-    a->model.n_layers = c->n_layers;
-    a->model.hidden_size = c->hidden_size;
-    a->model.n_heads = c->n_heads;
-    a->model.n_kv_heads = c->n_kv_heads;
-    a->model.head_dim = c->head_dim;
-    a->model.vocab_size = c->vocab_size;
-    a->model.rope_theta = c->rope.theta;
-    a->dataset.n_available_tokens = s->windows->n_available;
-    a->dataset.n_samples = s->windows->n_windows;
-    a->dataset.seq_len = s->windows->seq_len;
-    strcpy(a->dataset.source_sha256, s->windows->source_sha256);
-    strcpy(a->dataset.token_ids_sha256, s->windows->ids_sha256);
-    a->tokenizer.bos_added = s->windows->bos_added;
-    a->quantizer.outlier_fraction = s->options->outlier_fraction;
-    a->quantizer.n_side_k = a->quantizer.n_side_v = kvq_block_n_side(s->options->outlier_fraction, s->d);
-    a->quantizer.sink_tokens = s->options->sink_tokens;
-    a->quantizer.weighting = s->options->weighting;
-    for (int64_t l = 0; l < c->n_layers; l++) {
-        describe_tensor(&a->layers[l].k, s->options->k_bits, KVQ_AXIS_CHANNEL);
-        describe_tensor(&a->layers[l].v, s->options->v_bits, KVQ_AXIS_TOKEN);
+// Results of steps that an earlier run finished.
+static kvq_status restore(sweep *s, int64_t n_steps, kvq_error *err) {
+    const kvq_observer *o = s->observer;
+    char                name[MAX_NAME];
+    kvq_blob            blob = {0};
+    kvq_status          status = KVQ_OK;
+    for (int64_t index = 0; index < n_steps; index++) {
+        step at = step_at(&s->plan, index);
+        if (!accumulates(at)) continue;
+        blob.bytes = 0;
+        KVQ_TRY(work_get(s->ctx, s->work, result_name(name, at), &blob, err));
+        if (at.kind == STEP_LOSS) {
+            blob_reader in = {blob.data, blob.bytes};
+            KVQ_TRY(blob_take(&in, &s->loss, sizeof s->loss, err));
+        } else {
+            KVQ_TRY(o->restore(o->user, pass_of(at), at.layer, blob.data, blob.bytes, err));
+        }
     }
-    KVQ_TRY(kvq_artifact_set_text(s->ctx, &a->model.architecture, c->architecture, err));
-    KVQ_TRY(kvq_artifact_set_text(s->ctx, &a->model.rope_type, kvq_rope_type_name(c->rope.type), err));
-    KVQ_TRY(kvq_artifact_set_text(s->ctx, &a->dataset.source, s->windows->source, err));
-    KVQ_TRY(kvq_artifact_set_text(s->ctx, &a->quantizer.scheme, "nuq", err));
-
 done:
+    kvq_blob_free(s->ctx, &blob);
     return status;
 }
 
 static kvq_status allocate(sweep *s, kvq_error *err) {
-    int64_t    S = s->windows->seq_len, state = S * s->config->hidden_size, kv = S * s->d;
+    int64_t    S = s->windows->seq_len, kv = S * s->d;
     kvq_status status = KVQ_OK;
-    KVQ_TRY(kvq_artifact_create(s->ctx, s->config->n_layers, &s->artifact, err));
-    KVQ_TRY(kvq_scratch_create(s->ctx, s->options->scratch_dir, s->config->n_layers + 1, state, &s->scratch, err));
-    KVQ_TRY(kvq_workspace_create(s->model, S, s->options->weighting != KVQ_WEIGHT_NONE, &s->ws, err));
-    KVQ_TRY(s->be->alloc(s->be, state, "hidden state", &s->x, err));
-    KVQ_TRY(s->be->alloc(s->be, state, "gradient", &s->dx, err));
-    KVQ_TRY(KVQ_NEW(s->ctx, state, "hidden state", &s->host_x, err));
+    KVQ_TRY(kvq_workspace_create(s->model, S, s->plan.gradients, &s->ws, err));
+    KVQ_TRY(s->be->alloc(s->be, s->state_floats, "hidden state", &s->x, err));
+    KVQ_TRY(s->be->alloc(s->be, s->state_floats, "gradient", &s->dx, err));
+    KVQ_TRY(KVQ_NEW(s->ctx, s->state_floats, "hidden state", &s->host_x, err));
+    KVQ_TRY(KVQ_NEW(s->ctx, S, "losses", &s->nll, err));
     KVQ_TRY(KVQ_NEW(s->ctx, kv, "K of a window", &s->k, err));
     KVQ_TRY(KVQ_NEW(s->ctx, kv, "V of a window", &s->v, err));
-    KVQ_TRY(KVQ_NEW(s->ctx, kv, "weights of K", &s->w_k, err));
-    KVQ_TRY(KVQ_NEW(s->ctx, kv, "weights of V", &s->w_v, err));
-    KVQ_TRY(KVQ_NEW(s->ctx, 2 * s->d, "offsets and ranges", &s->z_and_r, err));
-    KVQ_TRY(KVQ_NEW(s->ctx, 2 * s->ctx->n_threads, "histograms", &s->histograms, err));
-    KVQ_TRY(KVQ_NEW(s->ctx, s->windows->n_windows * (S - s->options->sink_tokens) * s->d, "K of one layer", &s->layer_k,
-                    err));
-
+    KVQ_TRY(KVQ_NEW(s->ctx, s->plan.gradients ? kv : 0, "gradient of K", &s->dk, err));
+    KVQ_TRY(KVQ_NEW(s->ctx, s->plan.gradients ? kv : 0, "gradient of V", &s->dv, err));
+    if (s->observer->wants_query) KVQ_TRY(KVQ_NEW(s->ctx, S * s->q_width, "Q of a window", &s->q, err));
 done:
     return status;
 }
 
 static void release(sweep *s) {
-    kvq_scratch_destroy(s->ctx, &s->scratch);
     kvq_workspace_destroy(s->model, &s->ws);
     s->be->release(s->be, s->x);
     s->be->release(s->be, s->dx);
-    float *host[] = {s->host_x, s->k, s->v, s->w_k, s->w_v, s->z_and_r, s->layer_k};
+    float *host[] = {s->host_x, s->q, s->k, s->v, s->dk, s->dv};
     for (size_t i = 0; i < sizeof host / sizeof *host; i++) kvq_free(s->ctx, host[i]);
-    kvq_free(s->ctx, s->histograms);
-    kvq_artifact_destroy(s->ctx, &s->artifact);
+    kvq_free(s->ctx, s->nll);
+    work_close(s->ctx, &s->work, false);
 }
 
-kvq_status kvq_calibrate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
-                         const kvq_calib_options *options, kvq_artifact **out, kvq_error *err) {
-    const kvq_model_config *config = kvq_model_describe(model);
+// Every rank has a directory of its own inside: ranks may see different disks.
+static void folder_of(const kvq_sweep_options *options, const kvq_processes *p, char path[MAX_PATH]) {
+    if (p->n_ranks == 1) {
+        (void)snprintf(path, MAX_PATH, "%s", options->work_dir);
+    } else {
+        (void)snprintf(path, MAX_PATH, "%s/rank-%d", options->work_dir, p->rank);
+    }
+}
+
+bool kvq_sweep_has_begun(const kvq_sweep_options *options, const kvq_processes *processes) {
+    char path[MAX_PATH];
+    folder_of(options, processes, path);
+    return strlen(options->work_dir) < MAX_PATH - 64 && work_exists(path);
+}
+
+// Which part of the windows a directory
+// belongs to is as much part of its identity as the settings.
+static kvq_status open_work_dir(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *p,
+                                bool restart, work_dir **out, kvq_error *err) {
+    char       path[MAX_PATH];
+    kvq_field *fields = NULL;
+    int64_t    n = options->n_fingerprint;
+    kvq_status status = KVQ_OK;
+    if (strlen(options->work_dir) >= MAX_PATH - 64) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "choose a shorter --work-dir", "%.64s...: the path is too long",
+                        options->work_dir);
+    }
+    if (p->n_ranks > 1) KVQ_TRY(work_make_folder(options->work_dir, err));
+    folder_of(options, p, path);
+    KVQ_TRY(KVQ_NEW(ctx, n + 1, "fingerprint", &fields, err));
+    if (n > 0) memcpy(fields, options->fingerprint, (size_t)n * sizeof *fields);
+    (void)snprintf(fields[n].name, sizeof fields[n].name, "part");
+    (void)snprintf(fields[n].value, sizeof fields[n].value, "shard %lld of %lld, process %d of %d",
+                   (long long)options->shard, (long long)options->n_shards, p->rank, p->n_ranks);
+    KVQ_TRY(work_open(ctx, path, fields, n + 1, restart, out, err));
+done:
+    kvq_free(ctx, fields);
+    return status;
+}
+
+static kvq_status open_work(sweep *s, kvq_error *err) {
+    bool       restart = s->options->restart || s->observer->save == NULL;
+    kvq_status status = open_work_dir(s->ctx, s->options, s->processes, restart, &s->work, err);
+    if (status != KVQ_OK) return status;
+    if (work_stride(s->work) == 0) work_set_stride(s->work, s->options->stride);
+    s->plan.stride = work_stride(s->work);
+    return KVQ_OK;
+}
+
+kvq_status kvq_sweep(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
+                     const kvq_sweep_options *options, const kvq_processes *processes, const kvq_observer *observer,
+                     kvq_loss_sum *loss, kvq_error *err) {
+    const kvq_model_config *c = kvq_model_describe(model);
+    int64_t                 n_parts = options->n_shards * processes->n_ranks;
+    int64_t                 part = options->shard * processes->n_ranks + processes->rank;
     sweep                   s = {.ctx = ctx,
                                  .be = be,
                                  .model = model,
-                                 .config = config,
+                                 .config = c,
                                  .windows = windows,
                                  .options = options,
-                                 .d = config->n_kv_heads * config->head_dim};
-    kvq_status              status = KVQ_OK;
-    KVQ_TRY(kvq_calib_options_check(options, config, windows->seq_len, err));
-    KVQ_TRY(allocate(&s, err));
-    KVQ_TRY(describe_artifact(&s, err));
-    KVQ_TRY(forward_sweep(&s, err));
-    kvq_free(ctx, s.layer_k); // the sweeps never need it at the same time as the histograms
-    s.layer_k = NULL;
-    KVQ_TRY(loss_sweep(&s, err));
-    for (int64_t l = config->n_layers - 1; l >= 0; l--) KVQ_TRY(backward_layer(&s, l, err));
-    *out = s.artifact;
-    s.artifact = NULL;
-
+                                 .processes = processes,
+                                 .observer = observer,
+                                 .plan = {.n_layers = c->n_layers,
+                                          .second_pass = observer->wants_second_pass,
+                                          .gradients = observer->wants_gradients},
+                                 .state_floats = windows->seq_len * c->hidden_size,
+                                 .d = (int64_t)c->n_kv_heads * c->head_dim,
+                                 .q_width = (int64_t)c->n_heads * c->head_dim,
+                                 .n_windows = (windows->n_windows - part + n_parts - 1) / n_parts,
+                                 .saved_at_s = now_s()};
+    kvq_status              status = allocate(&s, err);
+    if (status == KVQ_OK) status = open_work(&s, err);
+    KVQ_TRY(agree(&s, -1, status, err));
+    int64_t first = work_step(s.work), agreed = first;
+    int64_t end = options->forward_only ? step_first_after_forward(&s.plan) : step_count(&s.plan);
+    KVQ_TRY(processes->agree(processes, first, &agreed, err));
+    if (agreed > 0) {
+        kvq_log(ctx, KVQ_LOG_INFO, "continues in %s: %lld of %lld steps were finished before", options->work_dir,
+                (long long)agreed, (long long)end);
+    }
+    KVQ_TRY(agree(&s, -1, restore(&s, agreed, err), err));
+    for (int64_t index = agreed; index < end; index++) KVQ_TRY(run_step(&s, index, err));
+    *loss = s.loss;
 done:
     release(&s);
     return status;
+}
+
+kvq_status sweep_result(const kvq_context *ctx, const kvq_sweep_options *options, step_kind kind, int64_t layer,
+                        kvq_blob *out, kvq_error *err) {
+    kvq_processes alone = kvq_processes_single();
+    char          name[MAX_NAME];
+    work_dir     *work = NULL;
+    kvq_status    status = open_work_dir(ctx, options, &alone, false, &work, err);
+    if (status == KVQ_OK) status = work_get(ctx, work, result_name(name, (step){kind, layer}), out, err);
+    work_close(ctx, &work, false);
+    return status;
+}
+
+void kvq_sweep_forget(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes) {
+    work_dir *work = NULL;
+    int64_t   all = 0;
+    if (open_work_dir(ctx, options, processes, false, &work, NULL) == KVQ_OK) work_close(ctx, &work, true);
+    (void)processes->agree(processes, 0, &all, NULL); // then the folders of all processes are gone
+    if (processes->n_ranks > 1 && processes->rank == 0) work_remove_folder(options->work_dir);
 }

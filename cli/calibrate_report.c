@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What kvq-calibrate says before and after a run, and what it writes into the artifact about where it came from.
+// What kvq-calibrate says before and after a run.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -9,12 +9,25 @@
 
 #define WORST_LAYERS 3
 
+static void print_needs(kvq_cli *cli, const calibration *c) {
+    const kvq_calib_plan *p = &c->plan;
+    char                  total[32], weights[32], activations[32], statistics[32], scratch[32];
+    kvq_cli_format_bytes((double)p->memory_bytes, total, sizeof total);
+    kvq_cli_format_bytes((double)p->weight_bytes, weights, sizeof weights);
+    kvq_cli_format_bytes((double)p->activation_bytes, activations, sizeof activations);
+    kvq_cli_format_bytes((double)p->statistics_bytes, statistics, sizeof statistics);
+    kvq_cli_format_bytes((double)p->scratch_bytes, scratch, sizeof scratch);
+    kvq_cli_say(cli, "memory     peak about %s (weights %s%s, activations %s, statistics %s)", total, weights,
+                p->prefetch ? " with the next layer's" : "", activations, statistics);
+    kvq_cli_say(cli, "disk       %s in %s%s", scratch, c->work_dir,
+                p->stride > 1 ? ", with layers recomputed to keep within the limit" : "");
+    kvq_cli_say(cli, "work       %.3g TFLOP on %d %s threads with %s", p->tera_flops, cli->ctx.n_threads, c->be->name,
+                c->be->matmul);
+}
+
 void print_calibration_plan(kvq_cli *cli, const calibration *c) {
     const kvq_model_config  *config = kvq_checkpoint_config(c->checkpoint);
     const kvq_calib_options *q = &c->options;
-    char                     memory[32], scratch[32];
-    kvq_cli_format_bytes((double)c->plan.memory_bytes, memory, sizeof memory);
-    kvq_cli_format_bytes((double)c->plan.scratch_bytes, scratch, sizeof scratch);
 
     kvq_cli_say(cli, "model      %s  %s  %lld layers  %d KV heads x %d", c->identity.name, config->architecture,
                 (long long)config->n_layers, config->n_kv_heads, config->head_dim);
@@ -33,59 +46,7 @@ void print_calibration_plan(kvq_cli *cli, const calibration *c) {
     }
     kvq_cli_say(cli, "quantizer  K %d bits  V %d bits  outliers %g%%  sink tokens %lld  weighting %s", q->k_bits,
                 q->v_bits, q->outlier_fraction * 100, (long long)q->sink_tokens, kvq_weighting_name(q->weighting));
-    kvq_cli_say(
-        cli,
-        "needs      about %s memory beside the mapped model  %s scratch in %s  %.3g TFLOP on %d %s threads with %s",
-        memory, scratch, q->scratch_dir, c->plan.tera_flops, cli->ctx.n_threads, c->be->name, c->be->matmul);
-}
-
-// ---------------------------------------------------------------- provenance
-
-// Every option as it took effect, without paths, threads or anything else that does not change the result.
-static kvq_status describe_options(const calibration *c, char **out, kvq_error *err) {
-    kvq_json json;
-    kvq_json_init(&json);
-    kvq_json_text(&json, json.root, "source", c->windows.source);
-    kvq_json_count(&json, json.root, "samples", c->windows.n_windows);
-    kvq_json_count(&json, json.root, "seq_len", c->windows.seq_len);
-    kvq_json_seed(&json, json.root, "seed", c->o->seed.value);
-    kvq_json_text(&json, json.root, "bos", kvq_cli_bos_names[c->o->source.bos]);
-    kvq_json_count(&json, json.root, "k_bits", c->options.k_bits);
-    kvq_json_count(&json, json.root, "v_bits", c->options.v_bits);
-    kvq_json_number(&json, json.root, "outliers", c->options.outlier_fraction);
-    kvq_json_count(&json, json.root, "sink_tokens", c->options.sink_tokens);
-    kvq_json_text(&json, json.root, "weighting", kvq_weighting_name(c->options.weighting));
-    kvq_status status = kvq_json_line(&json, out, err);
-    kvq_json_free(&json);
-    return status;
-}
-
-kvq_status record_identity(kvq_cli *cli, const calibration *c, kvq_error *err) {
-    kvq_status    status = KVQ_OK;
-    kvq_artifact *a = c->artifact;
-    char          cpu[256];
-    char         *options_json = NULL;
-
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->model.name, c->identity.name, err));
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->model.dtype, c->identity.dtype, err));
-    memcpy(a->model.config_sha256, c->identity.config_sha256, sizeof a->model.config_sha256);
-    memcpy(a->model.weights_sha256, c->identity.weights_sha256, sizeof a->model.weights_sha256);
-    a->model.n_tensors = c->identity.n_tensors;
-
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->tokenizer.kind, c->tokenizer.kind, err));
-    memcpy(a->tokenizer.sha256, c->tokenizer.sha256, sizeof a->tokenizer.sha256);
-    a->dataset.seed = c->o->seed.value;
-
-    kvq_cli_describe_cpu(cpu, sizeof cpu);
-    KVQ_TRY(describe_options(c, &options_json, err));
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.producer_version, KVQ_VERSION, err));
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.matmul, c->be->matmul, err));
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.cpu, cpu, err));
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.options_json, options_json, err));
-
-done:
-    free(options_json);
-    return status;
+    print_needs(cli, c);
 }
 
 // ---------------------------------------------------------------- report
@@ -124,6 +85,19 @@ static kvq_status print_worst_layers(kvq_cli *cli, const kvq_artifact *a, kvq_er
     return KVQ_OK;
 }
 
+// What the plan said against what was.
+static void print_memory(kvq_cli *cli, const calibration *c) {
+    int64_t peak = kvq_peak_memory(), limit = c->o->memory_limit;
+    char    was[32], planned[32], allowed[32];
+    if (peak < 0 || c->plan.memory_bytes == 0) return; // a fit from a capture has no plan
+    kvq_cli_format_bytes((double)peak, was, sizeof was);
+    kvq_cli_format_bytes((double)c->plan.memory_bytes, planned, sizeof planned);
+    kvq_cli_format_bytes((double)limit, allowed, sizeof allowed);
+    kvq_cli_say(cli, "memory: peak %s, planned %s", was, planned);
+    if (limit > 0 && peak > limit)
+        kvq_log(&cli->ctx, KVQ_LOG_WARNING, "the peak of %s is above --memory-limit %s", was, allowed);
+}
+
 kvq_status print_calibration_summary(kvq_cli *cli, const calibration *c, kvq_error *err) {
     const char     *out = c->o->output;
     kvq_mapped_file file;
@@ -139,9 +113,17 @@ kvq_status print_calibration_summary(kvq_cli *cli, const calibration *c, kvq_err
                 kvq_cache_bits_per_element(cache), (long long)c->seq_len);
     status = print_worst_layers(cli, c->artifact, err);
     if (status != KVQ_OK) return status;
+    print_memory(cli, c);
     printf("wrote %s  %s  content sha256 %s  %s\n", out, size, c->content_sha256, seconds);
     bool self = kvq_cli_is_self(&c->o->source);
-    kvq_cli_next(cli, "kvq-validate", "--model", c->o->model, "--artifact", out, "--text",
-                 self ? "self" : "HELD_OUT.txt", NULL);
+    kvq_cli_next(cli, "kvq-validate", "--model", c->o->model != NULL ? c->o->model : "MODEL", "--artifact", out,
+                 "--text", self ? "self" : "HELD_OUT.txt", NULL);
     return KVQ_OK;
+}
+
+void print_shard_summary(kvq_cli *cli, const calibration *c) {
+    print_memory(cli, c);
+    printf("wrote %s  shard %lld of %lld\n", c->o->output, (long long)c->sweep.shard, (long long)c->sweep.n_shards);
+    kvq_cli_next(cli, "kvq-merge", "-o", c->o->thresholds == NULL ? "THRESHOLDS.kvqp" : "OUT.kvq.h5", c->o->output,
+                 "AND_THE_OTHER_SHARDS.kvqp", NULL);
 }

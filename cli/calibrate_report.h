@@ -6,21 +6,31 @@
 
 #include "kvq_cli.h"
 
+#define MAX_FINGERPRINT 24
+
 typedef struct calibrate_options {
     kvq_cli_common common;
     kvq_cli_source source;
-    const char    *model, *output, *work_dir;
+    const char    *model, *output, *work_dir, *shard, *thresholds, *capture;
     int64_t        samples, seq_len, bits, k_bits, v_bits, sink_tokens; // bits: 0 = not given
     kvq_cli_seed   seed;
     double         outliers;
-    int            weighting; // kvq_weighting
-    bool           force, dry_run;
+    int            weighting;                   // kvq_weighting
+    int            compute;                     // kvq_compute
+    int64_t        memory_limit, scratch_limit; // bytes, 0 = none
+    bool           force, dry_run, restart;
 } calibrate_options;
 
 typedef struct calibration {
     const calibrate_options *o;
     kvq_calib_options        options;
     kvq_calib_plan           plan;
+    kvq_sweep_options        sweep;
+    kvq_processes            processes;
+    bool                     force; // may replace the output
+    char                     work_dir[4096];
+    kvq_field                fingerprint[MAX_FINGERPRINT];
+    int64_t                  n_fingerprint;
     int64_t                  seq_len;
     kvq_checkpoint          *checkpoint;
     kvq_checkpoint_identity  identity;
@@ -34,8 +44,12 @@ typedef struct calibration {
 } calibration;
 
 void print_calibration_plan(kvq_cli *cli, const calibration *c);
-// Fills identity and provenance of the artifact: what the sweeps, which record the shapes, cannot know.
+void make_fingerprint(calibration *c);
+// Fills identity and provenance of the artifact: what the sweeps, which record the shapes, cannot know. A capture
+// brings its identity along, so it needs the provenance alone.
+kvq_status record_provenance(kvq_cli *cli, const calibration *c, kvq_error *err);
 kvq_status record_identity(kvq_cli *cli, const calibration *c, kvq_error *err);
+void       print_shard_summary(kvq_cli *cli, const calibration *c);
 kvq_status print_calibration_summary(kvq_cli *cli, const calibration *c, kvq_error *err);
 
 #endif

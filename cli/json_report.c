@@ -41,8 +41,32 @@ cJSON *kvq_json_array(kvq_json *json, cJSON *parent, const char *key) {
     return add(json, parent, key, cJSON_CreateArray());
 }
 
+// JSON is UTF-8, but a file name, or a message that was cut, need not be: each malformed byte becomes U+FFFD.
+static cJSON *create_text(const char *value) {
+    size_t n = strlen(value), valid = kvq_utf8_valid_prefix(value, n);
+    if (valid == n) return cJSON_CreateString(value);
+    char *repaired = malloc(3 * n + 1), *to = repaired;
+    if (repaired == NULL) return NULL;
+    while (n > 0) {
+        memcpy(to, value, valid);
+        to += valid;
+        if (valid < n) {
+            memcpy(to, "\xef\xbf\xbd", 3);
+            to += 3;
+            valid++;
+        }
+        value += valid;
+        n -= valid;
+        valid = kvq_utf8_valid_prefix(value, n);
+    }
+    *to = 0;
+    cJSON *item = cJSON_CreateString(repaired);
+    free(repaired);
+    return item;
+}
+
 void kvq_json_text(kvq_json *json, cJSON *parent, const char *key, const char *value) {
-    (void)add(json, parent, key, cJSON_CreateString(value));
+    (void)add(json, parent, key, create_text(value));
 }
 
 void kvq_json_bool(kvq_json *json, cJSON *parent, const char *key, bool value) {

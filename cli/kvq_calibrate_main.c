@@ -5,12 +5,12 @@
 
 #include "calibrate_report.h"
 
-#define MAX_PATH 4096
-
 #define AT(field) offsetof(calibrate_options, field)
 static const kvq_cli_option OPTIONS[] = {
     {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file"},
-    {"text", 0, CLI_TEXT, AT(source.text), "FILE", .help = "UTF-8 text; the word self: the model writes its own"},
+    CLI_TEXT_ROWS,
+    {"capture", 0, CLI_TEXT, AT(capture), "FILE",
+     .help = "K and V from kvq-capture or another program, instead of a model and a text"},
     {"tokens", 0, CLI_TEXT, AT(source.tokens), "FILE.npy", .help = "token ids instead of --text; no tokenizer is used"},
     {"samples", 0, CLI_COUNT, AT(samples), "N", .help = "windows drawn from the text (16)", .min = 1,
      .max = CLI_MAX_TOKENS},
@@ -29,9 +29,19 @@ static const kvq_cli_option OPTIONS[] = {
      .max = CLI_MAX_TOKENS},
     {"weighting", 0, CLI_CHOICE, AT(weighting), "HOW", .help = "fisher-scaled (default), fisher or none",
      .choices = kvq_weighting_names},
+    {"compute", 0, CLI_CHOICE, AT(compute), "TYPE",
+     .help = "type of the factors in linear layers: f32 (default), or bf16 where the processor has it",
+     .choices = kvq_compute_names},
     {"threads", 0, CLI_COUNT, AT(common.n_threads), "N", .help = "changes speed, never a result (one per core)",
      .min = 1, .max = KVQ_MAX_THREADS},
-    {"work-dir", 0, CLI_TEXT, AT(work_dir), "DIR", .help = "scratch, removed at the end (OUT.work)"},
+    {"memory-limit", 0, CLI_BYTES, AT(memory_limit), "SIZE", .help = "resident memory to stay below, like 16GiB"},
+    {"work-dir", 0, CLI_TEXT, AT(work_dir), "DIR",
+     .help = "scratch, from which the same command continues; removed at the end (OUT.work)"},
+    {"scratch-limit", 0, CLI_BYTES, AT(scratch_limit), "SIZE",
+     .help = "disk to use there; what does not fit is recomputed (what is free)"},
+    {"restart", 0, CLI_FLAG, AT(restart), NULL, .help = "begin anew instead of continuing an interrupted run"},
+    {"shard", 0, CLI_TEXT, AT(shard), "I/N", .help = "only every N-th window, for kvq-merge; I from 0"},
+    {"thresholds", 0, CLI_TEXT, AT(thresholds), "FILE", .help = "second round of a shard: what kvq-merge wrote"},
     {"dry-run", 'n', CLI_FLAG, AT(dry_run), NULL, .help = "print the plan, write nothing"},
     {"force", 'f', CLI_FLAG, AT(force), NULL, .help = "replace an existing output"},
     {"output", 'o', CLI_TEXT, AT(output), "OUT.kvq.h5", .help = "the artifact to write"},
@@ -40,38 +50,116 @@ static const kvq_cli_option OPTIONS[] = {
 
 // ---------------------------------------------------------------- options
 
-static kvq_status check_options(const calibrate_options *o, kvq_error *err) {
-    if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--model is missing");
+static kvq_status check_options(const calibrate_options *o, int n_ranks, kvq_error *err) {
+    if (o->capture != NULL && (o->model != NULL || o->source.texts.count > 0 || o->source.tokens != NULL ||
+                               o->shard != NULL || n_ranks > 1)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "leave --model, --text, --tokens and --shard out",
+                        "--capture %s brings model and text along", o->capture);
+    }
+    if (o->model == NULL && o->capture == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--model is missing");
     if (o->output == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--output (-o) is missing");
     if (o->bits > 0 && (o->k_bits > 0 || o->v_bits > 0)) {
         return kvq_fail(err, KVQ_ERR_USAGE, "give --bits, or --k-bits and --v-bits",
                         "--bits %lld and --k-bits or --v-bits contradict each other", (long long)o->bits);
     }
-    return kvq_cli_source_check(&o->source, err);
+    if (o->shard != NULL && n_ranks > 1) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "use one of them", "--shard %s and %d processes contradict each other",
+                        o->shard, n_ranks);
+    }
+    if (o->thresholds != NULL && o->shard == NULL) {
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--thresholds belongs to the second round of a --shard");
+    }
+    return o->capture != NULL ? KVQ_OK : kvq_cli_source_check(&o->source, err);
 }
 
-static void resolve_options(const calibrate_options *o, const char *work_dir, kvq_calib_options *out) {
-    *out = kvq_calib_options_default();
-    if (o->bits > 0) out->k_bits = out->v_bits = (int)o->bits;
-    if (o->k_bits > 0) out->k_bits = (int)o->k_bits;
-    if (o->v_bits > 0) out->v_bits = (int)o->v_bits;
-    out->outlier_fraction = o->outliers;
-    out->sink_tokens = o->sink_tokens;
-    out->weighting = (kvq_weighting)o->weighting;
-    out->scratch_dir = work_dir;
+// "I/N"
+static kvq_status read_shard(const char *text, kvq_sweep_options *out, kvq_error *err) {
+    long long shard = 0, n_shards = 1;
+    int       end = 0;
+    if (text != NULL && (sscanf(text, "%lld/%lld%n", &shard, &n_shards, &end) != 2 || text[end] != 0 || shard < 0 ||
+                         shard >= n_shards)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "the first of two is 0/2", "--shard: '%s' is not I/N with 0 <= I < N",
+                        text);
+    }
+    out->shard = shard;
+    out->n_shards = n_shards;
+    return KVQ_OK;
 }
 
-// ---------------------------------------------------------------- one run
+static kvq_status resolve_options(calibration *c, kvq_error *err) {
+    const calibrate_options *o = c->o;
+    c->options = kvq_calib_options_default();
+    if (o->bits > 0) c->options.k_bits = c->options.v_bits = (int)o->bits;
+    if (o->k_bits > 0) c->options.k_bits = (int)o->k_bits;
+    if (o->v_bits > 0) c->options.v_bits = (int)o->v_bits;
+    c->options.outlier_fraction = o->outliers;
+    c->options.sink_tokens = o->sink_tokens;
+    c->options.weighting = (kvq_weighting)o->weighting;
+    const char *base = o->work_dir != NULL ? o->work_dir : o->output;
+    int         length = snprintf(c->work_dir, sizeof c->work_dir, o->work_dir != NULL ? "%s" : "%s.work", base);
+    if (length >= (int)sizeof c->work_dir) {
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--work-dir: the path is longer than %zu characters",
+                        sizeof c->work_dir - 6);
+    }
+    c->sweep = (kvq_sweep_options){.work_dir = c->work_dir, .restart = o->restart};
+    return read_shard(o->shard, &c->sweep, err);
+}
 
-// A disk that is too small is found before hours are spent on filling it.
-static kvq_status check_disk(const calibration *c, kvq_error *err) {
-    double free_bytes = kvq_cli_free_bytes(c->options.scratch_dir);
-    char   needed[32], available[32];
-    if (free_bytes < 0 || free_bytes >= (double)c->plan.scratch_bytes) return KVQ_OK; // below 0: not known
-    kvq_cli_format_bytes((double)c->plan.scratch_bytes, needed, sizeof needed);
-    kvq_cli_format_bytes(free_bytes, available, sizeof available);
-    return kvq_fail(err, KVQ_ERR_DISK, "use fewer or shorter windows, or another disk with --work-dir",
-                    "%s: the scratch files need %s, but %s are free", c->options.scratch_dir, needed, available);
+// ---------------------------------------------------------------- preparations
+
+// An output that is in the way is found now, not after hours; unless it is what this very run wrote before it was
+// killed, which its work directory shows.
+static kvq_status check_output(kvq_cli *cli, calibration *c, kvq_error *err) {
+    const calibrate_options *o = c->o;
+    bool        finishing = o->work_dir == NULL && !o->restart && kvq_sweep_has_begun(&c->sweep, &c->processes);
+    const char *inputs[3 + CLI_MAX_LIST] = {o->model, o->source.tokens, o->thresholds};
+    for (int i = 0; i < o->source.texts.count && !kvq_cli_is_self(&o->source); i++)
+        inputs[3 + i] = o->source.texts.items[i];
+    c->force = o->force || finishing;
+    return kvq_cli_check_output(cli, o->output, c->force, inputs, CLI_COUNT_OF(inputs), err);
+}
+
+// What the disk has sets the limit when the user does not; a run that goes on has its files already.
+static kvq_status make_plan(kvq_cli *cli, calibration *c, kvq_error *err) {
+    kvq_calib_limits limits = {c->o->memory_limit, c->o->scratch_limit};
+    double           free_bytes = kvq_cli_free_bytes(c->work_dir);
+    bool             begun = kvq_sweep_has_begun(&c->sweep, &c->processes) && !c->o->restart;
+    if (limits.scratch_bytes == 0 && free_bytes > 0 && !begun) limits.scratch_bytes = (int64_t)free_bytes;
+    kvq_status status = kvq_calib_plan_make(&cli->ctx, c->model, &c->options, c->o->samples, c->seq_len,
+                                            c->sweep.n_shards * c->processes.n_ranks, limits, &c->plan, err);
+    if (status == KVQ_ERR_DISK) kvq_error_prefix(err, "%s: ", c->work_dir);
+    c->sweep.stride = c->plan.stride;
+    c->sweep.prefetch = c->plan.prefetch;
+    return status;
+}
+
+static kvq_status find_windows(kvq_cli *cli, calibration *c, kvq_error *err) {
+    const calibrate_options *o = c->o;
+    kvq_cli_window_request   request = {
+          .n_windows = o->samples, .seed = o->seed.value, .drawn = true, .seq_len = c->seq_len};
+    return kvq_cli_windows(cli, c->be, c->checkpoint, o->model, &o->source, &request, &c->windows, &c->tokenizer, err);
+}
+
+static kvq_status open_model(kvq_cli *cli, calibration *c, kvq_error *err) {
+    kvq_status               status = KVQ_OK;
+    const calibrate_options *o = c->o;
+    KVQ_TRY(kvq_checkpoint_open(&cli->ctx, o->model, &c->checkpoint, err));
+    const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
+    cli->n_layers = config->n_layers;
+    KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, CLI_DEFAULT_SEQ_LEN, &c->seq_len, err));
+    KVQ_TRY(kvq_calib_options_check(&c->options, config, c->seq_len, err));
+    KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, c->checkpoint, &c->identity, err));
+    KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &c->be, err));
+    KVQ_TRY(kvq_model_create(&cli->ctx, c->be, c->checkpoint, false, &c->model, err));
+done:
+    return status;
+}
+
+// Once per calibration: not in every process, shard and continuation.
+static kvq_status check_bos(kvq_cli *cli, calibration *c, kvq_error *err) {
+    bool begun = kvq_sweep_has_begun(&c->sweep, &c->processes) && !c->o->restart;
+    if (c->processes.rank > 0 || c->sweep.shard > 0 || c->o->thresholds != NULL || begun) return KVQ_OK;
+    return kvq_cli_check_bos(cli, c->be, c->model, &c->o->source, &c->windows, &c->tokenizer, c->o->dry_run, err);
 }
 
 // Everything opened and checked, the windows known, the plan printed.
@@ -79,70 +167,123 @@ static kvq_status prepare(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_status               status = KVQ_OK;
     const calibrate_options *o = c->o;
     bool                     self = kvq_cli_is_self(&o->source);
-    kvq_cli_window_request   request = {.n_windows = o->samples, .seed = o->seed.value, .drawn = true};
-
-    const char *inputs[] = {o->model, self ? NULL : o->source.text, o->source.tokens};
-    KVQ_TRY(kvq_cli_check_output(cli, o->output, o->force, inputs, CLI_COUNT_OF(inputs), err));
-    KVQ_TRY(kvq_checkpoint_open(&cli->ctx, o->model, &c->checkpoint, err));
-    const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
-    KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, CLI_DEFAULT_SEQ_LEN, &c->seq_len, err));
-    KVQ_TRY(kvq_calib_options_check(&c->options, config, c->seq_len, err));
-    KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, c->checkpoint, &c->identity, err));
-    KVQ_TRY(kvq_backend_cpu(&cli->ctx, &c->be, err));
-    KVQ_TRY(kvq_model_create(&cli->ctx, c->be, c->checkpoint, false, &c->model, err));
-    c->plan = kvq_calib_estimate(&cli->ctx, c->model, o->samples, c->seq_len);
-    request.seq_len = c->seq_len;
+    KVQ_TRY(check_output(cli, c, err));
+    KVQ_TRY(open_model(cli, c, err));
+    KVQ_TRY(make_plan(cli, c, err));
     // a text is read before the plan, which says how much there is; writing one takes long, so it comes after
-    if (!self) {
-        KVQ_TRY(kvq_cli_windows(cli, c->be, c->checkpoint, o->model, &o->source, &request, &c->windows, &c->tokenizer,
-                                err));
-    }
+    if (!self) KVQ_TRY(find_windows(cli, c, err));
     print_calibration_plan(cli, c);
-    if (!self && c->windows.n_available < o->samples * c->seq_len) {
-        kvq_log(&cli->ctx, KVQ_LOG_WARNING, "%s has fewer than %lld x %lld tokens, so windows overlap",
-                c->windows.source, (long long)o->samples, (long long)c->seq_len);
-    }
-    KVQ_TRY(check_disk(c, err));
-    if (self && !o->dry_run) {
-        KVQ_TRY(kvq_cli_windows(cli, c->be, c->checkpoint, o->model, &o->source, &request, &c->windows, &c->tokenizer,
-                                err));
-    }
-
+    if (!self) KVQ_TRY(check_bos(cli, c, err));
+    if (o->dry_run) goto done;
+    if (self) KVQ_TRY(find_windows(cli, c, err));
+    make_fingerprint(c);
+    c->sweep.fingerprint = c->fingerprint;
+    c->sweep.n_fingerprint = c->n_fingerprint;
 done:
     return status;
 }
 
-static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
+// ---------------------------------------------------------------- runs
+
+static kvq_status dry_run(kvq_cli *cli, calibration *c, kvq_error *err) {
+    char       text[32];
+    double     seconds = 0;
+    kvq_status status = kvq_calib_probe(&cli->ctx, c->be, c->model, &c->options, c->o->samples, c->seq_len,
+                                        c->sweep.n_shards * c->processes.n_ranks, &c->plan, &seconds, err);
+    if (status != KVQ_OK) return status;
+    kvq_cli_format_seconds(seconds, text, sizeof text);
+    kvq_cli_say(cli, "time       about %s on %d threads (2 windows of random tokens were timed in layer 0)", text,
+                cli->ctx.n_threads);
+    kvq_cli_say(cli, "would write %s; nothing was written", c->o->output);
+    return KVQ_OK;
+}
+
+static kvq_status run_shard(kvq_cli *cli, calibration *c, kvq_error *err) {
+    const calibrate_options *o = c->o;
     kvq_status               status = KVQ_OK;
-    const calibrate_options *o = options;
-    calibration              c = {.o = o, .start_s = kvq_cli_now_s()};
-    char                     work_dir[MAX_PATH];
+    kvq_round                round = o->thresholds == NULL ? KVQ_ROUND_ENDS : KVQ_ROUND_HISTOGRAMS;
+    KVQ_TRY(kvq_calibrate_shard(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep, o->thresholds,
+                                &c->artifact, err));
+    KVQ_TRY(record_identity(cli, c, err));
+    KVQ_TRY(kvq_shard_write(&cli->ctx, c->artifact, &c->sweep, round, o->output, c->force, err));
+    if (round == KVQ_ROUND_HISTOGRAMS) kvq_sweep_forget(&cli->ctx, &c->sweep, &c->processes);
+    print_shard_summary(cli, c);
+done:
+    return status;
+}
+
+static kvq_status run_whole(kvq_cli *cli, calibration *c, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    int64_t    least = 1;
+    KVQ_TRY(kvq_calibrate(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep, &c->processes, &c->artifact,
+                          err));
+    if (c->processes.rank == 0) { // all ranks hold the same artifact
+        status = record_identity(cli, c, err);
+        if (status == KVQ_OK)
+            status = kvq_artifact_write(&cli->ctx, c->artifact, c->o->output, c->force, c->content_sha256, err);
+    }
+    // the others' work directories wait for the artifact
+    kvq_status agreed = c->processes.agree(&c->processes, status == KVQ_OK, &least, NULL);
+    if (status != KVQ_OK || agreed != KVQ_OK || least == 0) goto done;
+    kvq_sweep_forget(&cli->ctx, &c->sweep, &c->processes);
+    if (c->processes.rank == 0) KVQ_TRY(print_calibration_summary(cli, c, err));
+done:
+    return status;
+}
+
+static kvq_status run_capture(kvq_cli *cli, calibration *c, kvq_error *err) {
+    const calibrate_options *o = c->o;
+    kvq_capture             *capture = NULL;
+    kvq_status               status = KVQ_OK;
+    KVQ_TRY(kvq_cli_check_output(cli, o->output, o->force, &o->capture, 1, err));
+    KVQ_TRY(kvq_capture_open(&cli->ctx, o->capture, &capture, err));
+    const kvq_capture_info *info = kvq_capture_describe(capture);
+    c->seq_len = info->dataset.seq_len;
+    kvq_cli_say(cli, "capture    %s  %s  %lld layers  %lld KV heads x %lld  %lld x %lld tokens",
+                kvq_file_name(o->capture), info->model.name, (long long)info->model.n_layers,
+                (long long)info->model.n_kv_heads, (long long)info->model.head_dim, (long long)info->dataset.n_windows,
+                (long long)info->dataset.seq_len);
+    if (o->dry_run) goto done;
+    KVQ_TRY(kvq_calibrate_capture(&cli->ctx, capture, kvq_file_name(o->capture), &c->options, &c->artifact, err));
+    KVQ_TRY(record_provenance(cli, c, err));
+    KVQ_TRY(kvq_artifact_write(&cli->ctx, c->artifact, o->output, o->force, c->content_sha256, err));
+    KVQ_TRY(print_calibration_summary(cli, c, err));
+done:
+    kvq_capture_close(&cli->ctx, &capture);
+    return status;
+}
+
+static kvq_status run_prepared(kvq_cli *cli, calibration *c, kvq_error *err) {
+    kvq_status status = prepare(cli, c, err);
+    int64_t    least = 1;
+    // nobody starts while another rank has no model or text
+    kvq_status agreed = c->processes.agree(&c->processes, status == KVQ_OK, &least, NULL);
+    if (status != KVQ_OK || agreed != KVQ_OK) return status != KVQ_OK ? status : agreed;
+    if (least == 0) {
+        return kvq_fail(err, KVQ_ERR_INPUT, "see the message of the other process",
+                        "another process of this run could not start");
+    }
+    if (c->o->dry_run) return dry_run(cli, c, err);
+    return c->sweep.n_shards > 1 ? run_shard(cli, c, err) : run_whole(cli, c, err);
+}
+
+static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
+    kvq_status  status = KVQ_OK;
+    calibration c = {.o = options, .start_s = kvq_cli_now_s(), .processes = kvq_processes_single()};
+    bool        several = kvq_cli_under_mpirun();
     (void)exit_code; // a calibration has no negative verdict
-
-    KVQ_TRY(check_options(o, err));
-    int length = snprintf(work_dir, sizeof work_dir, o->work_dir != NULL ? "%s" : "%s.work",
-                          o->work_dir != NULL ? o->work_dir : o->output);
-    if (length >= MAX_PATH) {
-        status = kvq_fail(err, KVQ_ERR_USAGE, NULL, "--work-dir: the path has more than %d characters", MAX_PATH - 6);
-        goto done;
-    }
-    resolve_options(o, work_dir, &c.options);
-    KVQ_TRY(prepare(cli, &c, err));
-    if (o->dry_run) {
-        kvq_cli_say(cli, "would write %s; nothing was written", o->output);
-        goto done;
-    }
-    KVQ_TRY(kvq_calibrate(&cli->ctx, c.be, c.model, &c.windows, &c.options, &c.artifact, err));
-    KVQ_TRY(record_identity(cli, &c, err));
-    KVQ_TRY(kvq_artifact_write(&cli->ctx, c.artifact, o->output, o->force, c.content_sha256, err));
-    KVQ_TRY(print_calibration_summary(cli, &c, err));
-
+    if (several) KVQ_TRY(kvq_processes_start(&c.processes, err));
+    if (c.processes.rank > 0) cli->quiet = cli->silent = true; // one voice
+    KVQ_TRY(check_options(c.o, c.processes.n_ranks, err));
+    KVQ_TRY(resolve_options(&c, err));
+    KVQ_TRY(c.o->capture != NULL ? run_capture(cli, &c, err) : run_prepared(cli, &c, err));
 done:
     kvq_artifact_destroy(&cli->ctx, &c.artifact);
     kvq_windows_free(&cli->ctx, &c.windows);
     kvq_model_destroy(&cli->ctx, &c.model);
     if (c.be != NULL) c.be->destroy(&c.be);
     kvq_checkpoint_close(&cli->ctx, &c.checkpoint);
+    if (several) kvq_processes_finish(&c.processes);
     return status;
 }
 
@@ -150,9 +291,9 @@ static const kvq_cli_program PROGRAM = {
     .name = "kvq-calibrate",
     .summary =
         "Fits 2-to-4-bit datatypes for the KV cache of a model from a text, weighted by how much the loss feels them.",
-    .synopsis = "--model PATH --text FILE|self [--samples N] [--seq-len S] [--seed X]\n"
+    .synopsis = "--model PATH --text FILE|self... [--samples N] [--seq-len S] [--seed X]\n"
                 "    [--bits B | --k-bits B --v-bits B] [--outliers 1%] [--sink-tokens N]\n"
-                "    [--threads N] [--force] -o OUT.kvq.h5\n",
+                "    [--compute f32|bf16] [--threads N] [--force] -o OUT.kvq.h5\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
     .notes = "bits per element of a long cache with 1024 KV channels (8 heads x 128), everything counted:\n"
@@ -162,6 +303,7 @@ static const kvq_cli_program PROGRAM = {
              "examples:\n"
              "  kvq-calibrate --model llama-3.1-8b --text wiki.train.raw -o l31.kvq.h5\n"
              "  kvq-calibrate --model model.gguf --text self --bits 2 --samples 64 -o m.kvq.h5\n",
+    .can_stop = true,
     .run = run,
 };
 

@@ -8,6 +8,8 @@
 #ifndef KVQ_CLI_H
 #define KVQ_CLI_H
 
+#include <stdatomic.h>
+
 #include "kvq_calib.h"
 #include "kvq_core.h"
 #include "kvq_datasets.h"
@@ -23,8 +25,10 @@ typedef enum kvq_cli_kind {
     CLI_COUNT,    // int64_t in [min, max]
     CLI_SEED,     // kvq_cli_seed
     CLI_FRACTION, // double in [min, max]; "1%" or "0.01"
+    CLI_BYTES,    // int64_t above 0; "16GiB", "500MB", "1000000"
     CLI_CHOICE,   // int, index into choices
-    CLI_OPERAND   // const char *; the one argument without a dash; `name` is its word in help
+    CLI_OPERAND,  // const char *; the one argument without a dash; `name` is its word in help
+    CLI_OPERANDS  // kvq_cli_list; all arguments without a dash
 } kvq_cli_kind;
 
 #define CLI_MAX_LIST 32
@@ -51,7 +55,12 @@ typedef struct kvq_cli_option {
     const char *const *choices;  // CLI_CHOICE, ends with NULL
 } kvq_cli_option;
 
-typedef enum kvq_cli_progress { CLI_PROGRESS_AUTO, CLI_PROGRESS_PLAIN, CLI_PROGRESS_NONE } kvq_cli_progress;
+typedef enum kvq_cli_progress {
+    CLI_PROGRESS_AUTO, // a bar on a terminal, plain lines elsewhere
+    CLI_PROGRESS_PLAIN,
+    CLI_PROGRESS_JSON, // everything on stderr is one JSON event per line (README.md)
+    CLI_PROGRESS_NONE
+} kvq_cli_progress;
 
 // Options of every program; the first member of each options struct.
 typedef struct kvq_cli_common {
@@ -70,6 +79,8 @@ typedef struct kvq_cli_program {
     const kvq_cli_option *options;
     int                   n_options;
     const char           *notes; // last part of help: tables and two examples
+    // Its library calls ask kvq_stop_requested and save what they have; without this a signal ends the program at once.
+    bool can_stop;
     // *exit_code is 0 on entry; set it for a negative verdict (a failed gate), which is not an error.
     kvq_status (*run)(kvq_cli *cli, void *options, int *exit_code, kvq_error *err);
 } kvq_cli_program;
@@ -89,21 +100,30 @@ const char *kvq_cli_closest(const char *word, const char *const *names, int n_na
 // ---------------------------------------------------------------- console (console.c)
 
 struct kvq_cli {
-    const char *program;
-    kvq_context ctx; // ctx.user is this kvq_cli
-    bool        quiet, verbose;
-    bool        animate; // a bar that is redrawn; otherwise plain lines
-    bool        silent;  // no progress at all
-    bool        bar_on_screen;
-    char        stage[32];
-    double      stage_start_s, last_shown_s;
-    int         last_percent;
+    const char        *program;
+    int                argc; // the command line, for the line that continues a stopped run; 0 = not known
+    const char *const *argv;
+    kvq_context        ctx;  // ctx.user is this kvq_cli
+    atomic_bool        stop; // a signal asked for it; set by a thread that waits for one
+    bool               quiet, verbose;
+    bool               animate; // a bar that is redrawn, ...
+    bool               json;    // ... events, otherwise plain lines
+    bool               silent;  // no progress at all
+    bool               bar_on_screen;
+    int64_t            n_layers; // of the model, for progress; a program sets it when it knows, 0 = not known
+    char               stage[32];
+    double             start_s, stage_start_s, last_shown_s;
+    int64_t            stage_start_done;
+    int                last_percent;
 };
 
-void   kvq_cli_console_init(kvq_cli *cli, const char *program, const kvq_cli_common *common);
-void   kvq_cli_say(kvq_cli *cli, const char *format, ...) KVQ_PRINTF(2, 3); // one line on stderr, unless quiet
-void   kvq_cli_next(kvq_cli *cli, const char *first, ...); // "next: ..." of words up to NULL, quoted for a shell
-void   kvq_cli_end_progress(kvq_cli *cli);                 // leaves the line of a bar, if there is one
+void kvq_cli_console_init(kvq_cli *cli, const char *program, const kvq_cli_common *common);
+void kvq_cli_say(kvq_cli *cli, const char *format, ...) KVQ_PRINTF(2, 3); // one line on stderr, unless quiet
+#define CLI_MAX_NEXT_WORDS 16
+void kvq_cli_next(kvq_cli *cli, const char *first, ...); // "next: ..." of words up to NULL, quoted for a shell
+void kvq_cli_end_progress(kvq_cli *cli);                 // leaves the line of a bar, if there is one
+// Three lines, also when quiet. KVQ_ERR_INTERRUPTED is no failure: two lines, the second with the command that
+// continues.
 void   kvq_cli_print_error(kvq_cli *cli, const kvq_error *err);
 double kvq_cli_now_s(void);                                     // monotonic
 void   kvq_cli_format_bytes(double bytes, char *out, size_t n); // "6.8 GiB"
@@ -111,7 +131,12 @@ void   kvq_cli_format_seconds(double s, char *out, size_t n);   // "37m52s"
 
 // Processor model and the instruction sets that can change a matrix product's last bits; "unknown" when not readable.
 void   kvq_cli_describe_cpu(char *out, size_t n); // machine.c
+bool   kvq_cli_under_mpirun(void);                // one of several processes that mpirun started
 double kvq_cli_free_bytes(const char *path);      // on the disk of a path that need not exist yet; -1 = unknown
+
+// Bytes of this process in physical memory, mapped files included; -1 = unknown. machine.c
+int64_t kvq_resident_memory(void); // now
+int64_t kvq_peak_memory(void);     // the most it ever was
 
 // ---------------------------------------------------------------- outputs (outputs.c)
 
@@ -120,18 +145,40 @@ double kvq_cli_free_bytes(const char *path);      // on the disk of a path that 
 kvq_status kvq_cli_check_output(kvq_cli *cli, const char *output, bool force, const char *const *inputs, int n_inputs,
                                 kvq_error *err);
 
-// ---------------------------------------------------------------- tokens (tokens.c)
+// ---------------------------------------------------------------- tokens (tokens.c, texts.c, self_text.c)
 
-extern const char *const kvq_cli_bos_names[]; // in the order of kvq_bos_policy
+extern const char *const kvq_cli_bos_names[];         // in the order of kvq_bos_policy
+extern const char *const kvq_cli_text_format_names[]; // in the order of kvq_text_format
+extern const char *const kvq_cli_documents_names[];   // joined, kept
 
-// Where windows come from. Exactly one of text and tokens is given; text "self" lets the model write.
+// Where windows come from. Texts or tokens are given, not both; the single text "self" lets the model write.
 typedef struct kvq_cli_source {
-    const char *text, *tokens;
-    int         bos; // kvq_bos_policy
+    kvq_cli_list texts;
+    const char  *tokens;
+    const char  *mix;       // "NAME=0.6,NAME=0.4", or NULL
+    const char  *field;     // of jsonl, or NULL
+    int          format;    // kvq_text_format
+    int          documents; // 1 = kept
+    int          bos;       // kvq_bos_policy
 } kvq_cli_source;
 
+// Rows of an option table for the texts of a kvq_cli_source; AT(source.texts) must be what the table calls it.
+// clang-format off
+#define CLI_TEXT_ROWS                                                                                                  \
+    {"text", 0, CLI_LIST, AT(source.texts), "FILE",                                                                    \
+     .help = "text or jsonl, also .gz .zst .xz; repeatable; the word self: the model writes its own"},                 \
+    {"mix", 0, CLI_TEXT, AT(source.mix), "A=W,B=W",                                                                    \
+     .help = "share of each text by its file name (in proportion to tokens)"},                                         \
+    {"text-format", 0, CLI_CHOICE, AT(source.format), "HOW", .help = "auto (by the name), raw or jsonl",               \
+     .choices = kvq_cli_text_format_names},                                                                            \
+    {"text-field", 0, CLI_TEXT, AT(source.field), "NAME",                                                              \
+     .help = "member of a jsonl object that holds its text (text)"},                                                   \
+    {"documents", 0, CLI_CHOICE, AT(source.documents), "HOW",                                                          \
+     .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names}
+// clang-format on
+
 bool kvq_cli_is_self(const kvq_cli_source *source);
-// Cheap checks before anything large is opened: one source, and its file can be read.
+// Cheap checks before anything large is opened: one kind of source, its files can be read, weights belong to files.
 kvq_status kvq_cli_source_check(const kvq_cli_source *source, kvq_error *err);
 // The window length: `wanted`, or when that is 0 `usual` limited to what the model can do. KVQ_ERR_USAGE beyond it.
 kvq_status kvq_cli_seq_len(kvq_cli *cli, const kvq_model_config *config, int64_t wanted, int64_t usual, int64_t *out,
@@ -145,12 +192,36 @@ typedef struct kvq_cli_window_request {
 
 // What turned text into ids; kind "none" when token ids were given or the model wrote them.
 typedef struct kvq_cli_tokenizer {
-    char kind[32], sha256[KVQ_SHA256_HEX];
+    char    kind[32], sha256[KVQ_SHA256_HEX];
+    int64_t bos_id;                     // of a text's beginning, -1 = none known, or no text was read
+    int     n_texts;                    // read, with ...
+    int64_t text_windows[CLI_MAX_LIST]; // ... the windows that come from each
 } kvq_cli_tokenizer;
 
 kvq_status kvq_cli_windows(kvq_cli *cli, const kvq_backend *be, const kvq_checkpoint *checkpoint,
                            const char *model_path, const kvq_cli_source *source, const kvq_cli_window_request *request,
                            kvq_windows *out, kvq_cli_tokenizer *tokenizer, kvq_error *err);
+
+// The parts of kvq_cli_windows.
+kvq_status kvq_cli_text_windows(kvq_cli *cli, const kvq_model_config *config, const char *model_path,
+                                const kvq_cli_source *source, const kvq_cli_window_request *request, kvq_windows *out,
+                                kvq_cli_tokenizer *tokenizer, kvq_error *err);
+kvq_status kvq_cli_self_windows(kvq_cli *cli, const kvq_backend *be, const kvq_checkpoint *checkpoint,
+                                const char *model_path, const kvq_cli_window_request *request, kvq_windows *out,
+                                kvq_error *err);
+// The BOS token of each window, -1 for none, by a policy. KVQ_ERR_USAGE when one is wanted that nobody names.
+kvq_status kvq_cli_resolve_bos(int policy, bool tokenizer_adds, int64_t known_id, int64_t vocab_size, int64_t *bos_id,
+                               kvq_error *err);
+// Weights in the order of texts [texts->count]. `mix` gives each its weight under its name or its path.
+kvq_status kvq_cli_parse_mix(const char *mix, const kvq_cli_list *texts, double *weights, kvq_error *err);
+
+// ---------------------------------------------------------------- beginning of text (bos_check.c)
+
+// With --bos auto and a text: says in the plan what scoring the first windows with and without a BOS token costs, and,
+// unless only the plan is wanted, does so; a warning says when the other way is better by more than 0.5 nats per token.
+kvq_status kvq_cli_check_bos(kvq_cli *cli, const kvq_backend *be, kvq_model *model, const kvq_cli_source *source,
+                             const kvq_windows *windows, const kvq_cli_tokenizer *tokenizer, bool plan_only,
+                             kvq_error *err);
 
 // ---------------------------------------------------------------- JSON (json_report.c)
 

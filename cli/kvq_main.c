@@ -11,9 +11,12 @@
 
 static const char *const COMMANDS[][2] = {
     {"calibrate", "fit the KV cache datatypes of a model from a text"},
+    {"capture", "write keys and values of a model to a file"},
+    {"merge", "put the shards of a calibration together"},
     {"inspect", "show and check an artifact"},
     {"export", "write an artifact in a form that other programs read"},
     {"validate", "measure what a model loses with an artifact"},
+    {"bench", "measure how fast this machine is"},
 };
 #define N_COMMANDS CLI_COUNT_OF(COMMANDS)
 

@@ -17,6 +17,7 @@ typedef struct validate_options {
     int64_t        seq_len, windows; // 0 = not given
     kvq_cli_seed   seed;
     kvq_cli_list   gates;
+    int            compute; // kvq_compute
     bool           json, allow_other_weights;
 } validate_options;
 
@@ -25,7 +26,7 @@ static const kvq_cli_option OPTIONS[] = {
     {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file"},
     {"artifact", 0, CLI_TEXT, AT(artifact), "FILE",
      .help = "artifact of this model; without it only the baseline is measured"},
-    {"text", 0, CLI_TEXT, AT(source.text), "FILE", .help = "UTF-8 text; the word self: the model writes its own"},
+    CLI_TEXT_ROWS,
     {"tokens", 0, CLI_TEXT, AT(source.tokens), "FILE.npy", .help = "token ids instead of --text; no tokenizer is used"},
     {"seq-len", 0, CLI_COUNT, AT(seq_len), "S", .help = "tokens per window (the artifact's, or 2048)", .min = 2,
      .max = CLI_MAX_TOKENS},
@@ -38,6 +39,9 @@ static const kvq_cli_option OPTIONS[] = {
     {"gate", 0, CLI_LIST, AT(gates), "EXPR", .help = "a limit such as 'dppl<=1%'; repeatable, all must hold"},
     {"allow-other-weights", 0, CLI_FLAG, AT(allow_other_weights), NULL,
      .help = "accept a model of equal shape with other weights"},
+    {"compute", 0, CLI_CHOICE, AT(compute), "TYPE",
+     .help = "type of the factors in linear layers: f32 (default), or bf16 where the processor has it",
+     .choices = kvq_compute_names},
     {"threads", 0, CLI_COUNT, AT(common.n_threads), "N", .help = "changes speed, never a result (one per core)",
      .min = 1, .max = KVQ_MAX_THREADS},
     {"json", 0, CLI_FLAG, AT(json), NULL, .help = "one JSON document on stdout (kvq.validate/1)"},
@@ -120,15 +124,16 @@ static void warn(kvq_cli *cli, const validate_report *r) {
     }
 }
 
-static void print_plan(kvq_cli *cli, const validate_options *o, const validate_report *r) {
+static void print_plan(kvq_cli *cli, const validate_options *o, const kvq_backend *be, const validate_report *r) {
     kvq_cli_say(cli, "model      %s  %s  %lld layers  %d KV heads x %d", r->identity.name, r->config->architecture,
                 (long long)r->config->n_layers, r->config->n_kv_heads, r->config->head_dim);
     if (r->artifact != NULL)
         kvq_cli_say(cli, "artifact   %s  content sha256 %s", kvq_file_name(o->artifact), r->artifact_sha256);
-    kvq_cli_say(cli, "text       %s  %lld tokens available  %lld windows of %lld  BOS %s", r->windows.source,
+    kvq_cli_say(cli, "text       %s  %lld tokens read  %lld windows of %lld  BOS %s", r->windows.source,
                 (long long)r->windows.n_available, (long long)r->windows.n_windows, (long long)r->windows.seq_len,
                 r->windows.bos_added ? "added" : "not added");
     if (r->self) kvq_cli_say(cli, "seed       %llu", (unsigned long long)r->seed);
+    kvq_cli_say(cli, "compute    %d %s threads with %s", cli->ctx.n_threads, be->name, be->matmul);
 }
 
 static void suggest_next(kvq_cli *cli, const validate_options *o, int n_failed) {
@@ -152,6 +157,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     kvq_model              *model = NULL;
     validate_report         r = {.self = kvq_cli_is_self(&o->source),
                                  .bos = o->source.bos,
+                                 .compute = o->compute,
                                  .gates = gates,
                                  .n_gates = o->gates.count,
                                  .weights_checked = !o->allow_other_weights};
@@ -160,15 +166,16 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     KVQ_TRY(check_options(o, gates, err));
     KVQ_TRY(open_pair(cli, o, &r, &checkpoint, &artifact, err));
     r.config = kvq_checkpoint_config(checkpoint);
+    cli->n_layers = r.config->n_layers;
     r.artifact = artifact;
     r.artifact_name = o->artifact != NULL ? kvq_file_name(o->artifact) : NULL;
     int64_t usual = artifact != NULL ? artifact->dataset.seq_len : CLI_DEFAULT_SEQ_LEN;
     KVQ_TRY(kvq_cli_seq_len(cli, r.config, o->seq_len, usual, &request.seq_len, err));
     if (r.self && request.n_windows == 0) request.n_windows = SELF_WINDOWS;
     request.seed = r.seed;
-    KVQ_TRY(kvq_backend_cpu(&cli->ctx, &be, err));
+    KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &be, err));
     KVQ_TRY(kvq_cli_windows(cli, be, checkpoint, o->model, &o->source, &request, &r.windows, &r.tokenizer, err));
-    print_plan(cli, o, &r);
+    print_plan(cli, o, be, &r);
     warn(cli, &r);
     KVQ_TRY(kvq_model_create(&cli->ctx, be, checkpoint, false, &model, err));
     KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &r.validation, err));
@@ -196,8 +203,9 @@ static const kvq_cli_program PROGRAM = {
     .name = "kvq-validate",
     .summary =
         "Measures perplexity, KL divergence and top-1 agreement of a model with and without a quantised KV cache.",
-    .synopsis = "--model PATH [--artifact OUT.kvq.h5] --text FILE|self [--seq-len S]\n"
-                "    [--windows N] [--bos auto|always|never] [--gate EXPR]... [--json]\n",
+    .synopsis = "--model PATH [--artifact OUT.kvq.h5] --text FILE|self... [--seq-len S]\n"
+                "    [--windows N] [--bos auto|always|never] [--gate EXPR]...\n"
+                "    [--compute f32|bf16] [--json]\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
     .notes =

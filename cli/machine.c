@@ -3,6 +3,7 @@
 // What the machine is and has. Matrix libraries choose their code by the processor's instruction sets, and other code
 // may round other last bits, so an artifact records what it was made on.
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/statvfs.h>
 
@@ -59,4 +60,30 @@ double kvq_cli_free_bytes(const char *path) {
         if (statvfs(folder, &disk) != 0) return -1;
     }
     return (double)disk.f_bavail * (double)disk.f_frsize;
+}
+
+// A line of /proc/self/status such as "VmRSS:     5676 kB".
+static int64_t process_bytes(const char *name) {
+    char    line[256];
+    int64_t bytes = -1;
+    size_t  length = strlen(name);
+    FILE   *file = fopen("/proc/self/status", "r");
+    if (file == NULL) return -1;
+    while (bytes < 0 && fgets(line, sizeof line, file) != NULL) {
+        if (strncmp(line, name, length) == 0 && line[length] == ':')
+            bytes = 1024 * strtoll(line + length + 1, NULL, 10);
+    }
+    (void)fclose(file);
+    return bytes;
+}
+
+int64_t kvq_resident_memory(void) { return process_bytes("VmRSS"); }
+int64_t kvq_peak_memory(void) { return process_bytes("VmHWM"); }
+
+bool kvq_cli_under_mpirun(void) {
+    static const char *const SIGNS[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"}; // Open MPI, MPICH, Slurm
+    for (int i = 0; i < CLI_COUNT_OF(SIGNS); i++) {
+        if (getenv(SIGNS[i]) != NULL) return true;
+    }
+    return false;
 }

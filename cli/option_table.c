@@ -13,16 +13,20 @@
 
 #include "option_table.h"
 
-static const char *const PROGRESS_NAMES[] = {"auto", "plain", "none", NULL}; // in the order of kvq_cli_progress
+static const char *const PROGRESS_NAMES[] = {"auto", "plain", "json", "none", NULL}; // in the order of kvq_cli_progress
 
 static const kvq_cli_option COMMON[] = {
     {"progress", 0, CLI_CHOICE, offsetof(kvq_cli_common, progress), "HOW",
-     .help = "auto (a bar on a terminal), plain or none", .choices = PROGRESS_NAMES},
+     .help = "auto (a bar on a terminal), plain, json (events) or none", .choices = PROGRESS_NAMES},
     {"quiet", 'q', CLI_FLAG, offsetof(kvq_cli_common, quiet), NULL, .help = "only results, warnings and errors"},
     {"verbose", 'v', CLI_FLAG, offsetof(kvq_cli_common, verbose), NULL, .help = "more about what is being done"},
     {"help", 'h', CLI_FLAG, offsetof(kvq_cli_common, help), NULL, .help = "print this and exit"},
     {"version", 'V', CLI_FLAG, offsetof(kvq_cli_common, version), NULL, .help = "print the version and exit"},
 };
+
+static bool is_operand(const kvq_cli_option *option) {
+    return option->kind == CLI_OPERAND || option->kind == CLI_OPERANDS;
+}
 
 option_rows collect_options(const kvq_cli_program *program) {
     option_rows all = {.n = 0};
@@ -75,7 +79,7 @@ static kvq_status fail_unknown(const kvq_cli_program *program, const char *given
     const char *names[CLI_MAX_OPTIONS];
     int         n = 0;
     for (int i = 0; i < all.n; i++) {
-        if (all.rows[i]->kind != CLI_OPERAND) names[n++] = all.rows[i]->name;
+        if (!is_operand(all.rows[i])) names[n++] = all.rows[i]->name;
     }
     char word[MAX_WORD + 1];
     (void)snprintf(word, sizeof word, "%s", given + strspn(given, "-"));
@@ -172,14 +176,38 @@ static kvq_status set_choice(const kvq_cli_option *option, const char *text, voi
     return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--%s: '%s' is none of %s", option->name, text, list);
 }
 
+// Units of 1024 and of 1000, with or without the B; "16G" means GiB, as most who type it expect.
+static const struct {
+    const char *name;
+    double      bytes;
+} SIZE_UNITS[] = {{"", 1},       {"B", 1},        {"K", 0x1p10},   {"KiB", 0x1p10}, {"KB", 1e3},
+                  {"M", 0x1p20}, {"MiB", 0x1p20}, {"MB", 1e6},     {"G", 0x1p30},   {"GiB", 0x1p30},
+                  {"GB", 1e9},   {"T", 0x1p40},   {"TiB", 0x1p40}, {"TB", 1e12}};
+
+static kvq_status set_bytes(const kvq_cli_option *option, const char *text, void *field, kvq_error *err) {
+    char  *end;
+    size_t digits = strspn(text, ".0123456789");
+    double value = strtod(text, &end);
+    bool   is_number = digits > 0 && end == text + digits; // strtod also takes exponents and hexadecimal numbers
+    for (int i = 0; is_number && i < CLI_COUNT_OF(SIZE_UNITS); i++) {
+        if (strcmp(text + digits, SIZE_UNITS[i].name) != 0) continue;
+        value *= SIZE_UNITS[i].bytes;
+        if (!(value >= 1 && value < 0x1p60)) break;
+        *(int64_t *)field = (int64_t)value;
+        return KVQ_OK;
+    }
+    return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--%s: '%s' is not a size like 16GiB or 500MB", option->name, text);
+}
+
 typedef kvq_status (*setter)(const kvq_cli_option *option, const char *text, void *field, kvq_error *err);
 static const setter SETTERS[] = {
-    [CLI_FLAG] = set_flag, [CLI_TEXT] = set_text,         [CLI_LIST] = set_list,     [CLI_COUNT] = set_count,
-    [CLI_SEED] = set_seed, [CLI_FRACTION] = set_fraction, [CLI_CHOICE] = set_choice, [CLI_OPERAND] = set_text,
+    [CLI_FLAG] = set_flag,   [CLI_TEXT] = set_text,         [CLI_LIST] = set_list,     [CLI_COUNT] = set_count,
+    [CLI_SEED] = set_seed,   [CLI_FRACTION] = set_fraction, [CLI_CHOICE] = set_choice, [CLI_OPERAND] = set_text,
+    [CLI_BYTES] = set_bytes, [CLI_OPERANDS] = set_list,
 };
 
 static kvq_status set_value(const kvq_cli_option *option, const char *text, void *options, kvq_error *err) {
-    const char *dashes = option->kind == CLI_OPERAND ? "" : "--";
+    const char *dashes = is_operand(option) ? "" : "--";
     if (text != NULL && text[0] == 0) {
         return kvq_fail(err, KVQ_ERR_USAGE, NULL, "%s%s: the value is empty", dashes, option->name);
     }
@@ -198,8 +226,7 @@ static void accept_underscores(const option_rows *all, char *word) {
     for (size_t i = 0; i < length; i++) dashed[i] = (char)(dashed[i] == '_' ? '-' : dashed[i]);
     dashed[length] = 0;
     for (int i = 0; i < all->n; i++) {
-        if (all->rows[i]->kind != CLI_OPERAND && strcmp(dashed + 2, all->rows[i]->name) == 0)
-            memcpy(word, dashed, length);
+        if (!is_operand(all->rows[i]) && strcmp(dashed + 2, all->rows[i]->name) == 0) memcpy(word, dashed, length);
     }
 }
 
@@ -208,34 +235,44 @@ static kvq_status take_operands(const kvq_cli_program *program, const option_row
     const char *given;
     int         row = 0;
     while ((given = poptGetArg(context)) != NULL) {
-        while (row < all->n && all->rows[row]->kind != CLI_OPERAND) row++;
+        while (row < all->n && !is_operand(all->rows[row])) row++;
         if (row == all->n) {
             return kvq_fail(err, KVQ_ERR_USAGE, NULL, "%s: unexpected argument '%s'", program->name, given);
         }
         char *text = strdup(given); // the given one goes with the context
         if (text == NULL) return kvq_fail(err, KVQ_ERR_MEMORY, NULL, "could not allocate the command line");
         args->owned[args->n_owned++] = text;
-        kvq_status status = set_value(all->rows[row++], text, options, err);
+        kvq_status status = set_value(all->rows[row], text, options, err);
         if (status != KVQ_OK) return status;
+        row += all->rows[row]->kind == CLI_OPERAND;
     }
     return KVQ_OK;
 }
 
+static kvq_status fail_option(const kvq_cli_program *program, int problem, const char *given, kvq_error *err) {
+    if (problem == POPT_ERROR_BADOPT) return fail_unknown(program, given, err);
+    return kvq_fail(err, KVQ_ERR_USAGE, NULL, "%.*s: %s", (int)strcspn(given, "="), given,
+                    problem == POPT_ERROR_NOARG ? "the value is missing" : poptStrerror(problem));
+}
+
 static kvq_status take_options(const kvq_cli_program *program, const option_rows *all, poptContext context,
                                void *options, arguments *args, kvq_error *err) {
-    int found;
-    while ((found = poptGetNextOpt(context)) > 0) {
-        const kvq_cli_option *option = all->rows[found - 1];
-        char                 *text = poptGetOptArg(context); // ours to free
-        if (text != NULL) args->owned[args->n_owned++] = text;
-        kvq_status status = set_value(option, text, options, err);
-        if (status != KVQ_OK) return status;
+    kvq_status first = KVQ_OK;
+    int        found;
+    // the first mistake is the answer; the rest is read all the same, because it may say how answers are wanted
+    while ((found = poptGetNextOpt(context)) != -1) {
+        kvq_error *to = first == KVQ_OK ? err : NULL;
+        kvq_status status;
+        if (found > 0) {
+            char *text = poptGetOptArg(context); // ours to free
+            if (text != NULL) args->owned[args->n_owned++] = text;
+            status = set_value(all->rows[found - 1], text, options, to);
+        } else {
+            status = fail_option(program, found, poptBadOption(context, POPT_BADOPTION_NOALIAS), to);
+        }
+        if (first == KVQ_OK) first = status;
     }
-    if (found == -1) return KVQ_OK;
-    const char *bad = poptBadOption(context, POPT_BADOPTION_NOALIAS);
-    if (found == POPT_ERROR_BADOPT) return fail_unknown(program, bad, err);
-    return kvq_fail(err, KVQ_ERR_USAGE, NULL, "%.*s: %s", (int)strcspn(bad, "="), bad,
-                    found == POPT_ERROR_NOARG ? "the value is missing" : poptStrerror(found));
+    return first;
 }
 
 kvq_status parse_arguments(const kvq_cli_program *program, int argc, char **argv, void *options, arguments *args,
@@ -245,7 +282,7 @@ kvq_status parse_arguments(const kvq_cli_program *program, int argc, char **argv
     struct poptOption table[CLI_MAX_OPTIONS + 1] = {{0}}; // the zeroed last row ends the table
     int               n_table = 0;
     for (int i = 0; i < all.n; i++) {
-        if (all.rows[i]->kind == CLI_OPERAND) continue;
+        if (is_operand(all.rows[i])) continue;
         struct poptOption row = {.longName = all.rows[i]->name, .shortName = all.rows[i]->letter, .val = i + 1};
         row.argInfo = all.rows[i]->kind == CLI_FLAG ? POPT_ARG_NONE : POPT_ARG_STRING;
         table[n_table++] = row;
@@ -280,7 +317,7 @@ void free_arguments(arguments *args) {
 
 static void print_row(const kvq_cli_option *option) {
     char left[64] = "";
-    if (option->kind == CLI_OPERAND) {
+    if (is_operand(option)) {
         (void)snprintf(left, sizeof left, "  %s", option->name);
     } else {
         char letter[8] = "    ";

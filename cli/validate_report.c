@@ -124,6 +124,7 @@ kvq_status print_report_json(const validate_report *r, kvq_error *err) {
     kvq_json_text(&json, json.root, "kvq_version", KVQ_VERSION);
     add_model(&json, r);
     add_text(&json, r);
+    kvq_json_text(&json, json.root, "compute", kvq_compute_names[r->compute]);
     kvq_json_count(&json, json.root, "windows", n);
     kvq_json_count(&json, json.root, "seq_len", v->seq_len);
     kvq_json_count(&json, json.root, "tokens_scored", v->tokens_scored);

@@ -14,7 +14,7 @@ typedef struct validate_report {
     kvq_checkpoint_identity identity;
     kvq_windows             windows;
     kvq_cli_tokenizer       tokenizer;
-    int                     bos; // kvq_bos_policy
+    int                     bos, compute; // kvq_bos_policy, kvq_compute
     bool                    self, weights_checked;
     uint64_t                seed; // of self text
     kvq_validation          validation;

@@ -65,17 +65,82 @@ void kvq_histogram_add(kvq_histogram *h, float x, double weight) {
         add_weight(&h->w2_small, weight * weight / SMALL_SQUARE_UNIT);
 }
 
+static void merge_bin(kvq_bin *into, const kvq_bin *from) {
+    merge_weight(&into->w, from->w);
+    kvq_fixed_merge(&into->wx, from->wx);
+    kvq_fixed_merge(&into->x, from->x);
+    into->n += from->n;
+}
+
 void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from) {
-    for (int i = 0; i < KVQ_HISTOGRAM_BINS; i++) {
-        merge_weight(&into->bins[i].w, from->bins[i].w);
-        kvq_fixed_merge(&into->bins[i].wx, from->bins[i].wx);
-        kvq_fixed_merge(&into->bins[i].x, from->bins[i].x);
-        into->bins[i].n += from->bins[i].n;
-    }
+    for (int i = 0; i < KVQ_HISTOGRAM_BINS; i++) merge_bin(&into->bins[i], &from->bins[i]);
     merge_weight(&into->w2_large, from->w2_large);
     merge_weight(&into->w2_small, from->w2_small);
     into->n_outliers += from->n_outliers;
     into->n_constant += from->n_constant;
+}
+
+void kvq_histogram_clear(kvq_histogram *h) {
+    kvq_bin *bins = h->bins;
+    memset(bins, 0, KVQ_HISTOGRAM_BINS * sizeof *bins);
+    *h = (kvq_histogram){.bins = bins};
+}
+
+// ---------------------------------------------------------------- as bytes
+
+typedef struct packed_sums {
+    kvq_fixed w2_large, w2_small;
+    int64_t   n_outliers, n_constant, n_bins;
+} packed_sums;
+
+typedef struct packed_bin {
+    kvq_bin bin;
+    int64_t index;
+} packed_bin;
+
+static int64_t n_occupied(const kvq_histogram *h) {
+    int64_t n = 0;
+    for (int i = 0; i < KVQ_HISTOGRAM_BINS; i++) n += h->bins[i].n != 0;
+    return n;
+}
+
+int64_t kvq_histogram_packed_bytes(const kvq_histogram *h) {
+    return (int64_t)sizeof(packed_sums) + n_occupied(h) * (int64_t)sizeof(packed_bin);
+}
+
+void kvq_histogram_pack(const kvq_histogram *h, uint8_t *out) {
+    packed_sums sums = {h->w2_large, h->w2_small, h->n_outliers, h->n_constant, n_occupied(h)};
+    memcpy(out, &sums, sizeof sums);
+    out += sizeof sums;
+    for (int64_t i = 0; i < KVQ_HISTOGRAM_BINS; i++) {
+        if (h->bins[i].n == 0) continue;
+        packed_bin bin = {h->bins[i], i};
+        memcpy(out, &bin, sizeof bin);
+        out += sizeof bin;
+    }
+}
+
+kvq_status kvq_histogram_merge_packed(kvq_histogram *into, const uint8_t *packed, int64_t bytes, kvq_error *err) {
+    packed_sums sums = {0};
+    if (bytes >= (int64_t)sizeof sums) memcpy(&sums, packed, sizeof sums);
+    if (bytes < (int64_t)sizeof sums || sums.n_bins < 0 || sums.n_bins > KVQ_HISTOGRAM_BINS ||
+        bytes != (int64_t)sizeof sums + sums.n_bins * (int64_t)sizeof(packed_bin)) {
+        return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "a saved histogram of %lld bytes does not fit together",
+                        (long long)bytes);
+    }
+    for (int64_t i = 0; i < sums.n_bins; i++) {
+        packed_bin bin;
+        memcpy(&bin, packed + sizeof sums + (size_t)i * sizeof bin, sizeof bin);
+        if (bin.index < 0 || bin.index >= KVQ_HISTOGRAM_BINS) {
+            return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "a saved histogram speaks of bin %lld", (long long)bin.index);
+        }
+        merge_bin(&into->bins[bin.index], &bin.bin);
+    }
+    merge_weight(&into->w2_large, sums.w2_large);
+    merge_weight(&into->w2_small, sums.w2_small);
+    into->n_outliers += sums.n_outliers;
+    into->n_constant += sums.n_constant;
+    return KVQ_OK;
 }
 
 double kvq_histogram_effective_samples(const kvq_histogram *h) {

@@ -26,23 +26,6 @@ extern "C" {
 
 // ---------------------------------------------------------------- quantiles
 
-// Exact order statistics per column of a matrix that arrives in blocks of rows, in any order, three times over: radix
-// selection on order-preserving integer images of f32 (11 + 11 + 10 bits). Counts are integers, so blocks, threads and
-// processes can be added up.
-typedef struct kvq_radix kvq_radix;
-#define KVQ_RADIX_PASSES 3
-
-// ranks [n_ranks], 0-based ascending positions in sorted order, the same for every column.
-kvq_status kvq_radix_create(const kvq_context *ctx, int64_t n_columns, const int64_t *ranks, int n_ranks,
-                            kvq_radix **out, kvq_error *err);
-void       kvq_radix_destroy(const kvq_context *ctx, kvq_radix **radix);
-// Counts a block x [n_rows, n_columns] into the current pass. Values must be finite.
-void kvq_radix_push(const kvq_context *ctx, kvq_radix *radix, const float *x, int64_t n_rows);
-// Ends the current pass; after KVQ_RADIX_PASSES of them the values are known.
-// KVQ_ERR_INPUT when a rank lies beyond the rows pushed.
-kvq_status kvq_radix_end_pass(kvq_radix *radix, kvq_error *err);
-float      kvq_radix_value(const kvq_radix *radix, int64_t column, int rank_index);
-
 // The quantile q of n sorted values by linear interpolation (numpy's default): position p = q (n - 1), value
 // v[floor p] + frac(p) (v[floor p + 1] - v[floor p]), in f64, rounded to f32.
 typedef struct kvq_quantile_rank {
@@ -52,10 +35,28 @@ typedef struct kvq_quantile_rank {
 kvq_quantile_rank kvq_quantile_position(double q, int64_t n);
 float             kvq_quantile_interpolate(float low, float high, double fraction);
 
-// Per-channel K thresholds of a two-sided outlier fraction o (0: minimum and maximum) over x [n_rows, n_columns], which
-// is the layer's K without sink rows. lower, upper: [n_columns].
-kvq_status kvq_thresholds(const kvq_context *ctx, const float *x, int64_t n_rows, int64_t n_columns, double fraction,
-                          float *lower, float *upper, kvq_error *err);
+// The two ends of every sorted column of a matrix that arrives in blocks of rows, in any order: the n_keep smallest and
+// n_keep largest values. All that exact thresholds need, in one pass and a fraction of the data's memory; the ends of
+// parts (threads, processes, shards) merge into the ends of the whole.
+typedef struct kvq_tails kvq_tails;
+int64_t    kvq_tails_needed(double fraction, int64_t n_rows); // values per end for thresholds over n_rows rows
+int64_t    kvq_tails_bytes(int64_t n_columns, int64_t n_keep);
+kvq_status kvq_tails_create(const kvq_context *ctx, int64_t n_columns, int64_t n_keep, kvq_tails **out, kvq_error *err);
+void       kvq_tails_destroy(const kvq_context *ctx, kvq_tails **tails);
+// x [n_rows, n_columns]. KVQ_ERR_NUMERICAL, naming row and channel, when a value is not finite.
+kvq_status kvq_tails_push(const kvq_context *ctx, kvq_tails *tails, const float *x, int64_t n_rows, kvq_error *err);
+int64_t    kvq_tails_rows(const kvq_tails *tails);
+// The state as numbers: out [n_columns, 2, w], w = min(n_keep, rows): the smallest from the smallest up, then the
+// largest from the largest down. The same for any order of rows.
+int64_t kvq_tails_width(const kvq_tails *tails); // w
+void    kvq_tails_pack(const kvq_context *ctx, kvq_tails *tails, float *out);
+// Adds n_rows rows of which only the packed ends [n_columns, 2, min(n_keep, n_rows)] are known.
+kvq_status kvq_tails_merge(const kvq_context *ctx, kvq_tails *tails, const float *packed, int64_t n_rows,
+                           kvq_error *err);
+// Per-channel K thresholds of a two-sided outlier fraction in [0, 1) (0: minimum and maximum) over all rows, which are
+// the layer's K without sink rows. lower, upper: [n_columns].
+kvq_status kvq_tails_thresholds(const kvq_context *ctx, kvq_tails *tails, double fraction, float *lower, float *upper,
+                                kvq_error *err);
 
 // Middle and half width of a range in f32: z = (u + l) / 2, r = (u - l) / 2.
 static inline float kvq_range_middle(float lower, float upper) { return (upper + lower) / 2.0f; }
@@ -83,6 +84,12 @@ kvq_status kvq_histogram_create(const kvq_context *ctx, kvq_histogram **out, kvq
 void       kvq_histogram_destroy(const kvq_context *ctx, kvq_histogram **h);
 void       kvq_histogram_add(kvq_histogram *h, float x, double weight); // x clipped to [-1, 1]; 0 <= weight < 2^15
 void       kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from);
+void       kvq_histogram_clear(kvq_histogram *h);
+// The occupied bins and all sums as bytes, to be saved or sent and merged elsewhere. KVQ_ERR_INTEGRITY when merged
+// bytes are not what pack gives; h may then hold a part of them.
+int64_t    kvq_histogram_packed_bytes(const kvq_histogram *h);
+void       kvq_histogram_pack(const kvq_histogram *h, uint8_t *out);
+kvq_status kvq_histogram_merge_packed(kvq_histogram *into, const uint8_t *packed, int64_t bytes, kvq_error *err);
 double     kvq_histogram_effective_samples(const kvq_histogram *h); // (sum w)^2 / sum w^2; 0 when all weights are 0
 
 // Counts the rows x [n_rows, d] of one tensor by the decoder's own rule (kvq_block_hd.h): outliers apart, the rest

@@ -61,8 +61,8 @@ void kvq_log(const kvq_context *ctx, kvq_log_level level, const char *format, ..
     ctx->log(ctx->user, level, text);
 }
 
-void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t done, int64_t total) {
-    kvq_progress p = {stage, done, total};
+void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t layer, int64_t done, int64_t total) {
+    kvq_progress p = {stage, layer, done, total};
     if (ctx->progress != NULL) ctx->progress(ctx->user, &p);
 }
 

@@ -88,8 +88,9 @@ void kvq_error_prefix(kvq_error *err, const char *format, ...) KVQ_PRINTF(2, 3);
 typedef enum kvq_log_level { KVQ_LOG_ERROR, KVQ_LOG_WARNING, KVQ_LOG_INFO, KVQ_LOG_DEBUG } kvq_log_level;
 
 typedef struct kvq_progress {
-    const char *stage; // short, fixed name: "forward", "backward", "score"
-    int64_t     done, total;
+    const char *stage;       // short, fixed name: "forward", "backward", "score"
+    int64_t     layer;       // the one being worked on, -1 = none
+    int64_t     done, total; // steps of this stage; a continued run starts with those done before
 } kvq_progress;
 
 // Passed first to every function that allocates, works in parallel or reports. Plain data, borrowed for the call,
@@ -108,7 +109,7 @@ typedef struct kvq_context {
 kvq_context kvq_context_default(void); // malloc, one thread per available core, silent
 
 void kvq_log(const kvq_context *ctx, kvq_log_level level, const char *format, ...) KVQ_PRINTF(3, 4);
-void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t done, int64_t total);
+void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t layer, int64_t done, int64_t total);
 bool kvq_stop_requested(const kvq_context *ctx);
 
 // ---------------------------------------------------------------- memory
@@ -147,6 +148,9 @@ void                      kvq_sha256_push(kvq_sha256 *hash, const void *data, si
 void                      kvq_sha256_finalize(kvq_sha256 **hash, char hex[KVQ_SHA256_HEX]); // destroys the state
 kvq_status                kvq_sha256_of(const void *data, size_t bytes, char hex[KVQ_SHA256_HEX], kvq_error *err);
 
+// XXH3 with 64 bits: finds damage at the speed of memory, but proves nothing against intent.
+uint64_t kvq_checksum(const void *data, size_t bytes);
+
 // ---------------------------------------------------------------- random numbers
 
 // Philox4x32-10 (Salmon et al., SC 2011): a counter-based generator, so a number depends on its key alone and never on
@@ -155,6 +159,7 @@ typedef enum kvq_rng_purpose {
     KVQ_RNG_WINDOWS = 1,
     KVQ_RNG_SELF_TEXT = 2,
     KVQ_RNG_KMEANS = 3,
+    KVQ_RNG_BENCH = 4,
     KVQ_RNG_TEST = 99
 } kvq_rng_purpose;
 

@@ -73,4 +73,11 @@ KVQ_HD uint16_t kvq_half_of_float(float x) {
 
 KVQ_HD float kvq_float_of_bf16(uint16_t h) { return kvq_float_of_bits((uint32_t)h << 16); }
 
+// f32 -> bf16, round to nearest, ties to even; beyond the largest bf16 infinite, NaN stays NaN.
+KVQ_HD uint16_t kvq_bf16_of_float(float x) {
+    uint32_t u = kvq_bits_of_float(x);
+    uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16, quiet_nan = (u >> 16) | 0x40u;
+    return (uint16_t)((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded);
+}
+
 #endif

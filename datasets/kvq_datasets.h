@@ -18,25 +18,108 @@ typedef enum kvq_bos_policy { KVQ_BOS_AUTO, KVQ_BOS_ALWAYS, KVQ_BOS_NEVER } kvq_
 typedef struct kvq_windows {
     int64_t  n_windows, seq_len;            // N, S
     int32_t *ids;                           // [N, S]
-    int64_t  n_available;                   // tokens of the source they were taken from
+    int64_t  n_available;                   // tokens of the sources they were taken from, as far as these were read
     bool     bos_added;                     // position 0 of every window is a beginning-of-text token
-    char     source[256];                   // file name, or "self"
-    char     source_sha256[KVQ_SHA256_HEX]; // of the text; "" when self-generated
+    char     source[256];                   // file names, or "self"
+    char     source_sha256[KVQ_SHA256_HEX]; // of the texts (kvq_windows_name); "" when self-generated
     char     ids_sha256[KVQ_SHA256_HEX];    // of ids as int32 little-endian
 } kvq_windows;
 void kvq_windows_free(const kvq_context *ctx, kvq_windows *windows);
 
-// Consecutive windows from the start: window i = ids[i*s, (i+1)*s), at most n_max (0 = all). With a BOS token
-// (bos_id >= 0) it takes position 0, counts in S, and a window advances by S - 1 tokens.
-// KVQ_ERR_INPUT when the text is shorter than one window.
+// ---------------------------------------------------------------- sources
+
+// Token ids in documents, in order and from the start as often as needed, so that a source may be larger than memory.
+typedef struct kvq_token_batch {
+    const int32_t *ids;                // [n], valid until the next call
+    int64_t        n;                  // 0 is possible
+    bool           ends_document, end; // behind these ids a document ends; nothing follows
+} kvq_token_batch;
+typedef struct kvq_token_source {
+    const char *name; // for messages; NULL = "the text"
+    void       *user;
+    kvq_status (*rewind)(void *user, kvq_error *err); // called before the first batch, too
+    kvq_status (*next)(void *user, kvq_token_batch *batch, kvq_error *err);
+} kvq_token_source;
+
+// A text file as a source. Tokenizer and context are borrowed.
+typedef struct kvq_text_source kvq_text_source;
+typedef struct kvq_text_source_options {
+    kvq_text_format format; // as for kvq_text_open, with field
+    const char     *field;
+    int64_t         vocab_size; // of the model: a larger id is KVQ_ERR_MISMATCH
+} kvq_text_source_options;
+kvq_status       kvq_text_source_open(const kvq_context *ctx, const kvq_tokenizer *tokenizer, const char *path,
+                                      const kvq_text_source_options *options, kvq_text_source **out, kvq_error *err);
+void             kvq_text_source_close(const kvq_context *ctx, kvq_text_source **source);
+kvq_token_source kvq_text_source_view(kvq_text_source *source);
+// Of the file as it is stored.
+kvq_status kvq_text_source_sha256(kvq_text_source *source, char sha256[KVQ_SHA256_HEX], kvq_error *err);
+
+// ---------------------------------------------------------------- windows of sources
+
+#define KVQ_MAX_SOURCES 32
+
+// How windows are taken. With a BOS token (bos_id >= 0) it takes position 0 of a window and counts in S, so that a
+// window has M = S - 1 tokens of the text; otherwise M = S.
+typedef struct kvq_window_rule {
+    int64_t  seq_len;        // S
+    int64_t  n_windows;      // as many when they are drawn; at most as many when they are consecutive, 0 = all
+    uint64_t seed;           // of drawn windows
+    int64_t  bos_id;         // -1 = none
+    bool     keep_documents; // no window holds tokens of two documents; those of fewer than M tokens are left out
+    int32_t  joint[2];       // otherwise: ids that stand between two documents that are not empty, [n_joint]
+    int      n_joint;
+} kvq_window_rule;
+
+// What a source had, as far as it was read, and what was taken from it.
+typedef struct kvq_source_use {
+    int64_t n_documents, n_short; // n_short: left out because they are shorter than a window
+    int64_t n_tokens;             // of the others, joints included
+    int64_t n_windows;
+    bool    overlap; // the windows share tokens
+} kvq_source_use;
+
+// Windows drawn from sources, each spread over its whole source. Memory holds the windows and one batch; every source
+// is read twice, first to count its tokens, then up to the last token that is used.
+//
+// Windows are dealt to the sources in proportion to `weights` [n_sources] (0 or more, not all 0; they need not add up
+// to 1), or to their tokens when weights is NULL: n * w / sum(w) rounded down, and what is left one by one to the
+// largest fractions, the earlier source on a tie. Windows of a source stand together, in the order of sources, and
+// within a source in the order of the text.
+//
+// Source number j with n windows and T tokens: its possible starts are divided into n equal strata, and one start is
+// drawn from each (Philox, purpose KVQ_RNG_WINDOWS, stream j, index = window within the source).
+//   joined         when n * M <= T, starts are those that leave room for the other windows, so that no two overlap;
+//                  otherwise all T - M + 1
+//   keep_documents a document of t tokens has floor(t / M) places, the first at its beginning, one behind the other.
+//                  Where the source has n places in all, what is drawn is which; otherwise every start at which a
+//                  window fits into its document is possible, and windows overlap
+// KVQ_ERR_INPUT when a source that windows are dealt to cannot fill one. Warnings say what was left out and what
+// overlaps. uses [n_sources] may be NULL.
+kvq_status kvq_windows_draw(const kvq_context *ctx, const kvq_token_source *sources, const double *weights,
+                            int n_sources, const kvq_window_rule *rule, kvq_source_use *uses, kvq_windows *out,
+                            kvq_error *err);
+
+// Consecutive windows from the start of each source, one source behind the other: all, or those dealt to it as above.
+// What does not fill a window at the end of a text, or of a document that is kept, is not used. Nothing is read behind
+// the last window; sources are read twice only when windows have to be dealt in proportion to tokens. KVQ_ERR_INPUT
+// when a source has fewer windows than the weights ask for, or none.
+kvq_status kvq_windows_take(const kvq_context *ctx, const kvq_token_source *sources, const double *weights,
+                            int n_sources, const kvq_window_rule *rule, kvq_source_use *uses, kvq_windows *out,
+                            kvq_error *err);
+
+// Names the sources: one by its name and hash; of several the names joined by " + " (cut off with "..." when too long)
+// and the hash of the text that sha256sum would print for them, a line "<sha256>  <name>" for each.
+kvq_status kvq_windows_name(kvq_windows *windows, const char *const *names, char (*const sha256)[KVQ_SHA256_HEX],
+                            int n_sources, kvq_error *err);
+
+// The same for a list of ids in memory, as one document.
 kvq_status kvq_windows_consecutive(const kvq_context *ctx, const kvq_ids *ids, int64_t seq_len, int64_t n_max,
                                    int64_t bos_id, kvq_windows *out, kvq_error *err);
-
-// n windows for calibration, spread over the whole text: the possible starts are divided into n equal strata and one
-// start is drawn from each (Philox, purpose KVQ_RNG_WINDOWS, stream 0, index = window). Possible are, in a text that
-// holds n windows, those that leave room for the others, so that no two overlap; in a shorter text all.
 kvq_status kvq_windows_drawn(const kvq_context *ctx, const kvq_ids *ids, int64_t seq_len, int64_t n_windows,
                              uint64_t seed, int64_t bos_id, kvq_windows *out, kvq_error *err);
+
+// ---------------------------------------------------------------- self-generated text
 
 // Text from a model, by a callback so that this folder need not know models. `step` receives the newest token of each
 // of n_seqs sequences and u [n_seqs] in [0, 1), and returns the next tokens drawn at temperature 1 by inverse CDF at u.

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Windows of a token list: all of it in order, for scoring, or a few spread over it, for calibration.
+// Windows of token sources: all of a text in order, for scoring, or a few spread over it, for calibration.
+//
+// A source is seen as a row of documents (joined: one), and a document has an extent: how many of the possible starts
+// of windows lie in it. Which starts are wanted is known beforehand, as numbers in the row of all extents; while the
+// source passes by, each batch is copied to where the windows that it reaches into want it. A document's extent is
+// known only at its end. Windows that began in it, but beyond its extent, then move on to the next document and are
+// written over. So nothing is kept but the windows themselves.
 #include <string.h>
 
 #include "kvq_datasets.h"
@@ -11,8 +17,7 @@ void kvq_windows_free(const kvq_context *ctx, kvq_windows *windows) {
     *windows = (kvq_windows){0};
 }
 
-kvq_status windows_create(const kvq_context *ctx, int64_t seq_len, int64_t n_windows, int64_t bos_id, kvq_windows *out,
-                          kvq_error *err) {
+static kvq_status check_shape(int64_t seq_len, int64_t n_windows, int64_t bos_id, kvq_error *err) {
     int64_t shortest = bos_id >= 0 ? 2 : 1; // a window that is only BOS would never advance
     if (seq_len < shortest)
         return kvq_fail(err, KVQ_ERR_USAGE, NULL, "windows of %lld tokens; the shortest is %lld", (long long)seq_len,
@@ -22,8 +27,15 @@ kvq_status windows_create(const kvq_context *ctx, int64_t seq_len, int64_t n_win
                         (long long)seq_len);
     }
     if (bos_id > INT32_MAX) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "beginning-of-text id %lld", (long long)bos_id);
+    return KVQ_OK;
+}
+
+kvq_status windows_create(const kvq_context *ctx, int64_t seq_len, int64_t n_windows, int64_t bos_id, kvq_windows *out,
+                          kvq_error *err) {
+    kvq_status status = check_shape(seq_len, n_windows, bos_id, err);
+    if (status != KVQ_OK) return status;
     kvq_windows w = {.n_windows = n_windows, .seq_len = seq_len, .bos_added = bos_id >= 0};
-    kvq_status  status = KVQ_NEW(ctx, n_windows * seq_len, "windows", &w.ids, err);
+    status = KVQ_NEW(ctx, n_windows * seq_len, "windows", &w.ids, err);
     if (status == KVQ_OK) *out = w;
     return status;
 }
@@ -32,37 +44,243 @@ kvq_status windows_hash(kvq_windows *w, kvq_error *err) {
     return kvq_sha256_of(w->ids, (size_t)(w->n_windows * w->seq_len) * sizeof *w->ids, w->ids_sha256, err);
 }
 
-// Tokens of the text in one window, and whether the text has that many.
-static kvq_status tokens_per_window(const kvq_ids *ids, int64_t seq_len, int64_t bos_id, int64_t *out, kvq_error *err) {
-    *out = bos_id >= 0 ? seq_len - 1 : seq_len;
-    if (*out < 1 || ids->count >= *out) return KVQ_OK; // a length below 1 is for windows_create to refuse
-    return kvq_fail(err, KVQ_ERR_INPUT, "use a longer text or shorter windows",
-                    "the text has %lld tokens, but one window needs %lld%s", (long long)ids->count, (long long)*out,
-                    bos_id >= 0 ? " and a beginning-of-text token" : "");
+// ---------------------------------------------------------------- counting
+
+// Tokens of the text in one window.
+static int64_t window_step(const kvq_window_rule *rule) {
+    return rule->bos_id >= 0 ? rule->seq_len - 1 : rule->seq_len;
 }
 
-static void fill_window(kvq_windows *w, int64_t window, const int32_t *ids, int64_t bos_id) {
-    int32_t *to = w->ids + window * w->seq_len;
-    int64_t  n = w->seq_len;
-    if (w->bos_added) {
-        *to++ = (int32_t)bos_id;
-        n--;
+typedef enum start_kind {
+    STARTS_ANY,    // wherever a window fits into its document
+    STARTS_PLACES, // floor(t / M) places in a document, counted by their tokens
+} start_kind;
+
+static int64_t extent(start_kind kind, int64_t n_tokens, int64_t step) {
+    if (n_tokens < step) return 0;
+    return kind == STARTS_ANY ? n_tokens - step + 1 : n_tokens / step * step;
+}
+
+typedef struct census {
+    kvq_source_use use;
+    int64_t        n_starts, n_places;
+} census;
+
+static void count_document(census *c, int64_t n_tokens, int64_t step) {
+    if (n_tokens < step) {
+        c->use.n_short++;
+    } else {
+        c->use.n_tokens += n_tokens;
+        c->n_starts += extent(STARTS_ANY, n_tokens, step);
+        c->n_places += n_tokens / step;
     }
-    memcpy(to, ids, (size_t)n * sizeof *ids);
 }
 
-kvq_status kvq_windows_consecutive(const kvq_context *ctx, const kvq_ids *ids, int64_t seq_len, int64_t n_max,
-                                   int64_t bos_id, kvq_windows *out, kvq_error *err) {
+static kvq_status take_census(const kvq_token_source *source, const kvq_window_rule *rule, census *out,
+                              kvq_error *err) {
+    source_reader   reader;
+    kvq_token_batch batch = {0};
+    census          c = {.n_starts = 0};
+    int64_t         step = window_step(rule), n_tokens = 0;
+    kvq_status      status = KVQ_OK;
+    KVQ_TRY(reader_begin(&reader, source, rule, err));
+    while (!batch.end) {
+        KVQ_TRY(reader_next(&reader, &batch, err));
+        n_tokens += batch.n;
+        if (!batch.ends_document && !batch.end) continue;
+        if (n_tokens > 0 || !rule->keep_documents) count_document(&c, n_tokens, step);
+        if (!rule->keep_documents && n_tokens < step) c.use.n_tokens = n_tokens; // for the message
+        n_tokens = 0;
+    }
+    c.use.n_documents = reader.n_documents;
+    *out = c;
+done:
+    return status;
+}
+
+// ---------------------------------------------------------------- what cannot be
+
+static kvq_status fail_named(const kvq_token_source *source, kvq_status status, kvq_error *err) {
+    if (source->name != NULL) kvq_error_prefix(err, "%s: ", source->name);
+    return status;
+}
+
+static kvq_status fail_too_short(const kvq_token_source *source, const kvq_window_rule *rule, const kvq_source_use *use,
+                                 kvq_error *err) {
+    const char *and_bos = rule->bos_id >= 0 ? " and a beginning-of-text token" : "";
+    kvq_status  status;
+    if (rule->keep_documents) {
+        status = kvq_fail(err, KVQ_ERR_INPUT, "use shorter windows, or join the documents",
+                          "none of the %lld documents has the %lld tokens%s of one window", (long long)use->n_documents,
+                          (long long)window_step(rule), and_bos);
+    } else {
+        status = kvq_fail(err, KVQ_ERR_INPUT, "use a longer text or shorter windows",
+                          "the text has %lld tokens, but one window needs %lld%s", (long long)use->n_tokens,
+                          (long long)window_step(rule), and_bos);
+    }
+    return fail_named(source, status, err);
+}
+
+static void warn(const kvq_context *ctx, const kvq_token_source *source, const kvq_window_rule *rule,
+                 const kvq_source_use *use) {
+    const char *name = source->name != NULL ? source->name : "the text";
+    if (rule->keep_documents && use->n_short > 0) {
+        kvq_log(ctx, KVQ_LOG_WARNING,
+                "%s: %lld of %lld documents are shorter than a window of %lld tokens and left out", name,
+                (long long)use->n_short, (long long)use->n_documents, (long long)rule->seq_len);
+    }
+    if (use->overlap) {
+        kvq_log(ctx, KVQ_LOG_WARNING, "%s has fewer than %lld x %lld tokens%s, so windows overlap", name,
+                (long long)use->n_windows, (long long)rule->seq_len,
+                rule->keep_documents ? " in documents that hold whole windows" : "");
+    }
+}
+
+// ---------------------------------------------------------------- starts
+
+// One of `n_starts` places from stratum i of n. The strata differ by at most one place; with fewer places than strata
+// some are empty and take the place they begin at.
+static int64_t draw_start(uint64_t seed, uint32_t stream, int64_t i, int64_t n, int64_t n_starts) {
+    int64_t whole = n_starts / n, rest = n_starts % n; // n is below 2^32, so nothing overflows
+    int64_t low = whole * i + rest * i / n, high = whole * (i + 1) + rest * (i + 1) / n;
+    if (high <= low) return low;
+    return low + (int64_t)kvq_rng_below(seed, KVQ_RNG_WINDOWS, stream, (uint64_t)i, (uint64_t)(high - low));
+}
+
+// Fills starts [n], ascending. When all windows fit side by side, what is drawn is how much of the spare text, or how
+// many of the spare places, lie before each; otherwise starts are drawn as they are, and windows share tokens.
+static start_kind draw_starts(const kvq_window_rule *rule, const census *c, uint32_t stream, int64_t n,
+                              int64_t *starts) {
+    int64_t step = window_step(rule);
+    bool    fit = c->n_places >= n, places = fit && rule->keep_documents;
+    int64_t unit = places ? step : 1, apart = !fit ? 0 : places ? 1 : step;
+    int64_t n_starts = places ? c->n_places - n + 1 : fit ? c->use.n_tokens - n * step + 1 : c->n_starts;
+    for (int64_t i = 0; i < n; i++) starts[i] = (draw_start(rule->seed, stream, i, n, n_starts) + i * apart) * unit;
+    return places ? STARTS_PLACES : STARTS_ANY;
+}
+
+// ---------------------------------------------------------------- filling
+
+typedef struct filling {
+    kvq_windows *w;
+    int64_t      first, n;   // windows of *w that this source fills
+    int64_t      step, skip; // tokens of the text in a window; tokens before them
+    int64_t      n_filled;
+    int64_t      base, position; // extents before the present document; tokens of it so far
+    start_kind   kind;
+} filling;
+
+// Copies what the windows want of a batch at the present position. Windows end in the order of their starts.
+static void copy_batch(filling *f, const int64_t *starts, const kvq_token_batch *batch) {
+    int64_t behind = f->position + batch->n;
+    for (int64_t i = f->n_filled; i < f->n && starts[i] - f->base < behind; i++) {
+        int64_t  start = starts[i] - f->base, from = start > f->position ? start : f->position;
+        int64_t  end = start + f->step < behind ? start + f->step : behind;
+        int32_t *window = f->w->ids + (f->first + i) * f->w->seq_len + f->skip;
+        if (from < end)
+            memcpy(window + (from - start), batch->ids + (from - f->position), (size_t)(end - from) * sizeof *window);
+    }
+    f->position = behind;
+    while (f->n_filled < f->n && starts[f->n_filled] - f->base + f->step <= behind) f->n_filled++;
+}
+
+static kvq_status fill_windows(const kvq_token_source *source, const kvq_window_rule *rule, const int64_t *starts,
+                               filling *f, kvq_error *err) {
+    source_reader   reader;
+    kvq_token_batch batch = {0};
+    kvq_status      status = KVQ_OK;
+    KVQ_TRY(reader_begin(&reader, source, rule, err));
+    while (f->n_filled < f->n && !batch.end) {
+        KVQ_TRY(reader_next(&reader, &batch, err));
+        copy_batch(f, starts, &batch);
+        if (batch.ends_document) {
+            f->base += extent(f->kind, f->position, f->step);
+            f->position = 0;
+        }
+    }
+    if (f->n_filled < f->n) {
+        status = kvq_fail(err, KVQ_ERR_INTEGRITY, "start again when nothing writes to it",
+                          "the second reading gave fewer tokens than the first");
+        status = fail_named(source, status, err);
+    }
+done:
+    return status;
+}
+
+static void put_bos(kvq_windows *w, int64_t bos_id) {
+    for (int64_t i = 0; bos_id >= 0 && i < w->n_windows; i++) w->ids[i * w->seq_len] = (int32_t)bos_id;
+}
+
+// ---------------------------------------------------------------- drawn
+
+static kvq_status count_sources(const kvq_context *ctx, const kvq_token_source *sources, const double *weights,
+                                int n_sources, const kvq_window_rule *rule, census *counts, kvq_error *err) {
+    double     tokens[KVQ_MAX_SOURCES];
+    int64_t    dealt[KVQ_MAX_SOURCES];
+    kvq_status status = KVQ_OK;
+    for (int j = 0; j < n_sources; j++) {
+        KVQ_TRY(take_census(&sources[j], rule, &counts[j], err));
+        tokens[j] = counts[j].n_places > 0 ? (double)counts[j].use.n_tokens : 0;
+        if (tokens[j] == 0 && (weights == NULL ? n_sources == 1 : weights[j] > 0)) {
+            KVQ_TRY(fail_too_short(&sources[j], rule, &counts[j].use, err));
+        }
+    }
+    bool any = false;
+    for (int j = 0; j < n_sources; j++) any = any || tokens[j] > 0;
+    if (!any) KVQ_TRY(fail_too_short(&sources[0], rule, &counts[0].use, err));
+    deal_windows(weights != NULL ? weights : tokens, n_sources, rule->n_windows, dealt);
+    for (int j = 0; j < n_sources; j++) {
+        counts[j].use.n_windows = dealt[j];
+        if (dealt[j] == 0) {
+            kvq_log(ctx, KVQ_LOG_WARNING, "%s: none of the %lld windows comes from it",
+                    sources[j].name != NULL ? sources[j].name : "the text", (long long)rule->n_windows);
+        }
+    }
+done:
+    return status;
+}
+
+static kvq_status check_sources(int n_sources, kvq_error *err) {
+    if (n_sources >= 1 && n_sources <= KVQ_MAX_SOURCES) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, NULL, "%d texts; from 1 to %d can be mixed", n_sources, KVQ_MAX_SOURCES);
+}
+
+static kvq_status draw_source(const kvq_context *ctx, const kvq_token_source *source, const kvq_window_rule *rule,
+                              uint32_t stream, census *c, int64_t first, kvq_windows *w, kvq_error *err) {
+    int64_t   *starts = NULL;
+    int64_t    n = c->use.n_windows, step = window_step(rule);
+    filling    f = {.w = w, .first = first, .n = n, .step = step, .skip = rule->seq_len - step};
+    kvq_status status = KVQ_OK;
+    w->n_available += c->use.n_tokens;
+    c->use.overlap = c->n_places < n;
+    warn(ctx, source, rule, &c->use);
+    if (n == 0) return KVQ_OK;
+    KVQ_TRY(KVQ_NEW(ctx, n, "places of windows", &starts, err));
+    f.kind = draw_starts(rule, c, stream, n, starts);
+    status = fill_windows(source, rule, starts, &f, err);
+done:
+    kvq_free(ctx, starts);
+    return status;
+}
+
+kvq_status kvq_windows_draw(const kvq_context *ctx, const kvq_token_source *sources, const double *weights,
+                            int n_sources, const kvq_window_rule *rule, kvq_source_use *uses, kvq_windows *out,
+                            kvq_error *err) {
+    census      counts[KVQ_MAX_SOURCES] = {{.n_starts = 0}};
     kvq_windows w = {0};
-    int64_t     step = 0;
+    int64_t     first = 0;
     kvq_status  status = KVQ_OK;
-    KVQ_TRY(tokens_per_window(ids, seq_len, bos_id, &step, err));
-    int64_t n_windows = step > 0 ? ids->count / step : 1;
-    if (n_max > 0 && n_windows > n_max) n_windows = n_max;
-    KVQ_TRY(windows_create(ctx, seq_len, n_windows, bos_id, &w, err));
-    w.n_available = ids->count;
-    for (int64_t i = 0; i < n_windows; i++) fill_window(&w, i, ids->data + i * step, bos_id);
+    KVQ_TRY(check_sources(n_sources, err));
+    KVQ_TRY(check_shape(rule->seq_len, rule->n_windows, rule->bos_id, err));
+    KVQ_TRY(count_sources(ctx, sources, weights, n_sources, rule, counts, err));
+    KVQ_TRY(windows_create(ctx, rule->seq_len, rule->n_windows, rule->bos_id, &w, err));
+    for (int j = 0; j < n_sources; j++) {
+        KVQ_TRY(draw_source(ctx, &sources[j], rule, (uint32_t)j, &counts[j], first, &w, err));
+        first += counts[j].use.n_windows;
+    }
+    put_bos(&w, rule->bos_id);
     KVQ_TRY(windows_hash(&w, err));
+    for (int j = 0; j < n_sources && uses != NULL; j++) uses[j] = counts[j].use;
     *out = w;
     w.ids = NULL;
 done:
@@ -70,35 +288,125 @@ done:
     return status;
 }
 
-// One of `n_starts` places from stratum i of n. The strata differ by at most one place; with fewer places than strata
-// some are empty and take the place they begin at.
-static int64_t draw_start(uint64_t seed, int64_t i, int64_t n, int64_t n_starts) {
-    int64_t whole = n_starts / n, rest = n_starts % n; // n is below 2^32, so nothing overflows
-    int64_t low = whole * i + rest * i / n, high = whole * (i + 1) + rest * (i + 1) / n;
-    if (high <= low) return low;
-    return low + (int64_t)kvq_rng_below(seed, KVQ_RNG_WINDOWS, 0, (uint64_t)i, (uint64_t)(high - low));
+// ---------------------------------------------------------------- consecutive
+
+// Room for one more window behind the n that there are.
+static kvq_status grow(const kvq_context *ctx, kvq_windows *w, int64_t n, int64_t *capacity, kvq_error *err) {
+    int32_t *larger = NULL;
+    int64_t  wider = *capacity < 8 ? 8 : 2 * *capacity;
+    if (n < *capacity) return KVQ_OK;
+    kvq_status status = check_shape(w->seq_len, wider, -1, err);
+    if (status == KVQ_OK) status = KVQ_NEW(ctx, wider * w->seq_len, "windows", &larger, err);
+    if (status != KVQ_OK) return status;
+    if (n > 0) memcpy(larger, w->ids, (size_t)(n * w->seq_len) * sizeof *larger);
+    kvq_free(ctx, w->ids);
+    w->ids = larger;
+    *capacity = wider;
+    return KVQ_OK;
+}
+
+// Appends windows of one source, at most `most`.
+static kvq_status take_source(const kvq_context *ctx, const kvq_token_source *source, const kvq_window_rule *rule,
+                              int64_t most, kvq_windows *w, int64_t *capacity, kvq_source_use *use, kvq_error *err) {
+    source_reader   reader;
+    kvq_token_batch batch = {0};
+    census          c = {.n_starts = 0};
+    int64_t         step = window_step(rule), skip = rule->seq_len - step, n_tokens = 0, n_seen = 0, filled = 0;
+    kvq_status      status = KVQ_OK;
+    KVQ_TRY(reader_begin(&reader, source, rule, err));
+    while (c.use.n_windows < most && !batch.end) {
+        KVQ_TRY(reader_next(&reader, &batch, err));
+        n_tokens += batch.n;
+        n_seen += batch.n;
+        for (int64_t at = 0; at < batch.n && c.use.n_windows < most;) {
+            KVQ_TRY(grow(ctx, w, w->n_windows, capacity, err));
+            int64_t n = step - filled < batch.n - at ? step - filled : batch.n - at;
+            memcpy(w->ids + w->n_windows * w->seq_len + skip + filled, batch.ids + at, (size_t)n * sizeof *batch.ids);
+            at += n;
+            filled += n;
+            if (filled < step) break;
+            filled = 0;
+            w->n_windows++;
+            c.use.n_windows++;
+        }
+        if (!batch.ends_document && !batch.end) continue;
+        if (n_tokens > 0) count_document(&c, n_tokens, step);
+        n_tokens = filled = 0;
+    }
+    c.use.n_documents = reader.n_documents;
+    c.use.n_tokens = rule->keep_documents ? c.use.n_tokens + n_tokens : n_seen;
+    warn(ctx, source, rule, &c.use);
+    w->n_available += c.use.n_tokens;
+    *use = c.use;
+done:
+    return status;
+}
+
+// How many windows each source is to give, INT64_MAX for all.
+static kvq_status deal_consecutive(const kvq_token_source *sources, const double *weights, int n_sources,
+                                   const kvq_window_rule *rule, int64_t *dealt, kvq_error *err) {
+    double     tokens[KVQ_MAX_SOURCES];
+    double     total = 0;
+    kvq_status status = KVQ_OK;
+    for (int j = 0; j < n_sources; j++) dealt[j] = rule->n_windows > 0 ? rule->n_windows : INT64_MAX;
+    if (rule->n_windows == 0 || n_sources == 1) return KVQ_OK;
+    for (int j = 0; j < n_sources && weights == NULL; j++) {
+        census c;
+        KVQ_TRY(take_census(&sources[j], rule, &c, err));
+        tokens[j] = c.n_places > 0 ? (double)c.use.n_tokens : 0;
+        total += tokens[j];
+        if (j == n_sources - 1 && total == 0) KVQ_TRY(fail_too_short(&sources[j], rule, &c.use, err));
+    }
+    deal_windows(weights != NULL ? weights : tokens, n_sources, rule->n_windows, dealt);
+done:
+    return status;
+}
+
+kvq_status kvq_windows_take(const kvq_context *ctx, const kvq_token_source *sources, const double *weights,
+                            int n_sources, const kvq_window_rule *rule, kvq_source_use *uses, kvq_windows *out,
+                            kvq_error *err) {
+    kvq_windows    w = {.seq_len = rule->seq_len, .bos_added = rule->bos_id >= 0};
+    kvq_source_use use[KVQ_MAX_SOURCES] = {{.n_documents = 0}};
+    int64_t        dealt[KVQ_MAX_SOURCES], capacity = 0;
+    kvq_status     status = KVQ_OK;
+    KVQ_TRY(check_sources(n_sources, err));
+    KVQ_TRY(check_shape(rule->seq_len, rule->n_windows > 0 ? rule->n_windows : 1, rule->bos_id, err));
+    KVQ_TRY(deal_consecutive(sources, weights, n_sources, rule, dealt, err));
+    for (int j = 0; j < n_sources; j++) {
+        if (dealt[j] == 0) continue;
+        KVQ_TRY(take_source(ctx, &sources[j], rule, dealt[j], &w, &capacity, &use[j], err));
+        if (use[j].n_windows == 0) KVQ_TRY(fail_too_short(&sources[j], rule, &use[j], err));
+        if (weights != NULL && n_sources > 1 && use[j].n_windows < dealt[j] && rule->n_windows > 0) {
+            status = kvq_fail(err, KVQ_ERR_INPUT, "ask for fewer windows, or weigh the text less",
+                              "has %lld windows, but %lld of the %lld were to come from it",
+                              (long long)use[j].n_windows, (long long)dealt[j], (long long)rule->n_windows);
+            KVQ_TRY(fail_named(&sources[j], status, err));
+        }
+    }
+    put_bos(&w, rule->bos_id);
+    KVQ_TRY(windows_hash(&w, err));
+    for (int j = 0; j < n_sources && uses != NULL; j++) uses[j] = use[j];
+    *out = w;
+    w.ids = NULL;
+done:
+    kvq_free(ctx, w.ids);
+    return status;
+}
+
+// ---------------------------------------------------------------- lists of ids
+
+kvq_status kvq_windows_consecutive(const kvq_context *ctx, const kvq_ids *ids, int64_t seq_len, int64_t n_max,
+                                   int64_t bos_id, kvq_windows *out, kvq_error *err) {
+    kvq_ids          list = *ids;
+    kvq_token_source source = source_of_ids(&list);
+    kvq_window_rule  rule = {.seq_len = seq_len, .n_windows = n_max > 0 ? n_max : 0, .bos_id = bos_id};
+    return kvq_windows_take(ctx, &source, NULL, 1, &rule, NULL, out, err);
 }
 
 kvq_status kvq_windows_drawn(const kvq_context *ctx, const kvq_ids *ids, int64_t seq_len, int64_t n_windows,
                              uint64_t seed, int64_t bos_id, kvq_windows *out, kvq_error *err) {
-    kvq_windows w = {0};
-    int64_t     step = 0;
-    kvq_status  status = KVQ_OK;
-    KVQ_TRY(tokens_per_window(ids, seq_len, bos_id, &step, err));
-    KVQ_TRY(windows_create(ctx, seq_len, n_windows, bos_id, &w, err));
-    w.n_available = ids->count;
-    // When all windows fit side by side, what is drawn is how much of the spare text lies before each; otherwise starts
-    // are drawn as they are, and windows share tokens.
-    bool    fit = ids->count / step >= n_windows;
-    int64_t spare = ids->count - (fit ? n_windows * step : step);
-    for (int64_t i = 0; i < n_windows; i++) {
-        int64_t start = draw_start(seed, i, n_windows, spare + 1) + (fit ? i * step : 0);
-        fill_window(&w, i, ids->data + start, bos_id);
-    }
-    KVQ_TRY(windows_hash(&w, err));
-    *out = w;
-    w.ids = NULL;
-done:
-    kvq_free(ctx, w.ids);
-    return status;
+    kvq_ids          list = *ids;
+    kvq_token_source source = source_of_ids(&list);
+    kvq_window_rule  rule = {.seq_len = seq_len, .n_windows = n_windows, .seed = seed, .bos_id = bos_id};
+    return kvq_windows_draw(ctx, &source, NULL, 1, &rule, NULL, out, err);
 }

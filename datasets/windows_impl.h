@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Private to datasets: how every kind of windows begins and ends.
+// Private to datasets: how every kind of windows begins and ends, and how sources are read.
 #ifndef KVQ_DATASETS_WINDOWS_IMPL_H
 #define KVQ_DATASETS_WINDOWS_IMPL_H
 
@@ -11,5 +11,25 @@ kvq_status windows_create(const kvq_context *ctx, int64_t seq_len, int64_t n_win
                           kvq_error *err);
 // Fills ids_sha256.
 kvq_status windows_hash(kvq_windows *windows, kvq_error *err);
+
+// A list of ids as a source of one document, in one batch. The list is borrowed.
+kvq_token_source source_of_ids(kvq_ids *ids);
+
+// A source as a rule sees it: when documents are joined, all of it is one document, and joints are in their places.
+typedef struct source_reader {
+    const kvq_token_source *source;
+    const kvq_window_rule  *rule;
+    kvq_token_batch         held;          // comes behind the joint that was just given
+    bool                    has_held, any; // any: ids came before
+    bool                    fresh;         // the next ids are the first of a document
+    int64_t                 n_documents;   // of the source itself
+} source_reader;
+kvq_status reader_begin(source_reader *reader, const kvq_token_source *source, const kvq_window_rule *rule,
+                        kvq_error *err);
+// Behind the batch with `end` nothing may be read.
+kvq_status reader_next(source_reader *reader, kvq_token_batch *batch, kvq_error *err);
+
+// n windows to sources: n * w / sum(w), by largest remainders. The weights are 0 or more, and not all 0.
+void deal_windows(const double *weights, int n_sources, int64_t n, int64_t *dealt);
 
 #endif

@@ -67,6 +67,21 @@ kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model
 kvq_status kvq_artifact_matches(const kvq_artifact *artifact, const kvq_model_config *config,
                                 const kvq_checkpoint_identity *identity, kvq_error *err);
 
+// ---------------------------------------------------------------- beginning of text
+
+// The first windows (at most 2, at most 512 tokens of text each), with a BOS token in front and without one. Scored are
+// the n_tokens - 1 tokens of the text that both ways predict; the losses are their means in nats per token. No window
+// (n_windows 0): they are too short.
+typedef struct kvq_bos_trial {
+    int64_t n_windows, n_tokens;
+    double  with_bos, without_bos; // set by kvq_bos_trial_run
+    double  tera_flops;
+} kvq_bos_trial;
+kvq_bos_trial kvq_bos_trial_plan(const kvq_model *model, const kvq_windows *windows);
+// bos_id is in the vocabulary. Memory: one layer of weights and the hidden states of four short windows.
+kvq_status kvq_bos_trial_run(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
+                             const kvq_windows *windows, int64_t bos_id, kvq_bos_trial *out, kvq_error *err);
+
 // ---------------------------------------------------------------- gates
 
 typedef enum kvq_verdict { KVQ_PASS, KVQ_FAIL } kvq_verdict;

@@ -55,7 +55,7 @@ static kvq_status run_layer(run *r, int64_t l, int64_t first, int64_t n, kvq_err
             KVQ_TRY(name_window(kvq_layer_forward(r->model, layer, r->ws, S, quantized, through_the_cache, r, err),
                                 first + i, err));
         }
-        kvq_report_progress(r->ctx, "score", first * r->config->n_layers + l * n + i + 1, n_steps);
+        kvq_report_progress(r->ctx, "score", l, first * r->config->n_layers + l * n + i + 1, n_steps);
     }
 
 done:

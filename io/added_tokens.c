@@ -36,6 +36,7 @@ void tok_added_finish(tok_added *added) {
         while (i < added->n && (uint8_t)added->data[i].text[0] < c) i++;
         added->first[c] = i;
     }
+    for (i = 0; i < added->n; i++) added->swallows_back = added->swallows_back || added->data[i].lstrip;
 }
 
 void tok_added_free(const kvq_context *ctx, tok_added *added) {
@@ -58,9 +59,11 @@ static int64_t lower_bound(const tok_added *added, int64_t low, int64_t high, si
     return low;
 }
 
-// The longest token that begins at text. The sorted list is used like a trie: with each byte the range of tokens that
-// agree so far becomes narrower, and a token that ends here is the first of its range.
-static const tok_added_token *longest_at(const tok_added *added, const char *text, size_t n, bool parse_special) {
+// The longest token that begins at text, and whether the text ends before a longer one could be told from it. The
+// sorted list is used like a trie: with each byte the range of tokens that agree so far becomes narrower, and a token
+// that ends here is the first of its range.
+static const tok_added_token *longest_at(const tok_added *added, const char *text, size_t n, bool parse_special,
+                                         bool *unfinished) {
     const tok_added_token *best = NULL;
     uint8_t                first = (uint8_t)text[0];
     int64_t                low = added->first[first], high = added->first[first + 1];
@@ -69,6 +72,7 @@ static const tok_added_token *longest_at(const tok_added *added, const char *tex
             if (parse_special || !added->data[low].special) best = &added->data[low];
             low++;
         }
+        *unfinished = depth == n && low < high;
         if (depth == n) break;
         uint8_t byte = (uint8_t)text[depth];
         low = lower_bound(added, low, high, depth, byte);
@@ -97,15 +101,22 @@ static size_t skip_white_space_back(const char *text, size_t from, size_t at) {
     return at;
 }
 
-const tok_added_token *tok_added_next(const tok_added *added, const char *text, size_t n, size_t from,
+const tok_added_token *tok_added_next(const tok_added *added, const char *text, size_t n, size_t from, bool open,
                                       bool parse_special, tok_span *where) {
-    if (added->n == 0) return NULL;
-    for (size_t at = from; at < n; at++) {
-        const tok_added_token *token = longest_at(added, text + at, n - at, parse_special);
+    size_t at = from;
+    for (; at < n && added->n > 0; at++) {
+        bool                   unfinished = false;
+        const tok_added_token *token = longest_at(added, text + at, n - at, parse_special, &unfinished);
+        if (open && unfinished) break;
         if (token == NULL) continue;
+        size_t end = token->rstrip ? skip_white_space(text, n, at + token->n) : at + token->n;
+        if (open && token->rstrip && end == n) break; // there may be more of the white space
         where->start = token->lstrip ? skip_white_space_back(text, from, at) : at;
-        where->end = token->rstrip ? skip_white_space(text, n, at + token->n) : at + token->n;
+        where->end = end;
         return token;
     }
+    if (added->n == 0) at = n;
+    if (open && added->swallows_back) at = skip_white_space_back(text, from, at);
+    where->start = where->end = at;
     return NULL;
 }

@@ -9,37 +9,7 @@
 
 // ---------------------------------------------------------------- in memory
 
-// The last line of a file: see ARTIFACT_SEAL.
-static kvq_status seal_of(const uint8_t *image, size_t bytes, char line[ARTIFACT_SEAL_BYTES + 1], kvq_error *err) {
-    char       hex[KVQ_SHA256_HEX];
-    kvq_status status = kvq_sha256_of(image, bytes, hex, err);
-    if (status == KVQ_OK) (void)snprintf(line, ARTIFACT_SEAL_BYTES + 1, ARTIFACT_SEAL "%s\n", hex);
-    return status;
-}
-
-static const uint8_t HDF5_SIGNATURE[8] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};
-static const char    NO_SEAL[] = "fetch it again; after a rewrite by another program append its seal (docs/format.md)";
-
-// Checks the seal and takes it off *bytes.
-static kvq_status unseal(const uint8_t *image, size_t *bytes, kvq_error *err) {
-    char line[ARTIFACT_SEAL_BYTES + 1];
-    if (*bytes < sizeof HDF5_SIGNATURE || memcmp(image, HDF5_SIGNATURE, sizeof HDF5_SIGNATURE) != 0) {
-        return kvq_fail(err, KVQ_ERR_INPUT, "kvq artifacts are HDF5 files, made by kvq-calibrate",
-                        "this is not an HDF5 file");
-    }
-    size_t before = *bytes < ARTIFACT_SEAL_BYTES ? 0 : *bytes - ARTIFACT_SEAL_BYTES;
-    if (before == 0 || memcmp(image + before, ARTIFACT_SEAL, strlen(ARTIFACT_SEAL)) != 0) {
-        return kvq_fail(err, KVQ_ERR_INTEGRITY, NO_SEAL,
-                        "its last line is not '" ARTIFACT_SEAL
-                        "...': truncated, rewritten by another program, or no artifact");
-    }
-    kvq_status status = seal_of(image, before, line, err);
-    if (status == KVQ_OK && memcmp(image + before, line, ARTIFACT_SEAL_BYTES) != 0) {
-        status = kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "its bytes do not have the SHA-256 that its last line says");
-    }
-    if (status == KVQ_OK) *bytes = before;
-    return status;
-}
+static const container_kind ARTIFACTS = {"kvq artifacts", "kvq-calibrate"};
 
 kvq_status artifact_to_image(const kvq_context *ctx, const kvq_artifact *artifact, uint8_t **image, size_t *bytes,
                              char content_sha256[KVQ_SHA256_HEX], kvq_error *err) {
@@ -47,18 +17,18 @@ kvq_status artifact_to_image(const kvq_context *ctx, const kvq_artifact *artifac
     uint8_t    *made = NULL;
     size_t      n = 0;
     kvq_status  status = KVQ_OK;
-    char        content[KVQ_SHA256_HEX], numeric[KVQ_SHA256_HEX], line[ARTIFACT_SEAL_BYTES + 1];
+    char        content[KVQ_SHA256_HEX], numeric[KVQ_SHA256_HEX], line[SEAL_BYTES + 1];
     KVQ_TRY(artifact_to_records(ctx, artifact, &list, err));
     KVQ_TRY(artifact_content_hash(&list, content, err));
     KVQ_TRY(artifact_numeric_hash(&list, numeric, err));
     KVQ_TRY(record_add(ctx, &list, ARTIFACT_CONTENT_HASH, RECORD_TEXT, 0, NULL, content, err));
     KVQ_TRY(record_add(ctx, &list, ARTIFACT_NUMERIC_HASH, RECORD_TEXT, 0, NULL, numeric, err));
     record_sort(&list);
-    KVQ_TRY(records_to_hdf5(ctx, &list, ARTIFACT_SEAL_BYTES, &made, &n, err));
-    KVQ_TRY(seal_of(made, n, line, err));
-    memcpy(made + n, line, ARTIFACT_SEAL_BYTES);
+    KVQ_TRY(records_to_hdf5(ctx, &list, SEAL_BYTES, &made, &n, err));
+    KVQ_TRY(seal_make(made, n, line, err));
+    memcpy(made + n, line, SEAL_BYTES);
     *image = made;
-    *bytes = n + ARTIFACT_SEAL_BYTES;
+    *bytes = n + SEAL_BYTES;
     made = NULL;
     strcpy(content_sha256, content);
 done:
@@ -72,14 +42,6 @@ static const char *take_text(record_list *list, const char *path) {
     return r != NULL && r->type == RECORD_TEXT ? r->data : "";
 }
 
-// "MAJOR.MINOR" in its one spelling.
-static bool parse_version(const char *text, int *major, int *minor) {
-    char again[32];
-    if (sscanf(text, "%4d.%4d", major, minor) != 2) return false;
-    (void)snprintf(again, sizeof again, "%d.%d", *major, *minor);
-    return *major >= 0 && *minor >= 0 && strcmp(again, text) == 0;
-}
-
 // Comes before everything else: a newer format may define the hash itself differently.
 static kvq_status check_version(record_list *list, bool *is_newer, kvq_error *err) {
     const char *format = take_text(list, "/@kvq_format"), *version = take_text(list, "/@kvq_format_version");
@@ -90,7 +52,8 @@ static kvq_status check_version(record_list *list, bool *is_newer, kvq_error *er
                         "an HDF5 file, but its attribute kvq_format is '%.80s' instead of '%s'", format,
                         ARTIFACT_FORMAT);
     }
-    if (!parse_version(version, &major, &minor) || !parse_version(reader, &reader_major, &reader_minor)) {
+    if (!container_parse_version(version, &major, &minor) ||
+        !container_parse_version(reader, &reader_major, &reader_minor)) {
         return kvq_fail(err, KVQ_ERR_INPUT, NULL,
                         "the versions '%.80s' (kvq_format_version) and '%.80s' (kvq_min_reader) cannot be read",
                         version, reader);
@@ -127,7 +90,7 @@ kvq_status artifact_from_image(const kvq_context *ctx, const uint8_t *image, siz
     char          content[KVQ_SHA256_HEX];
     bool          is_newer = false;
     kvq_status    status = KVQ_OK;
-    KVQ_TRY(unseal(image, &bytes, err));
+    KVQ_TRY(seal_check(image, &bytes, ARTIFACTS, err));
     KVQ_TRY(records_from_hdf5(ctx, image, bytes, &list, err));
     KVQ_TRY(check_version(&list, &is_newer, err));
     KVQ_TRY(check_hashes(&list, content, err));
@@ -145,6 +108,18 @@ done:
     kvq_artifact_destroy(ctx, &artifact);
     record_list_free(ctx, &list);
     return status;
+}
+
+kvq_status kvq_artifact_pack(const kvq_context *ctx, const kvq_artifact *artifact, uint8_t **data, size_t *bytes,
+                             kvq_error *err) {
+    char content[KVQ_SHA256_HEX];
+    return artifact_to_image(ctx, artifact, data, bytes, content, err);
+}
+
+kvq_status kvq_artifact_unpack(const kvq_context *ctx, const uint8_t *data, size_t bytes, kvq_artifact **out,
+                               kvq_error *err) {
+    char content[KVQ_SHA256_HEX];
+    return artifact_from_image(ctx, data, bytes, out, content, err);
 }
 
 // ---------------------------------------------------------------- files

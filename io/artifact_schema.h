@@ -6,6 +6,7 @@
 #ifndef KVQ_IO_ARTIFACT_SCHEMA_H
 #define KVQ_IO_ARTIFACT_SCHEMA_H
 
+#include "container.h"
 #include "kvq_io.h"
 #include "records.h"
 
@@ -15,12 +16,6 @@
 #define ARTIFACT_MAX_LAYERS   1000 // three digits name a layer
 #define ARTIFACT_CONTENT_HASH "/@content_sha256"
 #define ARTIFACT_NUMERIC_HASH "/@numeric_sha256"
-
-// Behind the end of the HDF5 file one line of text: this, the SHA-256 of all bytes before it, a line feed. A file
-// without it is not read: HDF5 1.10.8 crashes on damaged structures that have no checksums of their own, and loses
-// memory on those that have, so damage must be found before HDF5 sees it.
-#define ARTIFACT_SEAL       "kvq-sha256:"
-#define ARTIFACT_SEAL_BYTES (sizeof ARTIFACT_SEAL - 1 + KVQ_SHA256_HEX)
 
 // All records of an artifact, sorted, without the two hashes. Every range is checked: an artifact that could not be
 // read again is not written.

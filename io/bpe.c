@@ -12,6 +12,8 @@
 #include "tokenizer_impl.h"
 
 #define CACHED_BYTES 64 // longer pieces are rare and seldom repeat
+#define CACHED_PIECES                                                                                                  \
+    (1 << 16) // when there are more, all are forgotten: a text must not fill the memory with its words
 
 // ---------------------------------------------------------------- reading
 
@@ -267,9 +269,26 @@ done:
 
 // ---------------------------------------------------------------- pieces
 
-static kvq_status append_again(tok_session *s, tok_span ids) {
+static kvq_status append_ids(tok_session *s, const kvq_ids *from, size_t start, size_t end, kvq_ids *to) {
     kvq_status status = KVQ_OK;
-    for (size_t i = ids.start; i < ids.end; i++) KVQ_TRY(tok_ids_push(s->ctx, s->ids, s->ids->data[i], s->err));
+    for (size_t i = start; i < end; i++) KVQ_TRY(tok_ids_push(s->ctx, to, from->data[i], s->err));
+done:
+    return status;
+}
+
+static kvq_status remember(tok_session *s, const char *text, size_t n, size_t first_id) {
+    kvq_status status = KVQ_OK;
+    if (s->n_cached == CACHED_PIECES) {
+        tok_table_free(s->ctx, &s->cache);
+        s->n_cached = s->cached_ids.count = 0;
+    }
+    void  *data = s->cached;
+    size_t start = (size_t)s->cached_ids.count;
+    KVQ_TRY(tok_grow(s->ctx, s->n_cached, &s->cached_capacity, sizeof *s->cached, &data, s->err));
+    s->cached = data;
+    KVQ_TRY(append_ids(s, s->ids, first_id, (size_t)s->ids->count, &s->cached_ids));
+    s->cached[s->n_cached] = (tok_span){start, (size_t)s->cached_ids.count};
+    KVQ_TRY(tok_table_put(s->ctx, &s->cache, text, n, (int32_t)s->n_cached++, s->err));
 done:
     return status;
 }
@@ -279,18 +298,12 @@ static kvq_status encode_cached(tok_session *s, const char *text, size_t n) {
     kvq_status     status = KVQ_OK;
     bool           cached = n <= CACHED_BYTES;
     int32_t        hit = cached ? tok_table_find(&s->cache, text, n) : -1;
-    if (hit >= 0) return append_again(s, s->cached[hit]);
+    if (hit >= 0) return append_ids(s, &s->cached_ids, s->cached[hit].start, s->cached[hit].end, s->ids);
     size_t start = (size_t)s->ids->count;
     bool   whole = false;
     if (bpe->ignore_merges && bpe->byte_level) KVQ_TRY(encode_whole(s, text, n, &whole));
     if (!whole) KVQ_TRY(encode_run(s, text, n));
-    if (cached) {
-        void *data = s->cached;
-        KVQ_TRY(tok_grow(s->ctx, s->n_cached, &s->cached_capacity, sizeof *s->cached, &data, s->err));
-        s->cached = data;
-        s->cached[s->n_cached] = (tok_span){start, (size_t)s->ids->count};
-        KVQ_TRY(tok_table_put(s->ctx, &s->cache, text, n, (int32_t)s->n_cached++, s->err));
-    }
+    if (cached) KVQ_TRY(remember(s, text, n, start));
 done:
     return status;
 }
@@ -312,6 +325,19 @@ static kvq_status encode_characters(tok_session *s, const char *text, size_t n) 
     status = encode_cached(s, text + start, n - start);
 done:
     return status;
+}
+
+// A byte-level piece may be merged into one token up to its end, and so may any that is looked up as a whole first.
+size_t tok_bpe_certain(const tok_bpe *bpe, const char *piece, size_t n) {
+    uint32_t c = 0;
+    if (bpe->byte_level || bpe->ignore_merges) return 0;
+    for (size_t at = n, behind = n; at > 0; behind = at) {
+        uint32_t after = c;
+        for (at--; at > 0 && ((uint8_t)piece[at] & 0xc0) == 0x80;) at--;
+        if (utf8_decode(piece + at, behind - at, &c) != behind - at) return 0; // for tok_bpe_encode to report
+        if (behind < n && tok_pairs_find(&bpe->touching, c, after) == NULL) return behind;
+    }
+    return 0;
 }
 
 kvq_status tok_bpe_encode(tok_session *s, const char *piece, size_t n) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Checkpoints: opening either container, binding the tensors that the config implies, reading rows, identity.
+// Checkpoints: opening either container, reading rows, identity.
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -45,6 +45,10 @@ kvq_status checkpoint_check_config(const kvq_model_config *config, const char *w
         return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: the epsilon %g of the RMS norm is not between 0 and 1", what,
                         (double)config->rms_norm_eps);
     }
+    if (config->local_rope_theta != 0 && !(config->local_rope_theta > 1)) {
+        return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: the rotary base %g of sliding layers is not above 1", what,
+                        config->local_rope_theta);
+    }
     if (config->bos_id >= config->vocab_size || config->eos_id >= config->vocab_size) {
         return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: token id bos %lld or eos %lld is outside the vocabulary of %lld",
                         what, (long long)config->bos_id, (long long)config->eos_id, (long long)config->vocab_size);
@@ -73,171 +77,6 @@ stored_tensor *checkpoint_find_stored(const kvq_checkpoint *c, gguf_string name)
     stored_tensor wanted = {.name = name};
     if (c->n_stored == 0) return NULL;
     return bsearch(&wanted, c->stored, (size_t)c->n_stored, sizeof *c->stored, by_stored_name);
-}
-
-// ---------------------------------------------------------------- binding
-
-static int64_t extent_of(const kvq_model_config *c, tensor_extent extent) {
-    switch (extent) {
-    case EXTENT_VOCAB:
-        return c->vocab_size;
-    case EXTENT_HIDDEN:
-        return c->hidden_size;
-    case EXTENT_FFN:
-        return c->intermediate_size;
-    case EXTENT_QUERY:
-        return (int64_t)c->n_heads * c->head_dim;
-    case EXTENT_KEY:
-        return (int64_t)c->n_kv_heads * c->head_dim;
-    case EXTENT_ONE:
-        break;
-    }
-    return 1;
-}
-
-static bool is_needed(const kvq_model_config *c, tensor_when when) {
-    switch (when) {
-    case WHEN_UNTIED:
-        return !c->tied_head;
-    case WHEN_QKV_BIAS:
-        return c->qkv_bias;
-    case WHEN_O_BIAS:
-        return c->o_bias;
-    case WHEN_MLP_BIAS:
-        return c->mlp_bias;
-    case WHEN_ALWAYS:
-        break;
-    }
-    return true;
-}
-
-// Why a tensor is expected, in the words of config.json.
-static const char *const REASONS[] = {
-    [WHEN_ALWAYS] = "every model of this architecture has it",
-    [WHEN_UNTIED] = "tie_word_embeddings is not true",
-    [WHEN_QKV_BIAS] = "attention_bias is true",
-    [WHEN_O_BIAS] = "attention_bias is true",
-    [WHEN_MLP_BIAS] = "mlp_bias is true",
-};
-
-// "[3, 4]"
-static void format_shape(char *out, size_t size, const int64_t *dims, int n_dims) {
-    size_t n = (size_t)snprintf(out, size, "[");
-    for (int i = 0; i < n_dims && n < size; i++) {
-        n += (size_t)snprintf(out + n, size - n, "%s%lld", i > 0 ? ", " : "", (long long)dims[i]);
-    }
-    if (n < size) (void)snprintf(out + n, size - n, "]");
-}
-
-static kvq_status check_stored_shape(const kvq_checkpoint *c, const bound_tensor *b, kvq_error *err) {
-    const stored_tensor *s = b->stored;
-    const int64_t        matrix[2] = {b->rows, b->columns};
-    int                  n_dims = b->is_vector ? 1 : 2;
-    const int64_t       *wanted = b->is_vector ? matrix + 1 : matrix;
-    if (s->n_dims != n_dims || memcmp(s->dims, wanted, (size_t)n_dims * sizeof *wanted) != 0) {
-        char has[192], needs[64];
-        format_shape(has, sizeof has, s->dims, s->n_dims);
-        format_shape(needs, sizeof needs, wanted, n_dims);
-        return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: tensor '%.*s' has shape %s, the config of %s needs %s", s->file,
-                        (int)s->name.n, s->name.text, has, c->path, needs);
-    }
-    if (s->type == NULL) {
-        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "use a checkpoint stored as F32, F16 or BF16",
-                        "%s: tensor '%.*s' has type %s, which is no weight type of kvq", s->file, (int)s->name.n,
-                        s->name.text, s->type_name);
-    }
-    if (b->is_vector && b->is_paired && s->type->values != 1) {
-        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL, "%s: bias '%.*s' is stored in blocks (%s)", s->file,
-                        (int)s->name.n, s->name.text, s->type_name);
-    }
-    return KVQ_OK;
-}
-
-static kvq_status bind(kvq_checkpoint *c, const tensor_role *role, int64_t layer, kvq_error *err) {
-    bound_tensor *b = &c->bound[c->n_bound];
-    char          stored_name[sizeof b->name];
-    const char   *name = c->gguf != NULL ? role->gguf : role->hf;
-    if (role->per_layer) {
-        (void)snprintf(b->name, sizeof b->name, "model.layers.%lld.%s", (long long)layer, role->hf);
-        (void)snprintf(stored_name, sizeof stored_name, c->gguf != NULL ? "blk.%lld.%s" : "model.layers.%lld.%s",
-                       (long long)layer, name);
-    } else {
-        (void)snprintf(b->name, sizeof b->name, "%s", role->hf);
-        (void)snprintf(stored_name, sizeof stored_name, "%s", name);
-    }
-    stored_tensor *stored = checkpoint_find_stored(c, (gguf_string){stored_name, strlen(stored_name)});
-    if (stored == NULL) {
-        return kvq_fail(err, KVQ_ERR_INPUT, "check that all files of the checkpoint are there and belong together",
-                        "%s: tensor '%s' is missing (%s)", c->path, stored_name,
-                        REASONS[c->gguf != NULL ? WHEN_ALWAYS : role->when]);
-    }
-    stored->used = true;
-    b->stored = stored;
-    b->rows = extent_of(&c->config, role->rows);
-    b->columns = extent_of(&c->config, role->columns);
-    b->is_vector = role->rows == EXTENT_ONE;
-    b->is_paired = role->is_paired && c->gguf != NULL;
-    c->n_bound++;
-    return check_stored_shape(c, b, err);
-}
-
-static bool ends_with(gguf_string s, const char *tail) {
-    size_t n = strlen(tail);
-    return s.n >= n && memcmp(s.text + s.n - n, tail, n) == 0;
-}
-
-// A tensor that nothing refers to means that the model is not the one described: running it without would be silently
-// wrong. Two kinds are known to be harmless: the rotary table that old checkpoints store, and the output matrix of a
-// tied model, where the embedding wins as it does in transformers.
-static kvq_status refuse_unused(const kvq_checkpoint *c, kvq_error *err) {
-    for (int64_t i = 0; i < c->n_stored; i++) {
-        const stored_tensor *s = &c->stored[i];
-        if (s->used || ends_with(s->name, ".rotary_emb.inv_freq")) continue;
-        if (s->name.n == strlen("lm_head.weight") && ends_with(s->name, "lm_head.weight")) continue;
-        return kvq_fail(err, KVQ_ERR_UNSUPPORTED,
-                        ends_with(s->name, ".bias")
-                            ? "biases must be declared by attention_bias or mlp_bias in config.json"
-                            : "check that the config describes this model",
-                        "%s: tensor '%.*s' does not belong to the %s model that the config describes", s->file,
-                        (int)s->name.n, s->name.text, c->config.architecture);
-    }
-    return KVQ_OK;
-}
-
-static int by_bound_name(const void *a, const void *b) {
-    return strcmp(((const bound_tensor *)a)->name, ((const bound_tensor *)b)->name);
-}
-
-// The rotary divisors of a GGUF have no Hugging Face name; they are bound under their own, so that they count as used
-// and enter the identity.
-static kvq_status bind_rotary_divisors(kvq_checkpoint *c, kvq_error *err) {
-    static const char NAME[] = "rope_freqs.weight";
-    if (c->config.rope.frequency_divisors == NULL) return KVQ_OK;
-    bound_tensor *b = &c->bound[c->n_bound++];
-    b->stored = checkpoint_find_stored(c, (gguf_string){NAME, sizeof NAME - 1});
-    b->rows = 1;
-    b->columns = c->config.rope.n_dims / 2;
-    b->is_vector = true;
-    (void)snprintf(b->name, sizeof b->name, "%s", NAME);
-    checkpoint_find_stored(c, b->stored->name)->used = true;
-    return check_stored_shape(c, b, err);
-}
-
-static kvq_status bind_all(const kvq_context *ctx, kvq_checkpoint *c, kvq_error *err) {
-    kvq_status         status;
-    int                n_roles = 0;
-    const tensor_role *roles = architecture_tensors(c->config.architecture, &n_roles);
-    KVQ_TRY(KVQ_NEW(ctx, n_roles * c->config.n_layers + 1, "tensor list", &c->bound, err));
-    for (int i = 0; i < n_roles; i++) {
-        int64_t n = roles[i].per_layer ? c->config.n_layers : 1;
-        if (!is_needed(&c->config, roles[i].when)) continue;
-        for (int64_t layer = 0; layer < n; layer++) KVQ_TRY(bind(c, &roles[i], layer, err));
-    }
-    KVQ_TRY(bind_rotary_divisors(c, err));
-    KVQ_TRY(refuse_unused(c, err));
-    qsort(c->bound, (size_t)c->n_bound, sizeof *c->bound, by_bound_name);
-done:
-    return status;
 }
 
 // ---------------------------------------------------------------- open and close
@@ -280,7 +119,7 @@ kvq_status kvq_checkpoint_open(const kvq_context *ctx, const char *path, kvq_che
                      "model %s: is neither a directory nor a GGUF file", path);
         goto done;
     }
-    KVQ_TRY(bind_all(ctx, c, err));
+    KVQ_TRY(checkpoint_bind(ctx, c, err));
     *out = c;
     c = NULL;
 done:
@@ -306,11 +145,12 @@ const kvq_model_config *kvq_checkpoint_config(const kvq_checkpoint *checkpoint) 
 
 // ---------------------------------------------------------------- reading
 
+static int name_to_bound(const void *name, const void *bound) {
+    return strcmp(name, ((const bound_tensor *)bound)->name);
+}
+
 static const bound_tensor *find_bound(const kvq_checkpoint *c, const char *name) {
-    bound_tensor wanted;
-    if (strlen(name) >= sizeof wanted.name) return NULL;
-    (void)snprintf(wanted.name, sizeof wanted.name, "%s", name);
-    return bsearch(&wanted, c->bound, (size_t)c->n_bound, sizeof *c->bound, by_bound_name);
+    return bsearch(name, c->bound, (size_t)c->n_bound, sizeof *c->bound, name_to_bound);
 }
 
 bool kvq_checkpoint_has(const kvq_checkpoint *checkpoint, const char *name) {
@@ -344,21 +184,28 @@ kvq_status kvq_checkpoint_read(const kvq_checkpoint *checkpoint, const char *nam
     const ggml_type *type = b->stored->type;
     if (b->is_vector && b->is_paired) { // a bias: its elements are permuted as the rows of its matrix are
         for (int64_t i = 0; i < n_rows * n_columns; i++) {
-            type->expand(b->stored->data + file_row(i, checkpoint->config.head_dim) * type->bytes, 1, out + i);
+            type->expand(b->data + file_row(i, checkpoint->config.head_dim) * type->bytes, 1, out + i);
         }
         return check_finite(b, row, out, n_rows * n_columns, err);
     }
     int64_t n_blocks = n_columns / type->values;
     for (int64_t r = row; r < row + n_rows; r++, out += n_columns) {
         int64_t at = b->is_paired ? file_row(r, checkpoint->config.head_dim) : r;
-        type->expand(b->stored->data + at * n_blocks * type->bytes, n_blocks, out);
+        type->expand(b->data + at * n_blocks * type->bytes, n_blocks, out);
         kvq_status status = check_finite(b, r, out, n_columns, err);
         if (status != KVQ_OK) return status;
     }
     return KVQ_OK;
 }
 
+void kvq_checkpoint_forget(const kvq_checkpoint *checkpoint, const char *name) {
+    const bound_tensor *b = find_bound(checkpoint, name);
+    if (b != NULL) checkpoint_forget_bytes(b->data, b->bytes);
+}
+
 // ---------------------------------------------------------------- identity
+
+enum { DIGEST_STEP_BYTES = 8 << 20 };
 
 typedef struct digest_job {
     const kvq_checkpoint *checkpoint;
@@ -366,7 +213,8 @@ typedef struct digest_job {
     kvq_status *status;              // [n_bound]
 } digest_job;
 
-// One tensor: a line with name, type and shape, then the stored bytes.
+// One tensor: a line with name, type and shape, then the stored bytes. A tensor may be larger than the memory, so what
+// was hashed is forgotten on the way.
 static void digest_tensor(void *user, int64_t item, int worker) {
     digest_job         *job = user;
     const bound_tensor *b = &job->checkpoint->bound[item];
@@ -378,14 +226,18 @@ static void digest_tensor(void *user, int64_t item, int worker) {
     int n = snprintf(line, sizeof line, "%s %s %lld %lld\n", b->name, b->stored->type->name, (long long)b->rows,
                      (long long)b->columns);
     kvq_sha256_push(hash, line, (size_t)n);
-    kvq_sha256_push(hash, b->stored->data, b->stored->bytes);
+    for (size_t at = 0; at < b->bytes; at += DIGEST_STEP_BYTES) {
+        size_t n_step = b->bytes - at < DIGEST_STEP_BYTES ? b->bytes - at : DIGEST_STEP_BYTES;
+        kvq_sha256_push(hash, b->data + at, n_step);
+        checkpoint_forget_bytes(b->data, at + n_step); // from the start: a step rarely ends where a page does
+    }
     kvq_sha256_finalize(&hash, job->digests[item]);
 }
 
 static const char *most_used_type(const kvq_checkpoint *c) {
     size_t   totals[GGML_TYPE_LIMIT] = {0};
     uint32_t best = 0;
-    for (int64_t i = 0; i < c->n_bound; i++) totals[c->bound[i].stored->type->number] += c->bound[i].stored->bytes;
+    for (int64_t i = 0; i < c->n_bound; i++) totals[c->bound[i].stored->type->number] += c->bound[i].bytes;
     for (uint32_t i = 1; i < GGML_TYPE_LIMIT; i++) best = totals[i] > totals[best] ? i : best;
     return ggml_type_name(best);
 }
@@ -408,7 +260,7 @@ kvq_status kvq_checkpoint_identify(const kvq_context *ctx, const kvq_checkpoint 
             status = kvq_fail(err, job.status[i], NULL, "tensor '%s': could not be hashed", c->bound[i].name);
             goto done;
         }
-        id.weight_bytes += (int64_t)c->bound[i].stored->bytes;
+        id.weight_bytes += (int64_t)c->bound[i].bytes;
     }
     KVQ_TRY(kvq_sha256_of(job.digests, (size_t)c->n_bound * sizeof *job.digests, id.weights_sha256, err));
     KVQ_TRY(kvq_sha256_of(config, n_config, id.config_sha256, err));

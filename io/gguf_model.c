@@ -1,14 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A GGUF file as a checkpoint: its "llama.*" keys as a model config, its tensors as stored tensors. Like hf_config.c,
-// a table says what kvq makes of every key; keys and defaults are those of the GGUF specification.
+// A GGUF file as a checkpoint: its keys as a model config, its tensors as stored tensors. Like hf_models.c, a table
+// says what kvq makes of every key; keys and defaults are those of the GGUF specification.
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "checkpoint.h"
 
-#define PREFIX "llama."
+// What general.architecture implies without a key; biases and a tied head are seen by the tensors. Keys begin with its
+// name.
+typedef struct gguf_model {
+    const char *name;
+    bool        qk_norm;
+} gguf_model;
+
+static const gguf_model MODELS[] = {
+    {"llama", false}, // mistral files call themselves llama, too
+    {"qwen2", false},
+    {"qwen3", true},
+};
+enum { N_MODELS = sizeof MODELS / sizeof *MODELS };
+
+// A file and the model it holds: what every look-up needs.
+typedef struct source {
+    const gguf_file  *file;
+    const gguf_model *model;
+} source;
+
+enum { MAX_KEY = 128 };
+
+static void make_key(const source *s, const char *name, char key[MAX_KEY]) {
+    (void)snprintf(key, MAX_KEY, "%s.%s", s->model->name, name);
+}
 
 typedef enum key_rule {
     KEY_READ,
@@ -18,7 +42,7 @@ typedef enum key_rule {
 } key_rule;
 
 static const struct {
-    const char *name; // behind PREFIX
+    const char *name; // behind the model's name and a dot
     key_rule    rule;
 } KEYS[] = {
     {"block_count", KEY_READ},
@@ -81,12 +105,14 @@ static kvq_status refuse_key(const gguf_file *f, const char *key, kvq_error *err
                     gguf_path(f), key, value);
 }
 
-static kvq_status check_keys(const kvq_context *ctx, const gguf_file *f, kvq_error *err) {
-    char   unknown[400] = "", key[128];
-    size_t n = 0, n_prefix = strlen(PREFIX), n_keys = sizeof KEYS / sizeof *KEYS;
+static kvq_status check_keys(const kvq_context *ctx, const source *s, kvq_error *err) {
+    const gguf_file *f = s->file;
+    char             unknown[400] = "", key[MAX_KEY], prefix[MAX_KEY];
+    make_key(s, "", prefix);
+    size_t n = 0, n_prefix = strlen(prefix), n_keys = sizeof KEYS / sizeof *KEYS;
     for (int64_t k = 0; gguf_key(f, k).text != NULL; k++) {
         gguf_string name = gguf_key(f, k);
-        if (name.n <= n_prefix || name.n >= sizeof key || memcmp(name.text, PREFIX, n_prefix) != 0) continue;
+        if (name.n <= n_prefix || name.n >= sizeof key || memcmp(name.text, prefix, n_prefix) != 0) continue;
         (void)snprintf(key, sizeof key, "%.*s", (int)name.n, name.text);
         size_t i = 0;
         while (i < n_keys && strcmp(KEYS[i].name, key + n_prefix) != 0) i++;
@@ -103,11 +129,12 @@ static kvq_status check_keys(const kvq_context *ctx, const gguf_file *f, kvq_err
 // ---------------------------------------------------------------- look-ups that name what is wrong
 
 // Absent and optional: *out stays.
-static kvq_status get_int(const gguf_file *f, const char *name, bool optional, int64_t high, int64_t *out,
+static kvq_status get_int(const source *s, const char *name, bool optional, int64_t high, int64_t *out,
                           kvq_error *err) {
-    char    key[128];
-    int64_t value = 0;
-    (void)snprintf(key, sizeof key, PREFIX "%s", name);
+    const gguf_file *f = s->file;
+    char             key[MAX_KEY];
+    int64_t          value = 0;
+    make_key(s, name, key);
     if (!gguf_has(f, key)) {
         if (optional) return KVQ_OK;
         return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: key '%s' is missing", gguf_path(f), key);
@@ -123,10 +150,11 @@ static kvq_status get_int(const gguf_file *f, const char *name, bool optional, i
     return KVQ_OK;
 }
 
-static kvq_status get_float(const gguf_file *f, const char *name, bool optional, double *out, kvq_error *err) {
-    char   key[128];
-    double value = 0;
-    (void)snprintf(key, sizeof key, PREFIX "%s", name);
+static kvq_status get_float(const source *s, const char *name, bool optional, double *out, kvq_error *err) {
+    const gguf_file *f = s->file;
+    char             key[MAX_KEY];
+    double           value = 0;
+    make_key(s, name, key);
     if (optional && !gguf_has(f, key)) return KVQ_OK;
     if (!gguf_get_float(f, key, &value) || !isfinite(value)) {
         return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: key '%s' is missing or not a finite number", gguf_path(f), key);
@@ -139,25 +167,25 @@ static bool text_is(gguf_string s, const char *text) { return s.n == strlen(text
 
 // ---------------------------------------------------------------- config
 
-static kvq_status read_head_sizes(const gguf_file *f, kvq_model_config *c, kvq_error *err) {
+static kvq_status read_head_sizes(const source *s, kvq_model_config *c, kvq_error *err) {
     kvq_status status;
     int64_t    heads = 1, kv_heads, key, value, rotated;
-    KVQ_TRY(get_int(f, "attention.head_count", false, 8192, &heads, err));
+    KVQ_TRY(get_int(s, "attention.head_count", false, 8192, &heads, err));
     kv_heads = heads;
-    KVQ_TRY(get_int(f, "attention.head_count_kv", true, 8192, &kv_heads, err));
+    KVQ_TRY(get_int(s, "attention.head_count_kv", true, 8192, &kv_heads, err));
     key = c->hidden_size / heads;
-    KVQ_TRY(get_int(f, "attention.key_length", true, 8192, &key, err));
+    KVQ_TRY(get_int(s, "attention.key_length", true, 8192, &key, err));
     value = rotated = key;
-    KVQ_TRY(get_int(f, "attention.value_length", true, 8192, &value, err));
-    KVQ_TRY(get_int(f, "rope.dimension_count", true, 8192, &rotated, err));
+    KVQ_TRY(get_int(s, "attention.value_length", true, 8192, &value, err));
+    KVQ_TRY(get_int(s, "rope.dimension_count", true, 8192, &rotated, err));
     if (key < 1 || key > 8192) {
         status = kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: embedding_length %lld / head_count %lld is no head width",
-                          gguf_path(f), (long long)c->hidden_size, (long long)heads);
+                          gguf_path(s->file), (long long)c->hidden_size, (long long)heads);
     } else if (value != key || rotated != key) {
         status =
             kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
                      "%s: heads of width %lld with values of width %lld and %lld rotated channels; kvq needs one width",
-                     gguf_path(f), (long long)key, (long long)value, (long long)rotated);
+                     gguf_path(s->file), (long long)key, (long long)value, (long long)rotated);
     }
     c->n_heads = (int)heads;
     c->n_kv_heads = (int)kv_heads;
@@ -166,35 +194,35 @@ done:
     return status;
 }
 
-static kvq_status read_sizes(const gguf_file *f, kvq_model_config *c, kvq_error *err) {
+static kvq_status read_sizes(const source *s, kvq_model_config *c, kvq_error *err) {
     kvq_status status;
     gguf_array tokens = {.count = 0};
-    KVQ_TRY(get_int(f, "block_count", false, 4096, &c->n_layers, err));
-    KVQ_TRY(get_int(f, "embedding_length", false, 1 << 24, &c->hidden_size, err));
-    KVQ_TRY(get_int(f, "feed_forward_length", false, 1 << 24, &c->intermediate_size, err));
-    KVQ_TRY(get_int(f, "context_length", false, INT32_MAX, &c->max_positions, err));
-    KVQ_TRY(read_head_sizes(f, c, err));
-    if (gguf_get_array(f, "tokenizer.ggml.tokens", GGUF_STRING, &tokens) && tokens.count <= 1 << 26) {
+    KVQ_TRY(get_int(s, "block_count", false, KVQ_MAX_LAYERS, &c->n_layers, err));
+    KVQ_TRY(get_int(s, "embedding_length", false, 1 << 24, &c->hidden_size, err));
+    KVQ_TRY(get_int(s, "feed_forward_length", false, 1 << 24, &c->intermediate_size, err));
+    KVQ_TRY(get_int(s, "context_length", false, INT32_MAX, &c->max_positions, err));
+    KVQ_TRY(read_head_sizes(s, c, err));
+    if (gguf_get_array(s->file, "tokenizer.ggml.tokens", GGUF_STRING, &tokens) && tokens.count <= 1 << 26) {
         c->vocab_size = (int64_t)tokens.count;
     }
-    KVQ_TRY(get_int(f, "vocab_size", c->vocab_size > 0, 1 << 26, &c->vocab_size, err));
+    KVQ_TRY(get_int(s, "vocab_size", c->vocab_size > 0, 1 << 26, &c->vocab_size, err));
 done:
     return status;
 }
 
 // Yarn: a GGUF states a factor on top of the usual 0.1 ln(factor) + 1, Hugging Face states the product.
-static kvq_status read_yarn(const gguf_file *f, double on_top, kvq_model_config *c, kvq_error *err) {
+static kvq_status read_yarn(const source *s, double on_top, kvq_model_config *c, kvq_error *err) {
     kvq_status status;
     c->rope.beta_fast = 32;
     c->rope.beta_slow = 1;
     c->rope.original_max_positions = c->max_positions;
-    KVQ_TRY(get_int(f, "rope.scaling.original_context_length", true, INT32_MAX, &c->rope.original_max_positions, err));
-    KVQ_TRY(get_float(f, "rope.scaling.yarn_beta_fast", true, &c->rope.beta_fast, err));
-    KVQ_TRY(get_float(f, "rope.scaling.yarn_beta_slow", true, &c->rope.beta_slow, err));
+    KVQ_TRY(get_int(s, "rope.scaling.original_context_length", true, INT32_MAX, &c->rope.original_max_positions, err));
+    KVQ_TRY(get_float(s, "rope.scaling.yarn_beta_fast", true, &c->rope.beta_fast, err));
+    KVQ_TRY(get_float(s, "rope.scaling.yarn_beta_slow", true, &c->rope.beta_slow, err));
     if (c->rope.factor < 1 || !(on_top > 0) || !(c->rope.beta_slow > 0 && c->rope.beta_fast > c->rope.beta_slow)) {
         status = kvq_fail(err, KVQ_ERR_INPUT, NULL,
-                          "%s: yarn with factor %g, attention factor %g, beta %g to %g makes no sense", gguf_path(f),
-                          c->rope.factor, on_top, c->rope.beta_slow, c->rope.beta_fast);
+                          "%s: yarn with factor %g, attention factor %g, beta %g to %g makes no sense",
+                          gguf_path(s->file), c->rope.factor, on_top, c->rope.beta_slow, c->rope.beta_fast);
     }
     if (on_top != 1) c->rope.attention_factor = on_top * (0.1 * log(c->rope.factor) + 1);
 done:
@@ -202,20 +230,22 @@ done:
 }
 
 // A factor without a type means linear scaling, and 0 no scaling.
-static kvq_status read_rope(const gguf_file *f, kvq_model_config *c, kvq_error *err) {
+static kvq_status read_rope(const source *s, kvq_model_config *c, kvq_error *err) {
     kvq_status  status;
+    char        key[MAX_KEY];
     gguf_string type = {"linear", 6};
     double      factor = 0, on_top = 1;
     c->rope.theta = 10000;
-    KVQ_TRY(get_float(f, "rope.freq_base", true, &c->rope.theta, err));
-    KVQ_TRY(get_float(f, "rope.scale_linear", true, &factor, err));
-    KVQ_TRY(get_float(f, "rope.scaling.factor", true, &factor, err));
-    KVQ_TRY(get_float(f, "rope.scaling.attn_factor", true, &on_top, err));
-    KVQ_TRY(get_float(f, "rope.scaling.yarn_attn_factor", true, &on_top, err));
-    (void)gguf_get_string(f, PREFIX "rope.scaling.type", &type);
+    KVQ_TRY(get_float(s, "rope.freq_base", true, &c->rope.theta, err));
+    KVQ_TRY(get_float(s, "rope.scale_linear", true, &factor, err));
+    KVQ_TRY(get_float(s, "rope.scaling.factor", true, &factor, err));
+    KVQ_TRY(get_float(s, "rope.scaling.attn_factor", true, &on_top, err));
+    KVQ_TRY(get_float(s, "rope.scaling.yarn_attn_factor", true, &on_top, err));
+    make_key(s, "rope.scaling.type", key);
+    (void)gguf_get_string(s->file, key, &type);
     c->rope.factor = factor == 0 ? 1 : factor;
     if (!(c->rope.factor > 0)) {
-        status = kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: the rotary factor is %g", gguf_path(f), factor);
+        status = kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: the rotary factor is %g", gguf_path(s->file), factor);
     } else if (text_is(type, "none") || (text_is(type, "linear") && c->rope.factor == 1)) {
         c->rope.type = KVQ_ROPE_DEFAULT;
         c->rope.factor = 1;
@@ -223,15 +253,15 @@ static kvq_status read_rope(const gguf_file *f, kvq_model_config *c, kvq_error *
         c->rope.type = KVQ_ROPE_LINEAR;
     } else if (text_is(type, "yarn")) {
         c->rope.type = KVQ_ROPE_YARN;
-        KVQ_TRY(read_yarn(f, on_top, c, err));
+        KVQ_TRY(read_yarn(s, on_top, c, err));
     } else {
         status =
             kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL, "%s: rotary scaling type '%.*s'; kvq supports none, linear, yarn",
-                     gguf_path(f), (int)(type.n < 80 ? type.n : 80), type.text);
+                     gguf_path(s->file), (int)(type.n < 80 ? type.n : 80), type.text);
     }
     if (c->rope.type != KVQ_ROPE_YARN && on_top != 1) {
         status = kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL, "%s: a rotary attention factor (%g) without yarn",
-                          gguf_path(f), on_top);
+                          gguf_path(s->file), on_top);
     }
 done:
     return status;
@@ -243,18 +273,28 @@ static kvq_status read_token_id(const gguf_file *f, const char *key, int64_t *ou
     return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: key '%s' is not a token id", gguf_path(f), key);
 }
 
-static kvq_status check_architecture(const gguf_file *f, kvq_error *err) {
+static kvq_status refuse_model(const gguf_file *f, gguf_string name, kvq_error *err) {
+    char   known[128];
+    size_t n = 0;
+    for (int i = 0; i < N_MODELS && n < sizeof known; i++)
+        n += (size_t)snprintf(known + n, sizeof known - n, "%s%s", i > 0 ? ", " : "", MODELS[i].name);
+    return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "pass the Hugging Face directory of the model if kvq knows it there",
+                    "%s: general.architecture '%.*s' is not supported; of GGUF files kvq knows: %s", gguf_path(f),
+                    (int)(name.n < 80 ? name.n : 80), name.text, known);
+}
+
+static kvq_status find_model(const gguf_file *f, const gguf_model **out, kvq_error *err) {
     gguf_string name = {"", 0};
     int64_t     n_files = 1;
-    if (!gguf_get_string(f, "general.architecture", &name) || !text_is(name, "llama")) {
-        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
-                        "%s: general.architecture '%.*s' is not supported; kvq knows: %s", gguf_path(f),
-                        (int)(name.n < 80 ? name.n : 80), name.text, ARCHITECTURE_NAMES);
-    }
+    int         i = 0;
+    (void)gguf_get_string(f, "general.architecture", &name);
+    while (i < N_MODELS && !text_is(name, MODELS[i].name)) i++;
+    if (i == N_MODELS) return refuse_model(f, name, err);
     if (gguf_get_int(f, "split.count", &n_files) && n_files > 1) {
         return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "merge the parts into one file (llama-gguf-split --merge)",
                         "%s: is one of %lld parts of a split GGUF", gguf_path(f), (long long)n_files);
     }
+    *out = &MODELS[i];
     return KVQ_OK;
 }
 
@@ -309,19 +349,22 @@ static kvq_status config_from_tensors(kvq_checkpoint *c, kvq_error *err) {
 kvq_status checkpoint_open_gguf(const kvq_context *ctx, kvq_checkpoint *c, kvq_error *err) {
     kvq_status        status;
     kvq_model_config *config = &c->config;
+    source            s = {0};
     double            eps = 0;
     KVQ_TRY(gguf_open(ctx, c->path, &c->gguf, err));
-    KVQ_TRY(check_architecture(c->gguf, err));
-    KVQ_TRY(check_keys(ctx, c->gguf, err));
-    (void)snprintf(config->architecture, sizeof config->architecture, "llama");
-    KVQ_TRY(read_sizes(c->gguf, config, err));
-    KVQ_TRY(read_rope(c->gguf, config, err));
-    KVQ_TRY(get_float(c->gguf, "attention.layer_norm_rms_epsilon", false, &eps, err));
+    s.file = c->gguf;
+    KVQ_TRY(find_model(s.file, &s.model, err));
+    KVQ_TRY(check_keys(ctx, &s, err));
+    (void)snprintf(config->architecture, sizeof config->architecture, "%s", s.model->name);
+    KVQ_TRY(read_sizes(&s, config, err));
+    KVQ_TRY(read_rope(&s, config, err));
+    KVQ_TRY(get_float(&s, "attention.layer_norm_rms_epsilon", false, &eps, err));
     config->rms_norm_eps = (float)eps;
+    config->qk_norm = s.model->qk_norm;
     config->embedding_scale = 1;
     config->attention_scale = (float)(1 / sqrt(config->head_dim));
-    KVQ_TRY(read_token_id(c->gguf, "tokenizer.ggml.bos_token_id", &config->bos_id, err));
-    KVQ_TRY(read_token_id(c->gguf, "tokenizer.ggml.eos_token_id", &config->eos_id, err));
+    KVQ_TRY(read_token_id(s.file, "tokenizer.ggml.bos_token_id", &config->bos_id, err));
+    KVQ_TRY(read_token_id(s.file, "tokenizer.ggml.eos_token_id", &config->eos_id, err));
     KVQ_TRY(checkpoint_check_config(config, c->path, err));
     KVQ_TRY(list_stored(ctx, c, err));
     KVQ_TRY(config_from_tensors(c, err));

@@ -1,92 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// config.json of a Hugging Face directory. Every field is looked up in a table that says what kvq makes of it: read it,
+// config.json of a Hugging Face directory, read by the tables of hf_models.c. Every field is looked up there: read it,
 // ignore it because it cannot change a result, or insist on the one value that kvq implements. A field outside the
-// table is reported and ignored; a field with another value is refused by name.
+// tables is reported and ignored; a field with another value is refused by name.
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "checkpoint.h"
-#include "json_read.h"
-
-typedef enum field_rule {
-    RULE_READ,     // used below
-    RULE_HARMLESS, // training, generation or bookkeeping
-    RULE_OFF,      // null, false, 0 or an empty list
-    RULE_TEXT,     // null or the string `text`
-    RULE_EACH,     // null or a list in which every element is `text`
-    RULE_ONE,      // null or the number 1
-} field_rule;
-
-typedef struct hf_field {
-    const char *name;
-    field_rule  rule;
-    const char *text;
-} hf_field;
-
-static const hf_field LLAMA_FIELDS[] = {
-    {"model_type", RULE_READ, NULL},
-    {"num_hidden_layers", RULE_READ, NULL},
-    {"hidden_size", RULE_READ, NULL},
-    {"intermediate_size", RULE_READ, NULL},
-    {"num_attention_heads", RULE_READ, NULL},
-    {"num_key_value_heads", RULE_READ, NULL},
-    {"head_dim", RULE_READ, NULL},
-    {"vocab_size", RULE_READ, NULL},
-    {"max_position_embeddings", RULE_READ, NULL},
-    {"rms_norm_eps", RULE_READ, NULL},
-    {"rope_theta", RULE_READ, NULL},
-    {"rope_scaling", RULE_READ, NULL},
-    {"rope_parameters", RULE_READ, NULL},
-    {"tie_word_embeddings", RULE_READ, NULL},
-    {"attention_bias", RULE_READ, NULL},
-    {"mlp_bias", RULE_READ, NULL},
-    {"bos_token_id", RULE_READ, NULL},
-    {"eos_token_id", RULE_READ, NULL},
-    {"architectures", RULE_EACH, "LlamaForCausalLM"},
-    {"hidden_act", RULE_TEXT, "silu"},
-    {"layer_types", RULE_EACH, "full_attention"},
-    {"partial_rotary_factor", RULE_ONE, NULL},
-    {"sliding_window", RULE_OFF, NULL},
-    {"use_sliding_window", RULE_OFF, NULL},
-    {"rope_interleaved", RULE_OFF, NULL},
-    {"no_rope_layers", RULE_OFF, NULL},
-    {"use_qk_norm", RULE_OFF, NULL},
-    {"qk_norm", RULE_OFF, NULL},
-    {"clip_qkv", RULE_OFF, NULL},
-    {"attn_logit_softcapping", RULE_OFF, NULL},
-    {"final_logit_softcapping", RULE_OFF, NULL},
-    {"query_pre_attn_scalar", RULE_OFF, NULL},
-    {"attention_multiplier", RULE_OFF, NULL},
-    {"embedding_multiplier", RULE_OFF, NULL},
-    {"residual_multiplier", RULE_OFF, NULL},
-    {"logits_scaling", RULE_OFF, NULL},
-    {"logit_scale", RULE_OFF, NULL},
-    {"num_local_experts", RULE_OFF, NULL},
-    {"num_experts", RULE_OFF, NULL},
-    {"quantization_config", RULE_OFF, NULL},
-    {"compression_config", RULE_OFF, NULL},
-    {"is_encoder_decoder", RULE_OFF, NULL},
-    {"add_cross_attention", RULE_OFF, NULL},
-    {"auto_map", RULE_OFF, NULL}, // the checkpoint brings its own code
-    {"attention_dropout", RULE_HARMLESS, NULL},
-    {"initializer_range", RULE_HARMLESS, NULL},
-    {"pretraining_tp", RULE_HARMLESS, NULL},
-    {"use_cache", RULE_HARMLESS, NULL},
-    {"torch_dtype", RULE_HARMLESS, NULL},
-    {"dtype", RULE_HARMLESS, NULL},
-    {"transformers_version", RULE_HARMLESS, NULL},
-    {"transformers.js_config", RULE_HARMLESS, NULL},
-    {"unsloth_version", RULE_HARMLESS, NULL},
-    {"unsloth_fixed", RULE_HARMLESS, NULL},
-    {"_name_or_path", RULE_HARMLESS, NULL},
-    {"_attn_implementation_autoset", RULE_HARMLESS, NULL},
-    {"is_llama_config", RULE_HARMLESS, NULL},
-    {"pad_token_id", RULE_HARMLESS, NULL},
-    {"max_sequence_length", RULE_HARMLESS, NULL},
-};
-enum { N_LLAMA_FIELDS = sizeof LLAMA_FIELDS / sizeof *LLAMA_FIELDS };
+#include "hf_config.h"
 
 // ---------------------------------------------------------------- fields that must have a certain value
 
@@ -104,50 +26,54 @@ static bool is_each(const cJSON *item, const char *text) {
     return true;
 }
 
-static bool obeys(const cJSON *item, const hf_field *field) {
+static bool obeys(const cJSON *item, const hf_model *model, const hf_field *field) {
     switch (field->rule) {
-    case RULE_OFF:
+    case HF_OFF:
         return is_off(item);
-    case RULE_TEXT:
-        return cJSON_IsNull(item) || (cJSON_IsString(item) && strcmp(item->valuestring, field->text) == 0);
-    case RULE_EACH:
-        return is_each(item, field->text);
-    case RULE_ONE:
+    case HF_ONE:
         return cJSON_IsNull(item) || (cJSON_IsNumber(item) && item->valuedouble == 1);
-    case RULE_READ:
-    case RULE_HARMLESS:
+    case HF_TRUE:
+        return cJSON_IsNull(item) || cJSON_IsTrue(item);
+    case HF_TEXT:
+        return cJSON_IsNull(item) || (cJSON_IsString(item) && strcmp(item->valuestring, field->text) == 0);
+    case HF_EACH:
+        return is_each(item, field->text);
+    case HF_CLASS:
+        return is_each(item, model->class_name);
+    case HF_READ:
+    case HF_HARMLESS:
         break;
     }
     return true;
 }
 
-static kvq_status refuse_value(const cJSON *item, const hf_field *field, const char *what, kvq_error *err) {
-    const char *wanted = field->text != NULL ? field->text : field->rule == RULE_ONE ? "1" : "null or false";
-    char       *value = cJSON_PrintUnformatted(item); // NULL when out of memory; the message can do without
-    kvq_status  status = kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
-                                  "%s: field '%s' is %.200s; for model_type 'llama' kvq supports only %s", what,
-                                  field->name, value != NULL ? value : "something else", wanted);
+static const char *wanted_value(const hf_model *model, const hf_field *field) {
+    static const char *const WANTED[HF_CLASS + 1] = {[HF_OFF] = "null or false", [HF_ONE] = "1", [HF_TRUE] = "true"};
+    if (field->rule == HF_CLASS) return model->class_name;
+    return field->text != NULL ? field->text : WANTED[field->rule];
+}
+
+static kvq_status refuse_value(const cJSON *item, const hf_model *model, const hf_field *field, const char *what,
+                               kvq_error *err) {
+    char      *value = cJSON_PrintUnformatted(item); // NULL when out of memory; the message can do without
+    kvq_status status = kvq_fail(
+        err, KVQ_ERR_UNSUPPORTED, NULL, "%s: field '%s' is %.200s; for model_type '%s' kvq supports only %s", what,
+        field->name, value != NULL ? value : "something else", model->model_type, wanted_value(model, field));
     cJSON_free(value);
     return status;
 }
 
-static const hf_field *find_field(const char *name) {
-    for (int i = 0; i < N_LLAMA_FIELDS; i++) {
-        if (strcmp(LLAMA_FIELDS[i].name, name) == 0) return &LLAMA_FIELDS[i];
-    }
-    return NULL;
-}
-
-static kvq_status check_fields(const kvq_context *ctx, const cJSON *config, const char *what, kvq_error *err) {
+static kvq_status check_fields(const kvq_context *ctx, const hf_model *model, const cJSON *config, const char *what,
+                               kvq_error *err) {
     char         unknown[400] = "";
     size_t       n = 0;
     const cJSON *item;
     cJSON_ArrayForEach(item, config) {
-        const hf_field *field = find_field(item->string);
+        const hf_field *field = hf_field_find(model, item->string);
         if (field == NULL && n < sizeof unknown) {
             n += (size_t)snprintf(unknown + n, sizeof unknown - n, "%s%.80s", n > 0 ? ", " : "", item->string);
         }
-        if (field != NULL && !obeys(item, field)) return refuse_value(item, field, what, err);
+        if (field != NULL && !obeys(item, model, field)) return refuse_value(item, model, field, what, err);
     }
     if (n > 0) kvq_log(ctx, KVQ_LOG_WARNING, "%s: fields that kvq does not know are ignored: %s", what, unknown);
     return KVQ_OK;
@@ -159,20 +85,35 @@ static kvq_status check_fields(const kvq_context *ctx, const cJSON *config, cons
 enum { LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB, POSITIONS, N_SIZES };
 static const struct {
     const char *name;
-    bool        optional;
     int64_t     high;
 } SIZES[N_SIZES] = {
-    [LAYERS] = {"num_hidden_layers", false, 4096},    [HIDDEN] = {"hidden_size", false, 1 << 24},
-    [FFN] = {"intermediate_size", false, 1 << 24},    [HEADS] = {"num_attention_heads", false, 8192},
-    [KV_HEADS] = {"num_key_value_heads", true, 8192}, [HEAD_DIM] = {"head_dim", true, 8192},
-    [VOCAB] = {"vocab_size", false, 1 << 26},         [POSITIONS] = {"max_position_embeddings", false, INT32_MAX},
+    [LAYERS] = {"num_hidden_layers", KVQ_MAX_LAYERS},
+    [HIDDEN] = {"hidden_size", 1 << 24},
+    [FFN] = {"intermediate_size", 1 << 24},
+    [HEADS] = {"num_attention_heads", 8192},
+    [KV_HEADS] = {"num_key_value_heads", 8192},
+    [HEAD_DIM] = {"head_dim", 8192},
+    [VOCAB] = {"vocab_size", 1 << 26},
+    [POSITIONS] = {"max_position_embeddings", INT32_MAX},
 };
 
-static kvq_status read_sizes(const cJSON *config, const char *what, kvq_model_config *out, kvq_error *err) {
-    int64_t    size[N_SIZES] = {0};
+static bool is_null(const cJSON *config, const char *name) {
+    return cJSON_IsNull(cJSON_GetObjectItemCaseSensitive(config, name));
+}
+
+static kvq_status read_sizes(const hf_model *model, const cJSON *config, const char *what, kvq_model_config *out,
+                             kvq_error *err) {
+    int64_t    size[N_SIZES] = {[HEADS] = model->n_heads,
+                                [KV_HEADS] = model->n_kv_heads,
+                                [HEAD_DIM] = model->head_dim,
+                                [VOCAB] = model->vocab_size,
+                                [POSITIONS] = model->max_positions};
     kvq_status status = KVQ_OK;
     for (int i = 0; i < N_SIZES; i++) {
-        KVQ_TRY(json_get_int(config, SIZES[i].name, what, SIZES[i].optional, 1, SIZES[i].high, &size[i], err));
+        bool        derived = i == KV_HEADS || i == HEAD_DIM; // null asks for the value that follows from the others
+        const char *name = i == FFN && model->intermediate_field != NULL ? model->intermediate_field : SIZES[i].name;
+        if (derived && is_null(config, name)) size[i] = 0;
+        KVQ_TRY(json_get_int(config, name, what, derived || size[i] > 0, 1, SIZES[i].high, &size[i], err));
     }
     if (size[KV_HEADS] == 0) size[KV_HEADS] = size[HEADS];
     if (size[HEAD_DIM] == 0) size[HEAD_DIM] = size[HIDDEN] / size[HEADS];
@@ -196,7 +137,6 @@ done:
 // A token id: a number, null (none), or a list of which the first counts. Some checkpoints write -1 for none.
 static kvq_status read_token_id(const cJSON *config, const char *name, const char *what, int64_t *out, kvq_error *err) {
     const cJSON *item = cJSON_GetObjectItemCaseSensitive(config, name);
-    *out = -1;
     if (!cJSON_IsArray(item)) return json_get_int(config, name, what, true, -1, INT32_MAX, out, err);
     const cJSON *first = cJSON_GetArrayItem(item, 0);
     if (!cJSON_IsNumber(first) || first->valuedouble != (double)first->valueint || first->valueint < 0) {
@@ -206,160 +146,255 @@ static kvq_status read_token_id(const cJSON *config, const char *name, const cha
     return KVQ_OK;
 }
 
-// ---------------------------------------------------------------- rotary positions
+// ---------------------------------------------------------------- experts
 
-enum { IN_LINEAR = 1 << KVQ_ROPE_LINEAR, IN_LLAMA3 = 1 << KVQ_ROPE_LLAMA3, IN_YARN = 1 << KVQ_ROPE_YARN, IN_ALL = 15 };
+enum { MAX_EXPERTS = 4096 };
 
-// Fields of rope_scaling or rope_parameters and the types that know them. Here an unknown field is an error: whatever
-// it means, it changes the positions.
-static const struct {
-    const char *name;
-    unsigned    types;
-} ROPE_FIELDS[] = {
-    {"rope_type", IN_ALL},
-    {"type", IN_ALL},
-    {"rope_theta", IN_ALL},
-    {"partial_rotary_factor", IN_ALL},
-    {"factor", IN_LINEAR | IN_LLAMA3 | IN_YARN},
-    {"original_max_position_embeddings", IN_LLAMA3 | IN_YARN},
-    {"low_freq_factor", IN_LLAMA3},
-    {"high_freq_factor", IN_LLAMA3},
-    {"attention_factor", IN_YARN},
-    {"beta_fast", IN_YARN},
-    {"beta_slow", IN_YARN},
-    {"finetuned", IN_YARN}, // says how the model was made, not how it is run
-};
-
-static kvq_status check_rope_fields(const cJSON *rope, kvq_rope_type type, const char *what, kvq_error *err) {
-    const cJSON *item;
-    cJSON_ArrayForEach(item, rope) {
-        size_t i = 0, n = sizeof ROPE_FIELDS / sizeof *ROPE_FIELDS;
-        while (i < n && strcmp(ROPE_FIELDS[i].name, item->string) != 0) i++;
-        if (i < n && (ROPE_FIELDS[i].types & 1u << type) != 0) continue;
-        if (cJSON_IsNull(item)) continue;
-        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
-                        "%s: '%s' has the field '%s', which kvq does not know for the type '%s'", what, rope->string,
-                        item->string, kvq_rope_type_name(type));
+// The number of experts may stand under one of two names, or under both when they agree.
+static kvq_status read_n_experts(const hf_model *model, const cJSON *config, const char *what, kvq_model_config *c,
+                                 kvq_error *err) {
+    int64_t n = 0;
+    for (int i = 0; i < 2 && model->expert_fields[i] != NULL; i++) {
+        const char *name = model->expert_fields[i];
+        int64_t     value = n;
+        kvq_status  status = json_get_int(config, name, what, true, 1, MAX_EXPERTS, &value, err);
+        if (status != KVQ_OK) return status;
+        if (n > 0 && value != n) {
+            return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: field '%s' is %lld, but '%s' is %lld", what, name,
+                            (long long)value, model->expert_fields[0], (long long)n);
+        }
+        n = value;
     }
+    c->n_experts = (int)(n > 0 ? n : model->n_experts);
     return KVQ_OK;
 }
 
-static kvq_status read_rope_type(const cJSON *rope, const char *what, kvq_rope_type *out, kvq_error *err) {
-    const char *name = "default";
-    kvq_status  status = json_get_string(rope, "type", what, true, &name, err);
-    if (status == KVQ_OK) status = json_get_string(rope, "rope_type", what, true, &name, err);
-    if (status != KVQ_OK) return status;
-    for (int type = KVQ_ROPE_DEFAULT; type <= KVQ_ROPE_YARN; type++) {
-        if (strcmp(name, kvq_rope_type_name((kvq_rope_type)type)) != 0) continue;
-        *out = (kvq_rope_type)type;
-        return KVQ_OK;
+static kvq_status read_experts(const hf_model *model, const cJSON *config, const char *what, kvq_model_config *c,
+                               kvq_error *err) {
+    kvq_status status;
+    int64_t    chosen = model->experts_per_token;
+    c->normalize_experts = model->normalize_experts;
+    if (model->n_experts == 0) return KVQ_OK;
+    KVQ_TRY(read_n_experts(model, config, what, c, err));
+    KVQ_TRY(json_get_int(config, "num_experts_per_tok", what, true, 1, MAX_EXPERTS, &chosen, err));
+    if (hf_reads(model, "norm_topk_prob"))
+        KVQ_TRY(json_get_bool(config, "norm_topk_prob", what, true, &c->normalize_experts, err));
+    if (chosen > c->n_experts) {
+        status = kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: field 'num_experts_per_tok' is %lld of only %d experts", what,
+                          (long long)chosen, c->n_experts);
+        goto done;
     }
-    return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
-                    "%s: rotary type '%.80s' in '%s'; kvq supports default, linear, llama3, yarn", what, name,
-                    rope->string);
-}
-
-// The numbers of one scaling type; defaults and formulas are those of transformers' modeling_rope_utils.
-static kvq_status read_rope_numbers(const cJSON *rope, const char *what, kvq_model_config *c, kvq_error *err) {
-    kvq_status status = KVQ_OK;
-    bool       llama3 = c->rope.type == KVQ_ROPE_LLAMA3, yarn = c->rope.type == KVQ_ROPE_YARN;
-    double     partial = 1;
-    c->rope.beta_fast = yarn ? 32 : 0;
-    c->rope.beta_slow = yarn ? 1 : 0;
-    KVQ_TRY(json_get_double(rope, "partial_rotary_factor", what, true, &partial, err));
-    KVQ_TRY(json_get_double(rope, "factor", what, c->rope.type == KVQ_ROPE_DEFAULT, &c->rope.factor, err));
-    KVQ_TRY(json_get_double(rope, "low_freq_factor", what, !llama3, &c->rope.low_freq_factor, err));
-    KVQ_TRY(json_get_double(rope, "high_freq_factor", what, !llama3, &c->rope.high_freq_factor, err));
-    KVQ_TRY(json_get_double(rope, "beta_fast", what, true, &c->rope.beta_fast, err));
-    KVQ_TRY(json_get_double(rope, "beta_slow", what, true, &c->rope.beta_slow, err));
-    KVQ_TRY(json_get_double(rope, "attention_factor", what, true, &c->rope.attention_factor, err));
-    if (llama3 || yarn) {
-        c->rope.original_max_positions = c->max_positions;
-        KVQ_TRY(json_get_int(rope, "original_max_position_embeddings", what, yarn, 1, INT32_MAX,
-                             &c->rope.original_max_positions, err));
-    }
-    if (partial != 1) {
-        status = kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
-                          "%s: field 'partial_rotary_factor' is %g; kvq supports only 1", what, partial);
-    } else if (!(c->rope.factor > 0) || (yarn && c->rope.factor < 1)) {
-        status = kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: the rotary factor %g is too small", what, c->rope.factor);
-    } else if (llama3 && !(c->rope.low_freq_factor > 0 && c->rope.high_freq_factor > c->rope.low_freq_factor)) {
-        status =
-            kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: low_freq_factor %g and high_freq_factor %g are not 0 < low < high",
-                     what, c->rope.low_freq_factor, c->rope.high_freq_factor);
-    } else if (yarn &&
-               !(c->rope.beta_slow > 0 && c->rope.beta_fast > c->rope.beta_slow && c->rope.attention_factor >= 0)) {
-        status = kvq_fail(err, KVQ_ERR_INPUT, NULL,
-                          "%s: beta_slow %g, beta_fast %g, attention_factor %g are not 0 < slow < fast, 0 <= factor",
-                          what, c->rope.beta_slow, c->rope.beta_fast, c->rope.attention_factor);
-    }
+    c->experts_per_token = (int)chosen;
 done:
     return status;
 }
 
-// Up to transformers 4 the base lies beside rope_scaling, from 5 on both lie in rope_parameters.
-static kvq_status read_rope(const cJSON *config, const char *what, kvq_model_config *c, kvq_error *err) {
-    kvq_status   status;
-    const cJSON *scaling = cJSON_GetObjectItemCaseSensitive(config, "rope_scaling");
-    const cJSON *parameters = cJSON_GetObjectItemCaseSensitive(config, "rope_parameters");
-    const cJSON *rope = cJSON_IsObject(parameters) ? parameters : cJSON_IsObject(scaling) ? scaling : NULL;
-    c->rope.theta = 10000;
-    c->rope.n_dims = c->head_dim;
-    c->rope.factor = 1;
-    KVQ_TRY(json_get_double(config, "rope_theta", what, true, &c->rope.theta, err));
-    if (rope == NULL) {
-        bool null = (scaling == NULL || cJSON_IsNull(scaling)) && (parameters == NULL || cJSON_IsNull(parameters));
-        if (!null)
-            status = kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: rope_scaling or rope_parameters is no object", what);
+// ---------------------------------------------------------------- sliding windows
+
+typedef struct window_rule {
+    int64_t      window;  // 0 = none
+    int64_t      first;   // sliding layer
+    int64_t      pattern; // every such layer sees all keys
+    const cJSON *types;   // a list that says it for every layer, or NULL
+} window_rule;
+
+static kvq_status read_window_rule(const hf_model *model, const cJSON *config, const char *what, window_rule *out,
+                                   kvq_error *err) {
+    kvq_status  status = KVQ_OK;
+    bool        use = !hf_reads(model, "use_sliding_window");
+    window_rule r = {model->sliding_window, model->first_sliding, model->window_pattern, NULL};
+    if (!use) KVQ_TRY(json_get_bool(config, "use_sliding_window", what, true, &use, err));
+    if (!use || is_null(config, "sliding_window")) r.window = 0;
+    if (use) KVQ_TRY(json_get_int(config, "sliding_window", what, true, 1, INT32_MAX, &r.window, err));
+    if (hf_reads(model, "max_window_layers"))
+        KVQ_TRY(json_get_int(config, "max_window_layers", what, true, 0, INT32_MAX, &r.first, err));
+    if (hf_reads(model, "sliding_window_pattern"))
+        KVQ_TRY(json_get_int(config, "sliding_window_pattern", what, true, 1, INT32_MAX, &r.pattern, err));
+    r.types = cJSON_GetObjectItemCaseSensitive(config, "layer_types");
+    if (cJSON_IsNull(r.types)) r.types = NULL;
+    *out = r;
+done:
+    return status;
+}
+
+static bool slides_by_rule(const window_rule *r, int64_t layer) {
+    if (r->window == 0 && r->pattern == 0) return false;
+    return layer >= r->first && (r->pattern == 0 || (layer + 1) % r->pattern != 0);
+}
+
+// What layer_types, when it is there, says about a layer. Where the class does not go by it, it must agree.
+static kvq_status read_layer_type(const hf_model *model, const cJSON *type, int64_t layer, const char *what,
+                                  bool *slides, kvq_error *err) {
+    const char *text = cJSON_IsString(type) ? type->valuestring : "no text";
+    bool        says_sliding = strcmp(text, "sliding_attention") == 0;
+    if (!says_sliding && strcmp(text, "full_attention") != 0) {
+        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
+                        "%s: element %lld of 'layer_types' is '%.80s'; kvq supports full_attention, sliding_attention",
+                        what, (long long)layer, text);
+    }
+    if (!model->mixes_layers && says_sliding != *slides) {
+        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
+                        "%s: element %lld of 'layer_types' is '%s', but with this sliding_window all layers of a %s "
+                        "model are '%s'",
+                        what, (long long)layer, text, model->model_type,
+                        *slides ? "sliding_attention" : "full_attention");
+    }
+    *slides = says_sliding;
+    return KVQ_OK;
+}
+
+static kvq_status read_windows(const hf_model *model, const cJSON *config, const char *what, kvq_model_config *c,
+                               kvq_error *err) {
+    window_rule r = {0};
+    bool        any = false;
+    if (!hf_reads(model, "sliding_window")) return KVQ_OK;
+    kvq_status status = read_window_rule(model, config, what, &r, err);
+    if (status != KVQ_OK) return status;
+    if (r.types != NULL && (!cJSON_IsArray(r.types) || cJSON_GetArraySize(r.types) != c->n_layers)) {
+        return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: 'layer_types' is no list of %lld elements, one for each layer",
+                        what, (long long)c->n_layers);
+    }
+    const cJSON *type = r.types != NULL ? r.types->child : NULL;
+    for (int64_t layer = 0; layer < c->n_layers; layer++, type = type != NULL ? type->next : NULL) {
+        bool slides = slides_by_rule(&r, layer);
+        if (type != NULL) status = read_layer_type(model, type, layer, what, &slides, err);
+        if (status != KVQ_OK) return status;
+        if (slides) c->slides[layer / 8] |= (uint8_t)(1u << (layer % 8));
+        any = any || slides;
+    }
+    if (any && r.window == 0) {
+        return kvq_fail(err, KVQ_ERR_INPUT, NULL,
+                        "%s: has layers of sliding_attention, but no sliding_window is in use", what);
+    }
+    c->sliding_window = any ? r.window : 0;
+    return KVQ_OK;
+}
+
+// ---------------------------------------------------------------- numbers
+
+// A positive number that null switches off (0).
+static kvq_status read_softcap(const hf_model *model, const cJSON *config, const char *name, const char *what,
+                               double missing, float *out, kvq_error *err) {
+    double value = missing;
+    if (!hf_reads(model, name)) return KVQ_OK;
+    kvq_status status = json_get_double(config, name, what, true, &value, err);
+    if (status != KVQ_OK) return status;
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(config, name);
+    bool         is_given = item != NULL && !cJSON_IsNull(item);
+    if (is_given && !(value > 0)) {
+        return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: field '%s' is %g, must be above 0 or null", what, name, value);
+    }
+    *out = cJSON_IsNull(item) ? 0 : (float)value;
+    return KVQ_OK;
+}
+
+static kvq_status read_numbers(const hf_model *model, const cJSON *config, const char *what, kvq_model_config *c,
+                               kvq_error *err) {
+    kvq_status status;
+    double     eps = model->rms_norm_eps, scalar = model->query_scalar > 0 ? model->query_scalar : c->head_dim;
+    KVQ_TRY(json_get_double(config, "rms_norm_eps", what, true, &eps, err));
+    if (hf_reads(model, "query_pre_attn_scalar"))
+        KVQ_TRY(json_get_double(config, "query_pre_attn_scalar", what, true, &scalar, err));
+    KVQ_TRY(read_softcap(model, config, "attn_logit_softcapping", what, model->attention_softcap, &c->attention_softcap,
+                         err));
+    KVQ_TRY(read_softcap(model, config, "final_logit_softcapping", what, model->logit_softcap, &c->logit_softcap, err));
+    if (!(scalar > 0)) {
+        status = kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: field 'query_pre_attn_scalar' is %g, must be above 0", what,
+                          scalar);
         goto done;
     }
-    if (cJSON_IsObject(parameters) && cJSON_IsObject(scaling)) {
-        status = kvq_fail(err, KVQ_ERR_INPUT, "remove the one that does not apply",
-                          "%s: has both rope_scaling and rope_parameters", what);
-        goto done;
-    }
-    KVQ_TRY(json_get_double(rope, "rope_theta", what, true, &c->rope.theta, err));
-    KVQ_TRY(read_rope_type(rope, what, &c->rope.type, err));
-    KVQ_TRY(check_rope_fields(rope, c->rope.type, what, err));
-    KVQ_TRY(read_rope_numbers(rope, what, c, err));
+    c->rms_norm_eps = (float)eps;
+    c->attention_scale = (float)(1 / sqrt(scalar));
+    c->embedding_scale = model->scales_embedding ? (float)sqrt((double)c->hidden_size) : 1;
+done:
+    return status;
+}
+
+// Biases, and what the class implies without a field.
+static kvq_status read_switches(const hf_model *model, const cJSON *config, const char *what, kvq_model_config *c,
+                                kvq_error *err) {
+    kvq_status status;
+    c->tied_head = model->tied_head;
+    c->qk_norm = model->qk_norm;
+    c->post_norms = model->post_norms;
+    c->norm_offset = model->norm_offset;
+    c->activation = model->activation;
+    KVQ_TRY(json_get_bool(config, "tie_word_embeddings", what, true, &c->tied_head, err));
+    if (hf_reads(model, "attention_bias"))
+        KVQ_TRY(json_get_bool(config, "attention_bias", what, true, &c->o_bias, err)); // one switch for all four
+    if (hf_reads(model, "mlp_bias")) KVQ_TRY(json_get_bool(config, "mlp_bias", what, true, &c->mlp_bias, err));
+    c->qkv_bias = model->qkv_bias || c->o_bias;
 done:
     return status;
 }
 
 // ---------------------------------------------------------------- the whole
 
+static kvq_status find_model(const char *type, const char *what, const hf_model **out, kvq_error *err) {
+    char names[256];
+    *out = hf_model_find(type);
+    if (*out != NULL) return KVQ_OK;
+    hf_model_names(names, sizeof names);
+    return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL, "%s: model_type '%.80s' is not supported; kvq knows: %s", what,
+                    type, names);
+}
+
+// The decoder inside a checkpoint of several models: *config and *model become its own.
+static kvq_status enter_part(const hf_model **model, const cJSON **config, const char *what, kvq_error *err) {
+    const char  *type = (*model)->part_type;
+    const cJSON *part = cJSON_GetObjectItemCaseSensitive(*config, (*model)->part);
+    if (!cJSON_IsObject(part))
+        return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: has no object '%s'", what, (*model)->part);
+    kvq_status status = json_get_string(part, "model_type", what, true, &type, err);
+    if (status != KVQ_OK) return status;
+    if (strcmp(type, (*model)->part_type) != 0) {
+        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL, "%s: model_type '%.80s' in '%s'; kvq supports only %s", what,
+                        type, (*model)->part, (*model)->part_type);
+    }
+    *model = hf_model_find(type);
+    *config = part;
+    return KVQ_OK;
+}
+
+static kvq_status read_decoder(const hf_model *model, const cJSON *config, const char *what, kvq_model_config *c,
+                               kvq_error *err) {
+    kvq_status status;
+    KVQ_TRY(read_sizes(model, config, what, c, err));
+    KVQ_TRY(read_switches(model, config, what, c, err));
+    KVQ_TRY(read_numbers(model, config, what, c, err));
+    KVQ_TRY(read_experts(model, config, what, c, err));
+    KVQ_TRY(read_windows(model, config, what, c, err));
+    KVQ_TRY(hf_rope_read(model, config, what, c, err));
+    KVQ_TRY(read_token_id(config, "bos_token_id", what, &c->bos_id, err));
+    KVQ_TRY(read_token_id(config, "eos_token_id", what, &c->eos_id, err));
+    KVQ_TRY(checkpoint_check_config(c, what, err));
+done:
+    return status;
+}
+
 kvq_status hf_config_read(const kvq_context *ctx, const char *text, size_t n, const char *what, kvq_model_config *out,
                           kvq_error *err) {
     kvq_status       status;
-    kvq_model_config c = {0};
-    cJSON           *config = NULL;
+    kvq_model_config c = {.bos_id = -1, .eos_id = -1};
+    cJSON           *tree = NULL;
+    const cJSON     *config;
+    const hf_model  *model = NULL;
     const char      *type = NULL;
-    double           eps = 1e-6; // transformers' default for llama
-    int              n_roles = 0;
-    KVQ_TRY(json_parse(text, n, what, &config, err));
+    KVQ_TRY(json_parse(text, n, what, &tree, err));
+    config = tree;
     KVQ_TRY(json_get_string(config, "model_type", what, false, &type, err));
-    if (architecture_tensors(type, &n_roles) == NULL) {
-        status = kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL, "%s: model_type '%.80s' is not supported; kvq knows: %s",
-                          what, type, ARCHITECTURE_NAMES);
-        goto done;
-    }
+    KVQ_TRY(find_model(type, what, &model, err));
+    KVQ_TRY(check_fields(ctx, model, config, what, err));
     (void)snprintf(c.architecture, sizeof c.architecture, "%s", type);
-    KVQ_TRY(check_fields(ctx, config, what, err));
-    KVQ_TRY(read_sizes(config, what, &c, err));
-    KVQ_TRY(json_get_double(config, "rms_norm_eps", what, true, &eps, err));
-    KVQ_TRY(json_get_bool(config, "tie_word_embeddings", what, true, &c.tied_head, err));
-    KVQ_TRY(json_get_bool(config, "attention_bias", what, true, &c.qkv_bias, err));
-    KVQ_TRY(json_get_bool(config, "mlp_bias", what, true, &c.mlp_bias, err));
-    KVQ_TRY(read_token_id(config, "bos_token_id", what, &c.bos_id, err));
-    KVQ_TRY(read_token_id(config, "eos_token_id", what, &c.eos_id, err));
-    KVQ_TRY(read_rope(config, what, &c, err));
-    c.rms_norm_eps = (float)eps;
-    c.embedding_scale = 1;
-    c.attention_scale = (float)(1 / sqrt(c.head_dim));
-    c.o_bias = c.qkv_bias; // llama has one switch for the four of them
-    KVQ_TRY(checkpoint_check_config(&c, what, err));
+    if (model->part != NULL) {
+        KVQ_TRY(read_token_id(config, "bos_token_id", what, &c.bos_id, err)); // the part's own come on top
+        KVQ_TRY(read_token_id(config, "eos_token_id", what, &c.eos_id, err));
+        KVQ_TRY(enter_part(&model, &config, what, err));
+        KVQ_TRY(check_fields(ctx, model, config, what, err));
+    }
+    KVQ_TRY(read_decoder(model, config, what, &c, err));
     *out = c;
 done:
-    cJSON_Delete(config);
+    cJSON_Delete(tree);
     return status;
 }

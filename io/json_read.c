@@ -37,6 +37,18 @@ kvq_status json_parse_file(const char *path, cJSON **out, kvq_error *err) {
     return status;
 }
 
+kvq_status json_check_no_zero(const char *text, size_t n, const char *what, kvq_error *err) {
+    for (size_t i = 0; i + 6 <= n; i++) {
+        if (text[i] != '\\') continue;
+        if (memcmp(text + i, "\\u0000", 6) == 0) {
+            return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL, "%s: a string holds a zero character (\\u0000) at byte %zu",
+                            what, i);
+        }
+        i++; // the escaped character, which may be a backslash
+    }
+    return KVQ_OK;
+}
+
 // The member `key`, NULL when it is absent or null. Two of the same name are refused: readers differ in which one
 // counts.
 static kvq_status find(const cJSON *object, const char *key, const char *what, bool optional, const cJSON **out,

@@ -13,6 +13,10 @@
 kvq_status json_parse(const char *text, size_t n, const char *what, cJSON **out, kvq_error *err);
 kvq_status json_parse_file(const char *path, cJSON **out, kvq_error *err);
 
+// cJSON ends a string at an escaped zero character without a word, so that "a\u0000b" would become "a".
+// KVQ_ERR_UNSUPPORTED gives the byte offset of such an escape.
+kvq_status json_check_no_zero(const char *text, size_t n, const char *what, kvq_error *err);
+
 // An integer stored as a JSON number with an exact value in [low, high]. Missing: *out untouched, KVQ_OK when optional.
 kvq_status json_get_int(const cJSON *object, const char *key, const char *what, bool optional, int64_t low,
                         int64_t high, int64_t *out, kvq_error *err);

@@ -18,7 +18,7 @@ typedef struct translation {
     const kvq_context *ctx;
     const char        *where, *pattern; // zero-terminated
     size_t             at;
-    bool               in_class;
+    bool               in_class, looks_back;
     tok_text           out;
     kvq_error         *err;
 } translation;
@@ -72,6 +72,7 @@ static kvq_status translate_group(translation *t) {
     static const char *const KNOWN[] = {"(?:", "(?=", "(?!", "(?<=", "(?<!", "(?>", "(?i:"};
     if (t->pattern[t->at + 1] == '*') return refuse(t, "a verb");
     if (t->pattern[t->at + 1] != '?') return copy(t, 1);
+    if (looking_at(t, "(?<")) t->looks_back = true;
     for (size_t i = 0; i < sizeof KNOWN / sizeof *KNOWN; i++) {
         if (looking_at(t, KNOWN[i])) return copy(t, strlen(KNOWN[i]));
     }
@@ -95,6 +96,7 @@ static kvq_status translate_next(translation *t) {
         return t->pattern[t->at + n] == ']' ? refuse(t, "a class that begins with ]") : copy(t, n);
     }
     if (c == '(') return translate_group(t);
+    if (c == '^') t->looks_back = true; // for the end of a line
     if (looking_at(t, "{,")) return refuse(t, "an interval without a lower bound");
     if (looking_at(t, "}+")) return refuse(t, "a + behind an interval");
     return copy(t, 1);
@@ -119,8 +121,13 @@ kvq_status tok_pattern_regex(const kvq_context *ctx, const char *where, const ch
                          "%s: pattern '%.300s' cannot be compiled: %s near byte %zu", where, text, (const char *)reason,
                          offset));
     }
-    (void)pcre2_jit_compile(regex, PCRE2_JIT_COMPLETE); // without JIT the same matches are found, more slowly
+    // without JIT the same matches are found, more slowly
+    (void)pcre2_jit_compile(regex, PCRE2_JIT_COMPLETE | PCRE2_JIT_PARTIAL_HARD);
+    uint32_t matches_nothing = 1, behind = 1;
+    (void)pcre2_pattern_info(regex, PCRE2_INFO_MATCHEMPTY, &matches_nothing);
+    (void)pcre2_pattern_info(regex, PCRE2_INFO_MAXLOOKBEHIND, &behind);
     out->regex = regex;
+    out->whole = t.looks_back || matches_nothing != 0 || behind != 0;
 done:
     kvq_free(ctx, t.out.data);
     return status;
@@ -164,18 +171,22 @@ void tok_matcher_destroy(tok_matcher *matcher) {
     *matcher = (tok_matcher){0};
 }
 
+// Of an open text PCRE2 reports a match only when it came to it without wishing to see what stands behind the end. A
+// pattern that does not look back then finds the same match in any longer text, also when the search begins later.
 static kvq_status find_regex(const tok_matcher *matcher, tok_walk *walk, bool *found, kvq_error *err) {
-    // The text was checked to be UTF-8 when the session began, and every cut since is between characters.
-    int code = pcre2_match(walk->pattern->regex, (PCRE2_SPTR)walk->text, walk->n, walk->from, PCRE2_NO_UTF_CHECK,
-                           matcher->data, matcher->context);
+    // The text was checked to be UTF-8 when it arrived, and every cut since is between characters.
+    uint32_t options = PCRE2_NO_UTF_CHECK | (walk->open ? PCRE2_PARTIAL_HARD : 0);
+    int code = pcre2_match(walk->pattern->regex, (PCRE2_SPTR)walk->text, walk->n, walk->from, options, matcher->data,
+                           matcher->context);
+    const PCRE2_SIZE *ends = pcre2_get_ovector_pointer(matcher->data);
     *found = code >= 0;
     if (code >= 0) {
-        const PCRE2_SIZE *ends = pcre2_get_ovector_pointer(matcher->data);
         walk->start = ends[0];
         walk->end = ends[1];
         return KVQ_OK;
     }
-    if (code == PCRE2_ERROR_NOMATCH) return KVQ_OK;
+    walk->certain = code == PCRE2_ERROR_PARTIAL ? ends[0] : walk->n;
+    if (code == PCRE2_ERROR_NOMATCH || code == PCRE2_ERROR_PARTIAL) return KVQ_OK;
     PCRE2_UCHAR8 reason[128] = "";
     (void)pcre2_get_error_message(code, reason, sizeof reason);
     return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "split the text into smaller files",
@@ -183,8 +194,17 @@ static kvq_status find_regex(const tok_matcher *matcher, tok_walk *walk, bool *f
                     (const char *)reason);
 }
 
+// Where the literal could begin and reach beyond the end.
+static size_t unfinished_literal(const tok_walk *walk) {
+    const tok_pattern *p = walk->pattern;
+    size_t             at = walk->n - walk->from < p->n_literal ? walk->from : walk->n - p->n_literal + 1;
+    while (at < walk->n && memcmp(walk->text + at, p->literal, walk->n - at) != 0) at++;
+    return at;
+}
+
 static bool find_literal(tok_walk *walk) {
     const tok_pattern *p = walk->pattern;
+    walk->certain = walk->open && p->n_literal > 0 ? unfinished_literal(walk) : walk->n;
     for (size_t at = walk->from; p->n_literal > 0 && walk->n - at >= p->n_literal; at++) {
         const char *hit = memchr(walk->text + at, p->literal[0], walk->n - at - p->n_literal + 1);
         if (hit == NULL) return false;
@@ -200,6 +220,7 @@ static bool find_literal(tok_walk *walk) {
 
 static bool find_number(tok_walk *walk) {
     uint32_t c;
+    walk->certain = walk->n;
     for (size_t at = walk->from, length; at < walk->n; at += length) {
         length = utf8_decode(walk->text + at, walk->n - at, &c);
         if (length == 0) break; // cannot happen in checked text, and must not loop if it did
@@ -214,6 +235,7 @@ static bool find_number(tok_walk *walk) {
 
 kvq_status tok_walk_next(const tok_matcher *matcher, tok_walk *walk, bool *found, kvq_error *err) {
     *found = false;
+    walk->certain = walk->n;
     while (walk->from <= walk->n) {
         size_t previous_end = walk->end;
         if (walk->pattern->regex == NULL) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Records as HDF5 and back: the only file that calls HDF5. It works on files in memory (HDF5's core driver), so the
+// Records as HDF5 and back. It works on files in memory (HDF5's core driver), so the
 // disk is seen by files.c alone: no partial file, no lock, no second reading of a file that changes meanwhile.
 //
 // Why these settings?  Bounds 1.8 .. 1.8: readable since 2008, and object headers carry checksums, which the older
@@ -8,57 +8,17 @@
 //   attributes and links in their object's header: equal content gives equal bytes.
 // What is not done:  type conversion (memory type = file type; HDF5 1.10.8 converts floats wrongly), variable-length
 //   strings, soft or external links, external or virtual storage, filters that would load a plugin.
-#include <hdf5.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
+#include "hdf5_impl.h"
 #include "records.h"
 
 #define IMAGE_STEP    ((size_t)64 << 10) // growth of a file in memory
 #define MAX_LINKS     100000             // far above the few thousand of the largest model; ends cycles of hard links
 #define MAX_DEPTH     8
 #define MAX_EXPANSION 1032 // no allowed filter expands more: deflate's limit (zlib's technical notes)
-
-// ---------------------------------------------------------------- HDF5's errors
-
-// HDF5 prints errors unless told not to; the caller's setting is put back afterwards.
-typedef struct printing {
-    H5E_auto2_t function;
-    void       *data;
-    bool        known;
-} printing;
-
-static printing printing_off(void) {
-    printing saved = {0};
-    saved.known = H5Eget_auto2(H5E_DEFAULT, &saved.function, &saved.data) >= 0;
-    (void)H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
-    return saved;
-}
-
-static void printing_restore(printing saved) {
-    if (saved.known) (void)H5Eset_auto2(H5E_DEFAULT, saved.function, saved.data);
-}
-
-typedef struct cause {
-    char text[160];
-} cause;
-
-static herr_t copy_innermost(unsigned n, const H5E_error2_t *entry, void *user) {
-    if (n == 0) (void)snprintf(((cause *)user)->text, sizeof((cause *)user)->text, "%s", entry->desc);
-    return 0;
-}
-
-static cause last_cause(void) {
-    cause c = {"no reason given"};
-    (void)H5Ewalk2(H5E_DEFAULT, H5E_WALK_UPWARD, copy_innermost, &c);
-    return c;
-}
-
-// Closing is harmless for an id that was never opened, as free is for NULL.
-static void close_id(hid_t id, herr_t (*close)(hid_t)) {
-    if (id >= 0) (void)close(id);
-}
 
 // ---------------------------------------------------------------- types
 
@@ -77,19 +37,8 @@ static hid_t number_type(record_type type) {
     }
 }
 
-// Fixed length, UTF-8, padded with zeros. HDF5 has no strings of length 0, so "" takes one zero.
-static hid_t create_text_type(size_t bytes) {
-    hid_t type = H5Tcopy(H5T_C_S1);
-    if (H5Tset_size(type, bytes > 0 ? bytes : 1) < 0 || H5Tset_cset(type, H5T_CSET_UTF8) < 0 ||
-        H5Tset_strpad(type, H5T_STR_NULLPAD) < 0) {
-        close_id(type, H5Tclose);
-        return H5I_INVALID_HID;
-    }
-    return type;
-}
-
 static hid_t create_type(record_type type, size_t text_bytes) {
-    return type == RECORD_TEXT ? create_text_type(text_bytes) : H5Tcopy(number_type(type));
+    return type == RECORD_TEXT ? hdf5_text_type(text_bytes) : H5Tcopy(number_type(type));
 }
 
 // ---------------------------------------------------------------- writing
@@ -99,16 +48,11 @@ typedef struct writer {
     hid_t file, group_settings, dataset_settings;
 } writer;
 
-// Attributes and links stay in the object header up to this number, never in HDF5's heaps.
-static bool keep_compact(hid_t settings) {
-    return H5Pset_obj_track_times(settings, false) >= 0 && H5Pset_attr_phase_change(settings, 4096, 0) >= 0;
-}
-
 static hid_t access_in_memory(void) {
     hid_t access = H5Pcreate(H5P_FILE_ACCESS);
     if (H5Pset_fapl_core(access, IMAGE_STEP, false) < 0 ||
         H5Pset_libver_bounds(access, H5F_LIBVER_V18, H5F_LIBVER_V18) < 0) {
-        close_id(access, H5Pclose);
+        hdf5_close(access, H5Pclose);
         return H5I_INVALID_HID;
     }
     return access;
@@ -179,36 +123,20 @@ static bool writer_open(writer *w, captured *image) {
     w->group_settings = H5Pcreate(H5P_GROUP_CREATE);
     w->dataset_settings = H5Pcreate(H5P_DATASET_CREATE);
     unique_name(name, sizeof name, w);
-    if (access >= 0 && capture_image(access, image) && keep_compact(creation) && keep_compact(w->group_settings) &&
-        keep_compact(w->dataset_settings) && H5Pset_link_phase_change(creation, 4096, 0) >= 0 &&
-        H5Pset_link_phase_change(w->group_settings, 4096, 0) >= 0) {
+    if (access >= 0 && capture_image(access, image) && hdf5_keep_compact(creation) &&
+        hdf5_keep_compact(w->group_settings) && hdf5_keep_compact(w->dataset_settings) &&
+        hdf5_keep_links_compact(creation) && hdf5_keep_links_compact(w->group_settings)) {
         w->file = H5Fcreate(name, H5F_ACC_TRUNC, creation, access);
     }
-    close_id(creation, H5Pclose);
-    close_id(access, H5Pclose);
+    hdf5_close(creation, H5Pclose);
+    hdf5_close(access, H5Pclose);
     return w->file >= 0;
 }
 
 static bool writer_close(writer *w) {
-    close_id(w->dataset_settings, H5Pclose);
-    close_id(w->group_settings, H5Pclose);
+    hdf5_close(w->dataset_settings, H5Pclose);
+    hdf5_close(w->group_settings, H5Pclose);
     return w->file >= 0 && H5Fclose(w->file) >= 0;
-}
-
-// Creates the groups above and up to `path` that do not exist. Not HDF5's own creation of intermediate groups: that one
-// does not pass our settings on.
-static bool make_groups(const writer *w, const char *path) {
-    char part[RECORD_MAX_PATH];
-    for (const char *end = path + 1; end[-1] != 0; end++) {
-        if ((*end != '/' && *end != 0) || end == path + 1) continue;
-        (void)snprintf(part, sizeof part, "%.*s", (int)(end - path), path);
-        htri_t exists = H5Lexists(w->file, part, H5P_DEFAULT);
-        if (exists > 0) continue;
-        hid_t group = H5Gcreate2(w->file, part, H5P_DEFAULT, w->group_settings, H5P_DEFAULT);
-        if (exists < 0 || group < 0) return false;
-        (void)H5Gclose(group);
-    }
-    return true;
 }
 
 static bool write_attribute(const writer *w, const record *r, const char *owner, const char *name, hid_t type,
@@ -216,15 +144,15 @@ static bool write_attribute(const writer *w, const record *r, const char *owner,
     hid_t object = H5Oopen(w->file, owner, H5P_DEFAULT);
     hid_t attribute = object < 0 ? object : H5Acreate2(object, name, type, space, H5P_DEFAULT, H5P_DEFAULT);
     bool  ok = attribute >= 0 && H5Awrite(attribute, type, r->data) >= 0;
-    close_id(attribute, H5Aclose);
-    close_id(object, H5Oclose);
+    hdf5_close(attribute, H5Aclose);
+    hdf5_close(object, H5Oclose);
     return ok;
 }
 
 static bool write_dataset(const writer *w, const record *r, hid_t type, hid_t space) {
     hid_t dataset = H5Dcreate2(w->file, r->path, type, space, H5P_DEFAULT, w->dataset_settings, H5P_DEFAULT);
     bool  ok = dataset >= 0 && H5Dwrite(dataset, type, H5S_ALL, H5S_ALL, H5P_DEFAULT, r->data) >= 0;
-    close_id(dataset, H5Dclose);
+    hdf5_close(dataset, H5Dclose);
     return ok;
 }
 
@@ -239,27 +167,27 @@ static bool write_record(const writer *w, const record *r) {
     if (!is_attribute) slash[slash == owner ? 1 : 0] = 0;
     hid_t type = create_type(r->type, r->bytes);
     hid_t space = r->rank == 0 ? H5Screate(H5S_SCALAR) : H5Screate_simple(r->rank, shape, NULL);
-    bool  ok = type >= 0 && space >= 0 && make_groups(w, owner) &&
+    bool  ok = type >= 0 && space >= 0 && hdf5_make_groups(w->file, w->group_settings, owner) &&
               (is_attribute ? write_attribute(w, r, owner, name + 1, type, space) : write_dataset(w, r, type, space));
-    close_id(space, H5Sclose);
-    close_id(type, H5Tclose);
+    hdf5_close(space, H5Sclose);
+    hdf5_close(type, H5Tclose);
     return ok;
 }
 
 kvq_status records_to_hdf5(const kvq_context *ctx, const record_list *list, size_t room, uint8_t **image, size_t *bytes,
                            kvq_error *err) {
-    writer      w = {H5I_INVALID_HID, H5I_INVALID_HID, H5I_INVALID_HID};
-    captured    made = {0};
-    kvq_status  status = KVQ_OK;
-    uint8_t    *copy = NULL;
-    const char *at = "file";
-    printing    saved = printing_off();
-    bool        ok = writer_open(&w, &made);
+    writer        w = {H5I_INVALID_HID, H5I_INVALID_HID, H5I_INVALID_HID};
+    captured      made = {0};
+    kvq_status    status = KVQ_OK;
+    uint8_t      *copy = NULL;
+    const char   *at = "file";
+    hdf5_printing saved = hdf5_printing_off();
+    bool          ok = writer_open(&w, &made);
     for (int64_t i = 0; ok && i < list->count; i++) {
         at = list->items[i].path;
         ok = write_record(&w, &list->items[i]);
     }
-    cause why = last_cause();
+    hdf5_cause why = hdf5_last_cause();
     ok = writer_close(&w) && ok;
     size_t size = image_end(&made);
     if (!ok || size == 0) {
@@ -273,7 +201,7 @@ kvq_status records_to_hdf5(const kvq_context *ctx, const record_list *list, size
     *bytes = size;
 done:
     free(made.data);
-    printing_restore(saved);
+    hdf5_printing_restore(saved);
     return status;
 }
 
@@ -288,7 +216,7 @@ typedef struct loader {
 } loader;
 
 static kvq_status damaged(const loader *l, const char *path) {
-    return kvq_fail(l->err, KVQ_ERR_INTEGRITY, NULL, "%s cannot be read: HDF5: %s", path, last_cause().text);
+    return kvq_fail(l->err, KVQ_ERR_INTEGRITY, NULL, "%s cannot be read: HDF5: %s", path, hdf5_last_cause().text);
 }
 
 static kvq_status refused(const loader *l, const char *path, const char *why) {
@@ -304,9 +232,9 @@ static record_type classify(hid_t type) {
         if (H5Tequal(type, number_type((record_type)t)) > 0) return (record_type)t;
     }
     if (H5Tget_class(type) != H5T_STRING || H5Tis_variable_str(type) != 0) return RECORD_N_TYPES;
-    hid_t text = create_text_type(H5Tget_size(type));
+    hid_t text = hdf5_text_type(H5Tget_size(type));
     bool  equal = text >= 0 && H5Tequal(type, text) > 0;
-    close_id(text, H5Tclose);
+    hdf5_close(text, H5Tclose);
     return equal ? RECORD_TEXT : RECORD_N_TYPES;
 }
 
@@ -366,8 +294,8 @@ static kvq_status load_value(loader *l, hid_t object, bool is_attribute, const c
         l->list.items[l->list.count - 1].bytes = strlen(data);
     }
 done:
-    close_id(space, H5Sclose);
-    close_id(type, H5Tclose);
+    hdf5_close(space, H5Sclose);
+    hdf5_close(type, H5Tclose);
     return status;
 }
 
@@ -397,7 +325,7 @@ static herr_t load_attribute(hid_t object, const char *name, const H5A_info_t *i
     if (visit->status != KVQ_OK) return -1;
     hid_t attribute = H5Aopen(object, name, H5P_DEFAULT);
     visit->status = attribute < 0 ? damaged(visit->loader, path) : load_value(visit->loader, attribute, true, path);
-    close_id(attribute, H5Aclose);
+    hdf5_close(attribute, H5Aclose);
     return visit->status == KVQ_OK ? 0 : -1;
 }
 
@@ -411,29 +339,9 @@ static kvq_status load_attributes(loader *l, hid_t object, const char *owner) {
 
 // Reading must not open other files, load a plugin, or allocate a chunk that the file cannot fill.
 static const char *unsafe_storage(const loader *l, hid_t settings) {
-    static const H5Z_filter_t ALLOWED[] = {H5Z_FILTER_DEFLATE, H5Z_FILTER_SHUFFLE, H5Z_FILTER_FLETCHER32};
-    H5D_layout_t              layout = H5Pget_layout(settings);
-    if (layout != H5D_COMPACT && layout != H5D_CONTIGUOUS && layout != H5D_CHUNKED)
-        return "its storage is in other files";
-    if (H5Pget_external_count(settings) != 0) return "its storage is in other files";
-    if (layout != H5D_CHUNKED) return NULL;
-    int n_filters = H5Pget_nfilters(settings);
-    for (int i = 0; i < n_filters; i++) {
-        unsigned     flags, config;
-        size_t       n_values = 0;
-        H5Z_filter_t filter = H5Pget_filter2(settings, (unsigned)i, &flags, &n_values, NULL, 0, NULL, &config);
-        if (filter != ALLOWED[0] && filter != ALLOWED[1] && filter != ALLOWED[2]) {
-            return "it is compressed by a filter other than deflate, shuffle and fletcher32";
-        }
-    }
-    hsize_t  chunk[RECORD_MAX_RANK];
-    int      rank = H5Pget_chunk(settings, RECORD_MAX_RANK, chunk);
-    uint64_t bytes = 8;
-    for (int i = 0; i < rank && i < RECORD_MAX_RANK; i++) {
-        if (chunk[i] == 0 || chunk[i] > l->limit / bytes) return "its chunks are larger than the file";
-        bytes *= chunk[i];
-    }
-    return n_filters < 0 || rank < 0 ? "its storage has no readable description" : NULL;
+    const char *why = hdf5_unsafe_storage(settings);
+    if (why == NULL && hdf5_chunk_bytes(settings, 8) > l->limit) why = "its chunks are larger than the file";
+    return why;
 }
 
 static kvq_status load_dataset(loader *l, hid_t dataset, const char *path) {
@@ -486,10 +394,10 @@ static kvq_status load_group(loader *l, hid_t group, const char *path, int depth
 
 kvq_status records_from_hdf5(const kvq_context *ctx, const uint8_t *image, size_t bytes, record_list *out,
                              kvq_error *err) {
-    printing saved = printing_off();
-    loader   l = {.ctx = ctx, .limit = (uint64_t)bytes * MAX_EXPANSION, .err = err};
-    hid_t    access = access_in_memory(), file = H5I_INVALID_HID, root = H5I_INVALID_HID;
-    char     id[64];
+    hdf5_printing saved = hdf5_printing_off();
+    loader        l = {.ctx = ctx, .limit = (uint64_t)bytes * MAX_EXPANSION, .err = err};
+    hid_t         access = access_in_memory(), file = H5I_INVALID_HID, root = H5I_INVALID_HID;
+    char          id[64];
     unique_name(id, sizeof id, &l);
     // HDF5 copies the bytes, so it never sees the caller's mapping; the cast is for an interface without const.
     if (access >= 0 && H5Pset_file_image(access, (void *)(uintptr_t)image, bytes) >= 0) {
@@ -497,15 +405,15 @@ kvq_status records_from_hdf5(const kvq_context *ctx, const uint8_t *image, size_
     }
     if (file >= 0) root = H5Gopen2(file, "/", H5P_DEFAULT);
     kvq_status status = root < 0 ? damaged(&l, "the file") : load_group(&l, root, "", 0);
-    close_id(root, H5Gclose);
-    close_id(file, H5Fclose);
-    close_id(access, H5Pclose);
+    hdf5_close(root, H5Gclose);
+    hdf5_close(file, H5Fclose);
+    hdf5_close(access, H5Pclose);
     if (status == KVQ_OK) {
         record_sort(&l.list);
         *out = l.list;
     } else {
         record_list_free(ctx, &l.list);
     }
-    printing_restore(saved);
+    hdf5_printing_restore(saved);
     return status;
 }

@@ -25,6 +25,44 @@ kvq_status tok_rules_add(const kvq_context *ctx, tok_rules *rules, tok_rule_kind
     return KVQ_OK;
 }
 
+// ---------------------------------------------------------------- what can be done by parts
+
+static bool one_character(const char *text, size_t n) {
+    uint32_t c;
+    return n > 0 && utf8_decode(text, n, &c) == n;
+}
+
+// Something in front is put there with the first part, which holds at least one character; so that, too, must be all it
+// depends on. A rewriting that could leave nothing of the first part, or that looks at several characters, needs the
+// whole. So does a normal form behind a replacement: where characters may be parted was found out before it.
+static bool rewrites_parts(const tok_rule *rule, bool replaced) {
+    const tok_pattern *p = &rule->pattern;
+    if (rule->kind == TOK_RULE_FORM) return !replaced;
+    if (rule->kind == TOK_RULE_PREPEND)
+        return rule->prepend == TOK_PREPEND_ANY || one_character(rule->text, rule->n_text);
+    return rule->n_text > 0 && p->literal != NULL && one_character(p->literal, p->n_literal);
+}
+
+// What is removed leaves no piece behind that the next part could continue, unless it is a match.
+static bool splits_parts(const tok_rule *rule) {
+    return rule->kind == TOK_RULE_SPLIT && !rule->pattern.whole && !(rule->behavior == TOK_REMOVED && rule->invert);
+}
+
+void tok_rules_finish(tok_rules *rules) {
+    bool replaced = false;
+    rules->rewrites_parts = rules->splits_parts = true;
+    rules->has_form = false;
+    rules->n_rewriting = 0;
+    while (rules->n_rewriting < rules->n && rules->data[rules->n_rewriting].kind != TOK_RULE_SPLIT) {
+        const tok_rule *rule = &rules->data[rules->n_rewriting++];
+        rules->rewrites_parts = rules->rewrites_parts && rewrites_parts(rule, replaced);
+        rules->has_form = rules->has_form || rule->kind == TOK_RULE_FORM;
+        replaced = replaced || rule->kind == TOK_RULE_REPLACE;
+    }
+    for (int64_t i = rules->n_rewriting; i < rules->n; i++)
+        rules->splits_parts = rules->splits_parts && splits_parts(&rules->data[i]);
+}
+
 void tok_rules_free(const kvq_context *ctx, tok_rules *rules) {
     for (int64_t i = 0; i < rules->n; i++) {
         kvq_free(ctx, rules->data[i].text);
@@ -95,6 +133,35 @@ static kvq_status push_segment(splitter *p, size_t start, size_t end, bool is_ma
     return status;
 }
 
+// The piece whose end is not known: the same walk, as far as its matches are certain. A match at the end of what is
+// certain closes its piece only where no behaviour could join something to it.
+static kvq_status split_rest(tok_session *s, const tok_rule *rule, const tok_pieces *in, tok_pieces *out) {
+    kvq_status status = KVQ_OK;
+    size_t     base = in->rest.start, at = base;
+    tok_walk   walk = {
+          .pattern = &rule->pattern, .text = in->text.data + base, .n = in->rest.end - base, .open = true, .certain = 0};
+    splitter p = {.session = s, .rule = rule, .out = out};
+    for (bool found = true; walk.n > 0;) {
+        KVQ_TRY(tok_walk_next(&s->matcher, &walk, &found, s->err));
+        size_t next = base + (found ? walk.start : walk.certain);
+        if (next > at) KVQ_TRY(push_segment(&p, at, next, false));
+        if (!found) break;
+        KVQ_TRY(push_segment(&p, base + walk.start, base + walk.end, true));
+        at = base + walk.end;
+    }
+    size_t certain = base + walk.certain, start = p.any ? p.pending.start : at;
+    bool   alone = rule->behavior == TOK_ISOLATED || rule->behavior == TOK_REMOVED;
+    if (p.any && certain <= at && alone) {
+        KVQ_TRY(push_pending(&p));
+        start = at;
+    }
+    out->rest = (tok_span){start, certain > at ? certain : at};
+    if (start >= in->last_match) out->resume = start;
+    if (at > start && at > in->last_match) out->last_match = at;
+done:
+    return status;
+}
+
 // The text stays where it is; only the spans are new.
 static kvq_status split(tok_session *s, const tok_rule *rule, const tok_pieces *in, tok_pieces *out) {
     kvq_status status = KVQ_OK;
@@ -113,6 +180,10 @@ static kvq_status split(tok_session *s, const tok_rule *rule, const tok_pieces *
         KVQ_TRY(push_pending(&p));
     }
     out->at_start = in->at_start && out->n > 0 && out->spans[0].start == in->spans[0].start;
+    out->open = in->open;
+    out->resume = in->resume;
+    out->last_match = in->last_match;
+    if (in->open) status = split_rest(s, rule, in, out);
 done:
     return status;
 }
@@ -158,10 +229,10 @@ static kvq_status append_prepended(tok_session *s, const tok_rule *rule, const c
     return status == KVQ_OK ? tok_text_append(s->ctx, out, text, n, s->err) : status;
 }
 
-static kvq_status rewrite(tok_session *s, const tok_rule *rule, const tok_pieces *in, tok_pieces *out) {
+static kvq_status rewrite(tok_session *s, const tok_rule *rule, bool continues, const tok_pieces *in, tok_pieces *out) {
     kvq_status status = KVQ_OK;
     out->text.n = 0;
-    out->at_start = false;
+    out->at_start = out->open = false;
     for (int64_t i = 0; i < in->n; i++) {
         const char *text = in->text.data + in->spans[i].start;
         size_t      n = in->spans[i].end - in->spans[i].start, start = out->text.n;
@@ -169,6 +240,8 @@ static kvq_status rewrite(tok_session *s, const tok_rule *rule, const tok_pieces
             KVQ_TRY(append_form(s, rule, text, n, &out->text));
         } else if (rule->kind == TOK_RULE_REPLACE) {
             KVQ_TRY(append_replaced(s, rule, text, n, &out->text));
+        } else if (continues && i == 0) {
+            KVQ_TRY(tok_text_append(s->ctx, &out->text, text, n, s->err));
         } else {
             KVQ_TRY(append_prepended(s, rule, text, n, i == 0 && in->at_start, &out->text));
         }
@@ -190,19 +263,21 @@ static void exchange(tok_pieces *pieces, tok_pieces *scratch, bool with_text) {
     }
 }
 
-kvq_status tok_apply_rules(tok_session *s, const tok_rules *rules, const char *text, size_t n, bool at_start,
-                           tok_pieces *pieces) {
+kvq_status tok_apply_rules(tok_session *s, const tok_rule *rules, int64_t n_rules, tok_part part, tok_pieces *pieces) {
     kvq_status status = KVQ_OK;
     pieces->n = 0;
     pieces->text.n = 0;
-    pieces->at_start = at_start;
-    KVQ_TRY(tok_text_append(s->ctx, &pieces->text, text, n, s->err));
-    KVQ_TRY(push_span(s, pieces, 0, n));
-    for (int64_t i = 0; i < rules->n; i++) {
-        const tok_rule *rule = &rules->data[i];
+    pieces->at_start = part.at_start;
+    pieces->open = part.open;
+    pieces->rest = (tok_span){0, part.n};
+    pieces->resume = pieces->last_match = 0;
+    KVQ_TRY(tok_text_append(s->ctx, &pieces->text, part.text, part.n, s->err));
+    if (!part.open) KVQ_TRY(push_span(s, pieces, 0, part.n));
+    for (int64_t i = 0; i < n_rules; i++) {
+        const tok_rule *rule = &rules[i];
         bool            splits = rule->kind == TOK_RULE_SPLIT;
         s->scratch.n = 0;
-        KVQ_TRY(splits ? split(s, rule, pieces, &s->scratch) : rewrite(s, rule, pieces, &s->scratch));
+        KVQ_TRY(splits ? split(s, rule, pieces, &s->scratch) : rewrite(s, rule, part.continues, pieces, &s->scratch));
         exchange(pieces, &s->scratch, !splits);
     }
 done:

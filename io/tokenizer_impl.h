@@ -7,6 +7,9 @@
 //     patterns.c       finds what the rules speak of: literal strings, regular expressions, digits
 //     bpe.c            merges the characters or bytes of each piece into tokens
 //
+// encoder.c takes a text that arrives in parts through these steps. Each step passes on what is certain, that is, what
+// nothing that follows can change, and keeps the rest until there is more; so the ids do not depend on the parts.
+//
 // tokenizer_json.c and tokenizer_gguf.c fill the same description, struct kvq_tokenizer, from the two file forms, and
 // tokenizer.c runs it. A tokenizer never changes after it was opened, so several threads may share one; everything
 // that changes during a text lives in a tok_session.
@@ -68,6 +71,12 @@ size_t utf8_encode(uint32_t code_point, char out[4]);
 bool   utf8_is_valid(const char *text, size_t n);
 bool   utf8_is_white_space(uint32_t code_point); // the Unicode property White_Space
 bool   utf8_is_number(uint32_t code_point);      // general category Nd, Nl or No
+// A character before which a text can be cut so that the normal forms of the two parts make up that of the whole: it is
+// a starter, has no decomposition, and is never composed with what stands before it. True for ASCII and the unified
+// ideographs with their full stop and comma; other characters that would do are not looked for.
+bool utf8_begins_form(uint32_t code_point);
+// Bytes of an unfinished character at the end of text[0, n), 0 to 3.
+size_t utf8_unfinished(const char *text, size_t n);
 // Appends text with everything malformed replaced by U+FFFD: one for each maximal ill-formed part (Unicode 15, section
 // 3.9, as Python and Rust do), or one for each byte (as SentencePiece does).
 kvq_status utf8_repair(const kvq_context *ctx, const char *text, size_t n, bool each_byte, tok_text *out,
@@ -80,6 +89,7 @@ typedef struct tok_pattern { // exactly one of the three
     size_t      n_literal;
     pcre2_code *regex;
     bool        numbers; // one character that utf8_is_number
+    bool        whole;   // a regex that looks back, or may match nothing: where it matches depends on all of the text
 } tok_pattern;
 
 extern const char TOK_PATTERN_GPT2[]; // what a ByteLevel pre-tokenizer splits with
@@ -100,12 +110,15 @@ kvq_status tok_matcher_create(tok_matcher *out, kvq_error *err);
 void       tok_matcher_destroy(tok_matcher *matcher);
 
 // Walks over the matches in text[0, n), left to right, not overlapping. An empty match is given too, but never right
-// behind another match.
+// behind another match. When the text may go on behind n, only matches are given that stay what they are whatever
+// follows, and the walk ends where the first that might change could begin.
 typedef struct tok_walk {
     const tok_pattern *pattern;
     const char        *text;
     size_t             n, from;
+    bool               open;       // the text may go on
     size_t             start, end; // the match
+    size_t             certain;    // when there is none: text[from, certain) holds no beginning of one
     bool               any;        // there was a match before
 } tok_walk;
 kvq_status tok_walk_next(const tok_matcher *matcher, tok_walk *walk, bool *found, kvq_error *err);
@@ -145,11 +158,26 @@ typedef struct tok_rule {
 typedef struct tok_rules {
     tok_rule *data;
     int64_t   n, capacity;
+    // What tok_rules_finish finds out. Rewriting by parts gives the same as rewriting the whole when the text is cut
+    // anywhere between characters, with a normal form before a character that utf8_begins_form.
+    int64_t n_rewriting; // rules before the first split
+    bool    rewrites_parts, has_form;
+    bool    splits_parts; // the rules from the first split on can be applied to a text whose end is not known
 } tok_rules;
 // Appends an empty rule of a kind, to be filled in. The pointer holds until the next call.
 kvq_status tok_rules_add(const kvq_context *ctx, tok_rules *rules, tok_rule_kind kind, const char *text, tok_rule **out,
                          kvq_error *err);
+void       tok_rules_finish(tok_rules *rules); // to be called once, after the last rule was filled in
 void       tok_rules_free(const kvq_context *ctx, tok_rules *rules);
+
+// Text between two added tokens, or a part of it.
+typedef struct tok_part {
+    const char *text;
+    size_t      n;
+    bool        at_start;  // it begins where the whole text begins
+    bool        continues; // its beginning was dealt with before: nothing is put in front
+    bool        open;      // it may go on; for splits only
+} tok_part;
 
 typedef struct tok_span {
     size_t start, end;
@@ -159,6 +187,12 @@ typedef struct tok_pieces {
     tok_span *spans; // into text, none empty
     int64_t   n, capacity;
     bool      at_start; // the first piece begins where the text begins
+    // Of an open text: the piece that is not complete, as far as it is certain; from where the rules can be applied
+    // anew with the same result; and the end of the last match in a piece that is not complete: anew means there, at
+    // `resume`, or behind.
+    bool     open;
+    tok_span rest;
+    size_t   resume, last_match;
 } tok_pieces;
 void tok_pieces_free(const kvq_context *ctx, tok_pieces *pieces);
 
@@ -175,14 +209,17 @@ typedef struct tok_added_token {
 typedef struct tok_added {
     tok_added_token *data;
     int64_t          n, capacity;
-    int64_t          first[257]; // tokens that begin with byte c: [first[c], first[c + 1])
+    int64_t          first[257];    // tokens that begin with byte c: [first[c], first[c + 1])
+    bool             swallows_back; // some token has lstrip
 } tok_added;
 kvq_status tok_added_put(const kvq_context *ctx, tok_added *added, const char *text, size_t n, tok_added_token like,
                          kvq_error *err);
 void       tok_added_finish(tok_added *added); // sorts; to be called once, after the last put
 void       tok_added_free(const kvq_context *ctx, tok_added *added);
-// The leftmost, then longest, token in text[from, n); its extent with the white space it swallows in *where.
-const tok_added_token *tok_added_next(const tok_added *added, const char *text, size_t n, size_t from,
+// The leftmost, then longest, token in text[from, n); its extent with the white space it swallows in *where. Without
+// one, *where is empty and lies at n. When the text may go on (open), it lies where the first token could begin, or the
+// white space that one could swallow, that what follows might complete or change.
+const tok_added_token *tok_added_next(const tok_added *added, const char *text, size_t n, size_t from, bool open,
                                       bool parse_special, tok_span *where);
 
 // ---------------------------------------------------------------- byte-pair encoding (bpe.c)
@@ -226,18 +263,21 @@ typedef struct tok_session {
     tok_matcher          matcher;
     tok_pieces           normal, pieces, scratch;
     tok_table            cache;  // piece -> index into `cached`
-    tok_span            *cached; // ids of a piece, as a span of *ids
+    tok_span            *cached; // ids of a piece, as a span of cached_ids
     int64_t              n_cached, cached_capacity;
+    kvq_ids              cached_ids;
     struct bpe_work     *work;
     kvq_ids             *ids; // where the result goes
     kvq_error           *err;
 } tok_session;
 
-// Replaces `pieces` by the single piece `text` and applies the rules one after the other.
-kvq_status tok_apply_rules(tok_session *session, const tok_rules *rules, const char *text, size_t n, bool at_start,
+// Replaces `pieces` by the single piece `part` and applies the rules one after the other.
+kvq_status tok_apply_rules(tok_session *session, const tok_rule *rules, int64_t n_rules, tok_part part,
                            tok_pieces *pieces);
 kvq_status tok_bpe_encode(tok_session *session, const char *piece, size_t n);
-void       tok_bpe_work_free(tok_session *session);
+// How much of a piece that may go on can be encoded by itself.
+size_t tok_bpe_certain(const tok_bpe *bpe, const char *piece, size_t n);
+void   tok_bpe_work_free(tok_session *session);
 
 // The two readers fill an empty tokenizer; on failure the caller frees what is there. They set info.sha256, bos_id,
 // eos_id, adds_bos.

@@ -394,10 +394,12 @@ done:
 
 // A token that is looked for behind the normalizer went through it itself.
 static kvq_status put_normalized(reader *r, const char *text, tok_added_token like) {
-    kvq_status  status = KVQ_OK;
-    tok_session s = {.ctx = r->ctx, .tokenizer = r->t, .err = r->err};
+    kvq_status       status = KVQ_OK;
+    const tok_rules *rules = &r->t->normalizer;
+    tok_session      s = {.ctx = r->ctx, .tokenizer = r->t, .err = r->err};
+    tok_part         whole = {.text = text, .n = strlen(text), .at_start = true};
     KVQ_TRY(tok_matcher_create(&s.matcher, r->err));
-    KVQ_TRY(tok_apply_rules(&s, &r->t->normalizer, text, strlen(text), true, &s.normal));
+    KVQ_TRY(tok_apply_rules(&s, rules->data, rules->n, whole, &s.normal));
     if (s.normal.n > 0)
         KVQ_TRY(tok_added_put(r->ctx, &r->t->normalized, s.normal.text.data, s.normal.text.n, like, r->err));
 done:
@@ -533,19 +535,6 @@ done:
 
 // ---------------------------------------------------------------- the file
 
-// cJSON ends a string at an escaped zero character without a word, so that "a\u0000b" would become "a".
-static kvq_status check_no_escaped_zero(reader *r, const char *text, size_t n) {
-    for (size_t i = 0; i + 6 <= n; i++) {
-        if (text[i] != '\\') continue;
-        if (memcmp(text + i, "\\u0000", 6) == 0) {
-            return kvq_fail(r->err, KVQ_ERR_UNSUPPORTED, NULL,
-                            "%s: a string holds a zero character (\\u0000) at byte %zu", r->path, i);
-        }
-        i++; // the escaped character, which may be a backslash
-    }
-    return KVQ_OK;
-}
-
 kvq_status tok_read_json(const kvq_context *ctx, const char *path, kvq_tokenizer *t, kvq_error *err) {
     reader          r = {.ctx = ctx, .path = path, .t = t, .template_id = -1, .err = err};
     kvq_mapped_file file = {0};
@@ -553,7 +542,7 @@ kvq_status tok_read_json(const kvq_context *ctx, const char *path, kvq_tokenizer
     kvq_status      status = KVQ_OK;
     KVQ_TRY(kvq_map_file(path, &file, err));
     KVQ_TRY(kvq_sha256_of(file.data, file.bytes, t->info.sha256, err));
-    KVQ_TRY(check_no_escaped_zero(&r, (const char *)file.data, file.bytes));
+    KVQ_TRY(json_check_no_zero((const char *)file.data, file.bytes, path, err));
     KVQ_TRY(json_parse((const char *)file.data, file.bytes, path, &root, err));
     if (!cJSON_IsObject(root)) KVQ_TRY(kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: is not a JSON object", path));
     KVQ_TRY(read_normalizer(&r, member(root, "normalizer")));

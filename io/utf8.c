@@ -46,6 +46,20 @@ bool utf8_is_number(uint32_t c) {
     return category == UTF8PROC_CATEGORY_ND || category == UTF8PROC_CATEGORY_NL || category == UTF8PROC_CATEGORY_NO;
 }
 
+bool utf8_begins_form(uint32_t c) { return c < 0x80 || c == 0x3001 || c == 0x3002 || (c >= 0x4e00 && c <= 0x9fff); }
+
+// Whatever precedes it, a byte that is no continuation byte begins something new, well-formed or not; so a text may be
+// cut before it, and there is no need to look further back than the longest character goes.
+size_t utf8_unfinished(const char *text, size_t n) {
+    for (size_t back = 1; back <= 3 && back <= n; back++) {
+        uint8_t byte = (uint8_t)text[n - back];
+        if ((byte & 0xc0) == 0x80) continue;
+        size_t expected = byte < 0xc0 ? 1 : byte < 0xe0 ? 2 : byte < 0xf0 ? 3 : 4;
+        return expected > back ? back : 0;
+    }
+    return 0;
+}
+
 // Length of the maximal part of text that could begin a well-formed sequence but does not go on as one, at least 1.
 // The second byte's range depends on the first: table 3-7 of the Unicode Standard, version 15.
 static size_t ill_formed_length(const uint8_t *text, size_t n) {

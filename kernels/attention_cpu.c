@@ -4,9 +4,8 @@
 // memory grows with S and not with S^2. The backward pass recomputes the scores (Dao et al., FlashAttention, 2022,
 // without the tiling over keys that a processor with caches does not need).
 //
-// Forward items are (head, query block). Backward items are whole query heads, because the blocks of a head add into
-// the same dK and dV and the order of those sums must be fixed; heads that share a KV head are summed at the end, in
-// order.
+// Forward items are (head, query block). Backward items are query heads that share a KV head, one after the other,
+// because their blocks add into the same dK and dV and the order of those sums must be fixed.
 #include <math.h>
 
 #include "kernels_impl.h"
@@ -19,7 +18,8 @@ typedef struct attention_job {
     kvq_attention_shape shape;
     const float        *q, *k, *v, *out, *dout;
     float              *result, *dq, *dk, *dv; // result: forward output
-    float              *scratch;               // per worker, then per head
+    float              *scratch;               // per worker
+    float              *parts;                 // [n_parts - 1, 2, S, Hkv, D]: dk and dv of all parts but the first
 } attention_job;
 
 // The keys that the queries [first, end) of a block can see: [first_key, end).
@@ -69,26 +69,42 @@ static float exponentials(float *x, int64_t n, float maximum) {
     return lane[0];
 }
 
-// One row of scores over keys [first_key, end): probabilities where query i may look, 0 elsewhere.
-static void softmax_row(const kvq_attention_shape *s, float *row, int64_t i, const query_block *b) {
-    int64_t from = s->window > 0 && i >= s->window ? i - s->window + 1 : 0;
-    float  *visible = row + (from - b->first_key);
-    int64_t n = i + 1 - from;
-    float   inverse = 1.0f / exponentials(visible, n, row_maximum(visible, n));
-    for (int64_t j = 0; j < from - b->first_key; j++) row[j] = 0;
-    for (int64_t j = 0; j < n; j++) visible[j] *= inverse;
-    for (int64_t j = i + 1; j < b->end; j++) row[j - b->first_key] = 0;
+// x [n] -> cap * tanh(x / cap); slope (NULL = not wanted) receives the derivative
+static void cap_scores(float cap, float *x, float *slope, int64_t n) {
+    for (int64_t j = 0; j < n; j++) x[j] = kvq_tanh_f32(x[j] / cap);
+    for (int64_t j = 0; slope != NULL && j < n; j++) slope[j] = 1.0f - x[j] * x[j];
+    for (int64_t j = 0; j < n; j++) x[j] *= cap;
 }
 
-// p [rows, keys] = softmax(scale * Q K^T) of one block
-static void probabilities(const attention_job *job, int64_t head, const query_block *b, float *p) {
+// Keys [from, to) of a row that the query does not see.
+static void hide(float *row, float *slope, int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; j++) row[j] = 0;
+    for (int64_t j = from; slope != NULL && j < to; j++) slope[j] = 0;
+}
+
+// One row of scores over keys [first_key, end): probabilities where query i may look, 0 elsewhere. slope: NULL unless
+// the scores are capped and their gradient is wanted.
+static void softmax_row(const kvq_attention_shape *s, float *row, float *slope, int64_t i, const query_block *b) {
+    int64_t first = s->window > 0 && i >= s->window ? i - s->window + 1 : 0, from = first - b->first_key;
+    int64_t n = i + 1 - first, keys = b->end - b->first_key;
+    float  *visible = row + from;
+    if (s->softcap > 0) cap_scores(s->softcap, visible, slope != NULL ? slope + from : NULL, n);
+    float inverse = 1.0f / exponentials(visible, n, row_maximum(visible, n));
+    for (int64_t j = 0; j < n; j++) visible[j] *= inverse;
+    hide(row, slope, 0, from);
+    hide(row, slope, from + n, keys);
+}
+
+// p [rows, keys] = softmax(capped(scale * Q K^T)) of one block
+static void probabilities(const attention_job *job, int64_t head, const query_block *b, float *p, float *slope) {
     const kvq_attention_shape *s = &job->shape;
     int64_t      q_stride = (int64_t)s->n_heads * s->head_dim, k_stride = (int64_t)s->n_kv_heads * s->head_dim;
     int64_t      rows = b->end - b->first, keys = b->end - b->first_key;
     const float *q = job->q + b->first * q_stride + head * s->head_dim;
     const float *k = job->k + b->first_key * k_stride + kv_head_of(s, head) * s->head_dim;
     kvq_gemm(false, true, rows, keys, s->head_dim, s->scale, q, q_stride, k, k_stride, 0.0f, p, keys);
-    for (int64_t i = 0; i < rows; i++) softmax_row(s, p + i * keys, b->first + i, b);
+    for (int64_t i = 0; i < rows; i++)
+        softmax_row(s, p + i * keys, slope != NULL ? slope + i * keys : NULL, b->first + i, b);
 }
 
 static void attention_item(void *user, int64_t item, int worker) {
@@ -99,7 +115,7 @@ static void attention_item(void *user, int64_t item, int worker) {
     int64_t q_stride = (int64_t)s->n_heads * s->head_dim, k_stride = (int64_t)s->n_kv_heads * s->head_dim;
     int64_t keys = b.end - b.first_key;
     float  *p = job->scratch + worker * QUERY_BLOCK * s->n_tokens;
-    probabilities(job, head, &b, p);
+    probabilities(job, head, &b, p, NULL);
     kvq_gemm(false, false, b.end - b.first, s->head_dim, keys, 1.0f, p, keys,
              job->v + b.first_key * k_stride + kv_head_of(s, head) * s->head_dim, k_stride, 0.0f,
              job->result + b.first * q_stride + head * s->head_dim, q_stride);
@@ -113,9 +129,21 @@ void kvq_attention_cpu(const kvq_backend *be, const kvq_attention_shape *shape, 
 
 // ---------------------------------------------------------------- backward
 
-// ds = p * (dp - sum_j p_j dp_j) * scale, in place of dp; the sum equals the dot product of the row's output and its
-// gradient, which costs D instead of S operations.
-static void score_gradient(const attention_job *job, int64_t head, const query_block *b, const float *p, float *dp) {
+// A capped score needs room for its derivative beside p and dp.
+static int64_t backward_blocks(const kvq_attention_shape *s) { return s->softcap > 0 ? 3 : 2; }
+
+// Items of the backward pass: the query heads of a KV head, cut into parts so that there are some 16 items (what a
+// machine with that many cores keeps busy) where there are heads enough. The first part adds into dk and dv, each other
+// one into arrays of its own.
+static int64_t n_parts(const kvq_attention_shape *s) {
+    int64_t group = s->n_heads / s->n_kv_heads, wanted = (16 + s->n_kv_heads - 1) / s->n_kv_heads;
+    return wanted < group ? wanted : group;
+}
+
+// ds = p * (dp - sum_j p_j dp_j) * scale * slope, in place of dp; the sum equals the dot product of the row's output
+// and its gradient, which costs D instead of S operations.
+static void score_gradient(const attention_job *job, int64_t head, const query_block *b, const float *p,
+                           const float *slope, float *dp) {
     const kvq_attention_shape *s = &job->shape;
     int64_t                    stride = (int64_t)s->n_heads * s->head_dim, keys = b->end - b->first_key;
     for (int64_t i = b->first; i < b->end; i++) {
@@ -127,68 +155,76 @@ static void score_gradient(const attention_job *job, int64_t head, const query_b
         const float *p_row = p + (i - b->first) * keys;
         float       *ds = dp + (i - b->first) * keys;
         for (int64_t j = 0; j < keys; j++) ds[j] = p_row[j] * (ds[j] - center) * s->scale;
+        for (int64_t j = 0; slope != NULL && j < keys; j++) ds[j] *= slope[(i - b->first) * keys + j];
     }
 }
 
-static void attention_backward_head(void *user, int64_t head, int worker) {
-    const attention_job       *job = user;
+// One query head: overwrites its part of dq, adds to dk and dv of its KV head.
+static void attention_backward_head(const attention_job *job, int64_t head, float *scratch, float *dk, float *dv) {
     const kvq_attention_shape *s = &job->shape;
-    int64_t                    D = s->head_dim, q_stride = s->n_heads * D, k_stride = s->n_kv_heads * D;
-    float *p = job->scratch + 2 * worker * QUERY_BLOCK * s->n_tokens, *dp = p + QUERY_BLOCK * s->n_tokens;
-    float *dk = job->dk + head * s->n_tokens * D, *dv = job->dv + head * s->n_tokens * D;
-    for (int64_t i = 0; i < s->n_tokens * D; i++) dk[i] = dv[i] = 0;
+    int64_t D = s->head_dim, q_stride = s->n_heads * D, k_stride = s->n_kv_heads * D, block = QUERY_BLOCK * s->n_tokens;
+    float  *p = scratch, *dp = p + block, *slope = s->softcap > 0 ? dp + block : NULL;
     for (int64_t index = 0; index < n_blocks(s); index++) {
         query_block b = block_at(s, index);
         int64_t     rows = b.end - b.first, keys = b.end - b.first_key,
                 kv_at = b.first_key * k_stride + kv_head_of(s, head) * D;
         int64_t      q_at = b.first * q_stride + head * D;
         const float *dout = job->dout + q_at;
-        probabilities(job, head, &b, p);
+        probabilities(job, head, &b, p, slope);
         kvq_gemm(false, true, rows, keys, D, 1.0f, dout, q_stride, job->v + kv_at, k_stride, 0.0f, dp, keys);
-        score_gradient(job, head, &b, p, dp);
+        score_gradient(job, head, &b, p, slope, dp);
         kvq_gemm(false, false, rows, D, keys, 1.0f, dp, keys, job->k + kv_at, k_stride, 0.0f, job->dq + q_at, q_stride);
-        kvq_gemm(true, false, keys, D, rows, 1.0f, dp, keys, job->q + q_at, q_stride, 1.0f, dk + b.first_key * D, D);
-        kvq_gemm(true, false, keys, D, rows, 1.0f, p, keys, dout, q_stride, 1.0f, dv + b.first_key * D, D);
+        kvq_gemm(true, false, keys, D, rows, 1.0f, dp, keys, job->q + q_at, q_stride, 1.0f, dk + kv_at, k_stride);
+        kvq_gemm(true, false, keys, D, rows, 1.0f, p, keys, dout, q_stride, 1.0f, dv + kv_at, k_stride);
     }
 }
 
-typedef struct group_sum_job {
-    kvq_attention_shape shape;
-    const float        *per_head; // [H, S, D]
-    float              *out;      // [S, Hkv, D]
-} group_sum_job;
+static int64_t kv_floats(const kvq_attention_shape *s) { return s->n_tokens * s->n_kv_heads * s->head_dim; }
 
-static void group_sum(void *user, int64_t kv_head, int worker) {
-    const group_sum_job       *job = user;
+static void attention_backward_item(void *user, int64_t item, int worker) {
+    const attention_job       *job = user;
     const kvq_attention_shape *s = &job->shape;
-    int64_t                    D = s->head_dim, group = s->n_heads / s->n_kv_heads, per_head = s->n_tokens * D;
-    (void)worker;
+    int64_t parts = n_parts(s), kv_head = item / parts, part = item % parts, group = s->n_heads / s->n_kv_heads;
+    int64_t stride = (int64_t)s->n_kv_heads * s->head_dim;
+    float  *scratch = job->scratch + worker * backward_blocks(s) * QUERY_BLOCK * s->n_tokens;
+    float  *dk = job->dk, *dv = job->dv;
+    if (part > 0) {
+        dk = job->parts + 2 * (part - 1) * kv_floats(s);
+        dv = dk + kv_floats(s);
+    }
     for (int64_t t = 0; t < s->n_tokens; t++) {
-        float       *out = job->out + (t * s->n_kv_heads + kv_head) * D;
-        const float *in = job->per_head + kv_head * group * per_head + t * D;
-        for (int64_t c = 0; c < D; c++) {
-            float sum = in[c];
-            for (int64_t g = 1; g < group; g++) sum += in[g * per_head + c];
-            out[c] = sum;
-        }
+        int64_t at = t * stride + kv_head * s->head_dim;
+        for (int c = 0; c < s->head_dim; c++) dk[at + c] = dv[at + c] = 0;
+    }
+    for (int64_t head = group * part / parts; head < group * (part + 1) / parts; head++)
+        attention_backward_head(job, kv_head * group + head, scratch, dk, dv);
+}
+
+// One token of dk and dv: the parts are added in order.
+static void add_parts(void *user, int64_t token, int worker) {
+    const attention_job *job = user;
+    int64_t              d = (int64_t)job->shape.n_kv_heads * job->shape.head_dim, n = kv_floats(&job->shape);
+    float               *dk = job->dk + token * d, *dv = job->dv + token * d;
+    (void)worker;
+    for (int64_t part = 1; part < n_parts(&job->shape); part++) {
+        const float *more_dk = job->parts + 2 * (part - 1) * n + token * d, *more_dv = more_dk + n;
+        for (int64_t c = 0; c < d; c++) dk[c] += more_dk[c];
+        for (int64_t c = 0; c < d; c++) dv[c] += more_dv[c];
     }
 }
 
 void kvq_attention_backward_cpu(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
                                 const float *v, const float *out, const float *dout, float *dq, float *dk, float *dv,
                                 float *scratch) {
-    int64_t per_worker = 2 * QUERY_BLOCK * shape->n_tokens, per_head = shape->n_tokens * shape->head_dim;
-    float  *dk_heads = scratch + be->ctx->n_threads * per_worker, *dv_heads = dk_heads + shape->n_heads * per_head;
-    attention_job job = {*shape, q, k, v, out, dout, NULL, dq, dk_heads, dv_heads, scratch};
-    kvq_parallel_for(be->ctx, shape->n_heads, attention_backward_head, &job);
-    group_sum_job sum_k = {*shape, dk_heads, dk}, sum_v = {*shape, dv_heads, dv};
-    kvq_parallel_for(be->ctx, shape->n_kv_heads, group_sum, &sum_k);
-    kvq_parallel_for(be->ctx, shape->n_kv_heads, group_sum, &sum_v);
+    float        *parts = scratch + be->ctx->n_threads * backward_blocks(shape) * QUERY_BLOCK * shape->n_tokens;
+    attention_job job = {*shape, q, k, v, out, dout, NULL, dq, dk, dv, scratch, parts};
+    kvq_parallel_for(be->ctx, shape->n_kv_heads * n_parts(shape), attention_backward_item, &job);
+    if (n_parts(shape) > 1) kvq_parallel_for(be->ctx, shape->n_tokens, add_parts, &job);
 }
 
 int64_t kvq_attention_scratch_floats_cpu(const kvq_backend *be, const kvq_attention_shape *shape, bool backward) {
     int64_t block = (int64_t)QUERY_BLOCK * shape->n_tokens * be->ctx->n_threads;
-    return backward ? 2 * block + 2 * (int64_t)shape->n_heads * shape->n_tokens * shape->head_dim : block;
+    return backward ? backward_blocks(shape) * block + 2 * (n_parts(shape) - 1) * kv_floats(shape) : block;
 }
 
 // ---------------------------------------------------------------- one token of many sequences
@@ -212,6 +248,7 @@ static void attention_step_item(void *user, int64_t item, int worker) {
     float                     *p = job->scratch + item * job->capacity, *out = job->out + (seq * s->n_heads + head) * D;
     (void)worker;
     kvq_gemm(false, true, 1, n - from, D, s->scale, q, D, k + from * stride, stride, 0.0f, p, n - from);
+    if (s->softcap > 0) cap_scores(s->softcap, p, NULL, n - from);
     float inverse = 1.0f / exponentials(p, n - from, row_maximum(p, n - from));
     for (int64_t j = 0; j < n - from; j++) p[j] *= inverse;
     kvq_gemm(false, false, 1, D, n - from, 1.0f, p, n - from, v + from * stride, stride, 0.0f, out, D);

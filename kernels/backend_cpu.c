@@ -32,14 +32,21 @@ static int64_t find_nonfinite(const kvq_backend *be, const float *x, int64_t n) 
 
 static void destroy(kvq_backend **be) {
     if (*be == NULL) return;
-    kvq_free((*be)->ctx, *be);
+    const kvq_context *ctx = (*be)->ctx;
+    cpu_backend       *cpu = (cpu_backend *)*be; // its first member
+    kvq_bf16_destroy(ctx, &cpu->bf16);
+    kvq_free(ctx, cpu);
     *be = NULL;
 }
 
-kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_backend **out, kvq_error *err) {
+const char *const kvq_compute_names[] = {[KVQ_COMPUTE_F32] = "f32", [KVQ_COMPUTE_BF16] = "bf16", NULL};
+
+kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_compute compute, kvq_backend **out, kvq_error *err) {
+    cpu_backend *cpu = NULL;
     kvq_backend *be = NULL;
-    kvq_status   status = KVQ_NEW(ctx, 1, "backend", &be, err);
+    kvq_status   status = KVQ_NEW(ctx, 1, "backend", &cpu, err);
     if (status != KVQ_OK) return status;
+    be = &cpu->table;
     *be = (kvq_backend){
         .name = "cpu",
         .matmul = kvq_gemm_prepare(),
@@ -59,8 +66,14 @@ kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_backend **out, kvq_error 
         .rmsnorm = kvq_rmsnorm_cpu,
         .rmsnorm_backward = kvq_rmsnorm_backward_cpu,
         .rope = kvq_rope_cpu,
-        .silu_mul = kvq_silu_mul_cpu,
-        .silu_mul_backward = kvq_silu_mul_backward_cpu,
+        .gated_mul = kvq_gated_mul_cpu,
+        .gated_mul_backward = kvq_gated_mul_backward_cpu,
+        .softcap = kvq_softcap_cpu,
+        .route = kvq_route_cpu,
+        .route_backward = kvq_route_backward_cpu,
+        .gather_rows = kvq_gather_rows_cpu,
+        .scatter_rows = kvq_scatter_rows_cpu,
+        .row_dots = kvq_row_dots_cpu,
         .attention_scratch_floats = kvq_attention_scratch_floats_cpu,
         .attention = kvq_attention_cpu,
         .attention_backward = kvq_attention_backward_cpu,
@@ -72,6 +85,11 @@ kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_backend **out, kvq_error 
         .decode = kvq_decode_cpu,
         .find_nonfinite = find_nonfinite,
     };
+    if (compute == KVQ_COMPUTE_BF16) status = kvq_use_bf16(cpu, err);
+    if (status != KVQ_OK) {
+        destroy(&be);
+        return status;
+    }
     *out = be;
     return KVQ_OK;
 }

@@ -5,6 +5,8 @@
 #ifndef KVQ_KERNELS_IMPL_H
 #define KVQ_KERNELS_IMPL_H
 
+#include <math.h>
+
 #include "kvq_kernels.h"
 
 // f64 sums of a row run over this many partial sums in a fixed order, which a compiler can turn into vector code
@@ -15,27 +17,80 @@ static inline double sum_lanes(const double lane[LANES]) {
     return ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
 }
 
+// A product cut into tiles of at most rows x columns results; item i of a parallel loop is tile i.
+typedef struct tiling {
+    int64_t rows, columns, n_column_tiles, n_tiles;
+} tiling;
+
+typedef struct tile {
+    int64_t row, column, rows, columns; // origin and size
+} tile;
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static inline tiling cut_into_tiles(int64_t m, int64_t n, int64_t rows, int64_t columns) {
+    tiling t = {.rows = rows, .columns = columns, .n_column_tiles = (n + columns - 1) / columns};
+    t.n_tiles = (m + rows - 1) / rows * t.n_column_tiles;
+    return t;
+}
+
+static inline tile tile_of(const tiling *t, int64_t m, int64_t n, int64_t item) {
+    int64_t row = item / t->n_column_tiles * t->rows, column = item % t->n_column_tiles * t->columns;
+    tile    x = {row, column, smaller(t->rows, m - row), smaller(t->columns, n - column)};
+    return x;
+}
+
+// The library could not compute y [rows, columns], most likely for want of memory. What was in y must not pass for a
+// result: the next check for finite numbers ends the run.
+static inline void spoil(float *y, int64_t y_stride, int64_t rows, int64_t columns) {
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t j = 0; j < columns; j++) y[i * y_stride + j] = NAN;
+    }
+}
+
 // c [m, n] = alpha * op(a) op(b) + beta * c on the calling thread, by one library call; row strides lda, ldb, ldc.
 // transpose_a: a is stored [k, m]; transpose_b: b is stored [n, k].
 void        kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
                      int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc);
 const char *kvq_gemm_prepare(void); // keeps the library on the calling thread; returns its name
 
-void kvq_linear_cpu(const kvq_backend *be, const float *x, const float *w, const float *bias, float *y, int64_t m,
-                    int64_t n_out, int64_t n_in);
-void kvq_linear_backward_cpu(const kvq_backend *be, const float *dy, const float *w, float *dx, int64_t m,
-                             int64_t n_out, int64_t n_in, bool accumulate);
+int64_t kvq_weights_floats_cpu(const kvq_backend *be, int64_t n_out, int64_t n_in);
+void    kvq_upload_weights_cpu(const kvq_backend *be, float *w, int64_t n_in, int64_t row, int64_t n_rows,
+                               const float *host_from);
+void    kvq_linear_cpu(const kvq_backend *be, const float *x, const float *w, const float *bias, float *y, int64_t m,
+                       int64_t n_out, int64_t n_in);
+void    kvq_linear_backward_cpu(const kvq_backend *be, const float *dy, const float *w, float *dx, int64_t m,
+                                int64_t n_out, int64_t n_in, bool accumulate);
+
+// What linear layers in bf16 keep: compiled products and scratch.
+typedef struct kvq_bf16 kvq_bf16;
+
+typedef struct cpu_backend {
+    kvq_backend table;
+    kvq_bf16   *bf16; // NULL when linear layers are f32
+} cpu_backend;
+
+// Puts linear layers in bf16 into the table; destroy what was made also after a failure.
+kvq_status kvq_use_bf16(cpu_backend *cpu, kvq_error *err);
+void       kvq_bf16_destroy(const kvq_context *ctx, kvq_bf16 **bf16);
 
 void kvq_rmsnorm_cpu(const kvq_backend *be, const float *x, const float *w, float eps, float *y, int64_t m, int64_t n);
 void kvq_rmsnorm_backward_cpu(const kvq_backend *be, const float *x, const float *w, float eps, const float *dy,
                               float *dx, int64_t m, int64_t n);
 void kvq_rope_cpu(const kvq_backend *be, float *x, const float *cos_table, const float *sin_table, int direction,
                   int64_t m, int n_heads, int head_dim, int rot);
-int64_t kvq_weights_floats_cpu(const kvq_backend *be, int64_t n_out, int64_t n_in);
-void    kvq_upload_weights_cpu(const kvq_backend *be, float *w, int64_t n_in, int64_t row, int64_t n_rows,
-                               const float *host_from);
-void    kvq_silu_mul_cpu(const kvq_backend *be, const float *gate, const float *up, float *y, int64_t n);
-void    kvq_silu_mul_backward_cpu(const kvq_backend *be, float *gate, float *up, const float *dy, int64_t n);
+void kvq_gated_mul_cpu(const kvq_backend *be, kvq_gate_kind kind, const float *gate, const float *up, float *y, int64_t n);
+void kvq_gated_mul_backward_cpu(const kvq_backend *be, kvq_gate_kind kind, float *gate, float *up, const float *dy,
+                                int64_t n);
+void kvq_softcap_cpu(const kvq_backend *be, float cap, float *x, int64_t n);
+
+void kvq_route_cpu(const kvq_backend *be, const kvq_route *to, const float *x, const float *w, int64_t m, int64_t n);
+void kvq_route_backward_cpu(const kvq_backend *be, const kvq_route *from, const float *dweight, const float *w,
+                            float *dx, int64_t m, int64_t n);
+void kvq_gather_rows_cpu(const kvq_backend *be, const float *x, const int32_t *rows, float *y, int64_t m, int64_t n);
+void kvq_scatter_rows_cpu(const kvq_backend *be, const float *x, const int32_t *rows, const float *scales, float *y,
+                          int64_t m, int64_t n);
+void kvq_row_dots_cpu(const kvq_backend *be, const float *a, const float *b, float *out, int64_t m, int64_t n);
 
 int64_t kvq_attention_scratch_floats_cpu(const kvq_backend *be, const kvq_attention_shape *shape, bool backward);
 void    kvq_attention_cpu(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
@@ -48,7 +103,7 @@ void kvq_attention_step_cpu(const kvq_backend *be, const kvq_attention_shape *sh
                             float *scratch);
 
 void kvq_cross_entropy_cpu(const kvq_backend *be, float *logits, const int32_t *targets, int64_t m, int64_t n_vocab,
-                           double scale, double *nll);
+                           float cap, double scale, double *nll);
 void kvq_compare_cpu(const kvq_backend *be, const float *logits_a, const float *logits_b, const int32_t *targets,
                      int64_t m, int64_t n_vocab, kvq_position_score *out);
 void kvq_sample_cpu(const kvq_backend *be, const float *logits, const double *u, int64_t m, int64_t n_vocab,

@@ -28,6 +28,21 @@ typedef struct kvq_attention_shape {
     float   softcap;             // scores become softcap * tanh(score / softcap); 0 = off
 } kvq_attention_shape;
 
+// What a gated MLP does to its gate: silu(g) = g / (1 + exp(-g)); gelu(g) = g (1 + tanh(u)) / 2 with
+// u = sqrt(2 / pi) (g + 0.044715 g^3), the approximation that gemma is trained with.
+typedef enum kvq_gate_kind { KVQ_GATE_SILU, KVQ_GATE_GELU_TANH } kvq_gate_kind;
+
+// Where a router sends m tokens; host memory. probability [m, E] is the softmax of the router's logits; expert [m, k]
+// are the k most probable ones, most probable first, the lower index on a tie; weight [m, k] their probabilities,
+// divided by their sum when normalize.
+typedef struct kvq_route {
+    int      n_experts, per_token; // E, k
+    bool     normalize;
+    float   *probability;
+    int32_t *expert;
+    float   *weight;
+} kvq_route;
+
 // What is compared per scored position by `compare`.
 typedef struct kvq_position_score {
     double nll_a, nll_b; // -log p(target), nats, log-sum-exp in f64
@@ -38,7 +53,7 @@ typedef struct kvq_position_score {
 typedef struct kvq_backend kvq_backend;
 struct kvq_backend {
     const char        *name;   // "cpu"
-    const char        *matmul; // library behind `linear`: "onednn", "cblas"
+    const char        *matmul; // library behind `linear` and its factors: "onednn", "onednn-bf16", "cblas"
     const kvq_context *ctx;    // borrowed for the life of the backend
 
     void (*destroy)(kvq_backend **be);
@@ -76,10 +91,29 @@ struct kvq_backend {
     // lie in cos_table, sin_table [m, rot/2]; channels from rot on pass. direction -1 rotates back (the gradient).
     void (*rope)(const kvq_backend *be, float *x, const float *cos_table, const float *sin_table, int direction,
                  int64_t m, int n_heads, int head_dim, int rot);
-    // y [n] = silu(gate) * up, silu(g) = g / (1 + exp(-g))
-    void (*silu_mul)(const kvq_backend *be, const float *gate, const float *up, float *y, int64_t n);
+    // y [n] = activation(gate) * up; y may be gate or up
+    void (*gated_mul)(const kvq_backend *be, kvq_gate_kind kind, const float *gate, const float *up, float *y,
+                      int64_t n);
     // gate and up are replaced by their gradients
-    void (*silu_mul_backward)(const kvq_backend *be, float *gate, float *up, const float *dy, int64_t n);
+    void (*gated_mul_backward)(const kvq_backend *be, kvq_gate_kind kind, float *gate, float *up, const float *dy,
+                               int64_t n);
+    // x [n] = cap * tanh(x / cap)
+    void (*softcap)(const kvq_backend *be, float cap, float *x, int64_t n);
+
+    // ---- experts; x [m, n] are a router's inputs, w [E, n] its weights
+    // Fills the arrays of `to`. Logits are summed and turned into probabilities in f64.
+    void (*route)(const kvq_backend *be, const kvq_route *to, const float *x, const float *w, int64_t m, int64_t n);
+    // dx [m, n] += d loss / d x, host_dweight [m, k] being d loss / d weight; which experts were chosen has no gradient
+    void (*route_backward)(const kvq_backend *be, const kvq_route *from, const float *host_dweight, const float *w,
+                           float *dx, int64_t m, int64_t n);
+    // y [m, n]: row i is row host_rows[i] of x
+    void (*gather_rows)(const kvq_backend *be, const float *x, const int32_t *host_rows, float *y, int64_t m,
+                        int64_t n);
+    // Row host_rows[i] of y += host_scales[i] * row i of x [m, n]; no row occurs twice.
+    void (*scatter_rows)(const kvq_backend *be, const float *x, const int32_t *host_rows, const float *host_scales,
+                         float *y, int64_t m, int64_t n);
+    // host_out [m] = dot products of the rows of a and b [m, n], summed in f64
+    void (*row_dots)(const kvq_backend *be, const float *a, const float *b, float *host_out, int64_t m, int64_t n);
 
     // ---- attention of one window; q, out [S, H, D], k, v [S, Hkv, D], all after RoPE
     // Scratch is found by *_scratch_floats and passed in; it belongs to the caller.
@@ -98,9 +132,10 @@ struct kvq_backend {
 
     // ---- loss; logits [m, n_vocab], targets and results in host memory
     // nll[i] = log-sum-exp(logits[i]) - logits[i][target]; when scale != 0 the logits are replaced by the gradient of
-    // scale * nll. Log-sum-exp in f64.
+    // scale * nll with respect to what `softcap` with this cap turned into them (0: with respect to themselves).
+    // Log-sum-exp in f64.
     void (*cross_entropy)(const kvq_backend *be, float *logits, const int32_t *host_targets, int64_t m, int64_t n_vocab,
-                          double scale, double *host_nll);
+                          float cap, double scale, double *host_nll);
     void (*compare)(const kvq_backend *be, const float *logits_a, const float *logits_b, const int32_t *host_targets,
                     int64_t m, int64_t n_vocab, kvq_position_score *host_out);
     // Draws one token per row by inverse CDF of softmax(logits) at host_u[i] in [0, 1)
@@ -116,8 +151,16 @@ struct kvq_backend {
     int64_t (*find_nonfinite)(const kvq_backend *be, const float *x, int64_t n);
 };
 
-// The CPU backend. `ctx` is borrowed and must outlive it; release with be->destroy(&be).
-kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_backend **out, kvq_error *err);
+// Number type of the factors of linear layers. With bf16, weights are stored in it (rounded to nearest even; exact for
+// checkpoints in bf16) and activations and gradients are rounded to it right before a product; sums, results and every
+// other operation stay f32. Half the memory of weights and about twice the speed, at a relative error of up to 2^-8 per
+// factor.
+typedef enum kvq_compute { KVQ_COMPUTE_F32, KVQ_COMPUTE_BF16 } kvq_compute;
+extern const char *const kvq_compute_names[]; // "f32", "bf16", NULL at the end
+
+// The CPU backend. `ctx` is borrowed and must outlive it; release with be->destroy(&be). KVQ_ERR_UNSUPPORTED when bf16
+// is asked of a processor without instructions for it, or of a build without oneDNN.
+kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_compute compute, kvq_backend **out, kvq_error *err);
 
 #ifdef __cplusplus
 }

@@ -33,25 +33,33 @@ typedef struct entropy_job {
     float         *logits;
     const int32_t *targets;
     int64_t        n_vocab;
-    double         scale, *nll;
+    double         inverse_cap, scale, *nll; // 0 = the logits are not capped
 } entropy_job;
+
+// d (cap tanh(z / cap)) / dz at the result x; 1 without a cap
+static double cap_slope(const entropy_job *job, float x) {
+    double t = (double)x * job->inverse_cap;
+    return 1.0 - t * t;
+}
 
 static void cross_entropy_row(void *user, int64_t row, int worker) {
     const entropy_job *job = user;
-    float             *x = job->logits + row * job->n_vocab;
+    int32_t            target = job->targets[row];
+    float             *x = job->logits + row * job->n_vocab, expected = x[target];
     int                top;
     double             lse = log_sum_exp(x, job->n_vocab, maximum_of(x, job->n_vocab, &top));
     (void)worker;
-    job->nll[row] = lse - (double)x[job->targets[row]];
+    job->nll[row] = lse - (double)expected;
     if (job->scale == 0) return;
-    for (int64_t i = 0; i < job->n_vocab; i++) x[i] = (float)(job->scale * kvq_exp_f64((double)x[i] - lse));
+    for (int64_t i = 0; i < job->n_vocab; i++)
+        x[i] = (float)(job->scale * kvq_exp_f64((double)x[i] - lse) * cap_slope(job, x[i]));
     double p = exp(-job->nll[row]);
-    x[job->targets[row]] = (float)(job->scale * (p - 1.0));
+    x[target] = (float)(job->scale * (p - 1.0) * cap_slope(job, expected));
 }
 
 void kvq_cross_entropy_cpu(const kvq_backend *be, float *logits, const int32_t *targets, int64_t m, int64_t n_vocab,
-                           double scale, double *nll) {
-    entropy_job job = {logits, targets, n_vocab, scale, nll};
+                           float cap, double scale, double *nll) {
+    entropy_job job = {logits, targets, n_vocab, cap > 0 ? 1.0 / (double)cap : 0, scale, nll};
     kvq_parallel_for(be->ctx, m, cross_entropy_row, &job);
 }
 

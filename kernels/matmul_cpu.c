@@ -7,19 +7,13 @@
 #include "kernels_impl.h"
 
 #ifdef KVQ_MATMUL_ONEDNN
-#include <math.h>
 #include <oneapi/dnnl/dnnl.h>
 
 void kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
               int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
     dnnl_status_t status =
         dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
-    if (status == dnnl_success) return;
-    // Out of memory, most likely. What was in c must not pass for a result: the next check for finite numbers ends the
-    // run.
-    for (int64_t i = 0; i < m; i++) {
-        for (int64_t j = 0; j < n; j++) c[i * ldc + j] = NAN;
-    }
+    if (status != dnnl_success) spoil(c, ldc, m, n);
 }
 
 const char *kvq_gemm_prepare(void) { return "onednn"; } // its threads are kept at one by core/parallel.c
@@ -41,18 +35,7 @@ const char *kvq_gemm_prepare(void) {
 
 // Many rows: tall tiles amortise the packing of w. Few rows (a decode step, a block of logits): cut the columns, or a
 // single thread would have all the work.
-typedef struct tiling {
-    int64_t rows, columns, n_column_tiles, n_tiles;
-} tiling;
-
-static tiling tile(int64_t m, int64_t n) {
-    tiling t = {.rows = 256, .columns = m > 128 ? 4096 : 512};
-    t.n_column_tiles = (n + t.columns - 1) / t.columns;
-    t.n_tiles = (m + t.rows - 1) / t.rows * t.n_column_tiles;
-    return t;
-}
-
-static int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+static tiling tiles_for(int64_t m, int64_t n) { return cut_into_tiles(m, n, 256, m > 128 ? 4096 : 512); }
 
 typedef struct linear_job {
     const float *x, *w, *bias;
@@ -65,17 +48,15 @@ typedef struct linear_job {
 
 static void linear_tile(void *user, int64_t item, int worker) {
     const linear_job *job = user;
-    int64_t           row = item / job->tiles.n_column_tiles * job->tiles.rows;
-    int64_t           column = item % job->tiles.n_column_tiles * job->tiles.columns;
-    int64_t      rows = smaller(job->tiles.rows, job->m - row), columns = smaller(job->tiles.columns, job->n - column);
-    const float *w = job->transpose_w ? job->w + column * job->k : job->w + column;
-    float       *y = job->y + row * job->n + column;
+    tile              t = tile_of(&job->tiles, job->m, job->n, item);
+    const float      *w = job->transpose_w ? job->w + t.column * job->k : job->w + t.column;
+    float            *y = job->y + t.row * job->n + t.column;
     (void)worker;
-    kvq_gemm(false, job->transpose_w, rows, columns, job->k, 1.0f, job->x + row * job->k, job->k, w,
+    kvq_gemm(false, job->transpose_w, t.rows, t.columns, job->k, 1.0f, job->x + t.row * job->k, job->k, w,
              job->transpose_w ? job->k : job->n, job->beta, y, job->n);
     if (job->bias == NULL) return;
-    for (int64_t i = 0; i < rows; i++) {
-        for (int64_t j = 0; j < columns; j++) y[i * job->n + j] += job->bias[column + j];
+    for (int64_t i = 0; i < t.rows; i++) {
+        for (int64_t j = 0; j < t.columns; j++) y[i * job->n + j] += job->bias[t.column + j];
     }
 }
 
@@ -92,12 +73,12 @@ void kvq_upload_weights_cpu(const kvq_backend *be, float *w, int64_t n_in, int64
 
 void kvq_linear_cpu(const kvq_backend *be, const float *x, const float *w, const float *bias, float *y, int64_t m,
                     int64_t n_out, int64_t n_in) {
-    linear_job job = {x, w, bias, y, m, n_out, n_in, true, 0.0f, tile(m, n_out)};
+    linear_job job = {x, w, bias, y, m, n_out, n_in, true, 0.0f, tiles_for(m, n_out)};
     kvq_parallel_for(be->ctx, job.tiles.n_tiles, linear_tile, &job);
 }
 
 void kvq_linear_backward_cpu(const kvq_backend *be, const float *dy, const float *w, float *dx, int64_t m,
                              int64_t n_out, int64_t n_in, bool accumulate) {
-    linear_job job = {dy, w, NULL, dx, m, n_in, n_out, false, accumulate ? 1.0f : 0.0f, tile(m, n_in)};
+    linear_job job = {dy, w, NULL, dx, m, n_in, n_out, false, accumulate ? 1.0f : 0.0f, tiles_for(m, n_in)};
     kvq_parallel_for(be->ctx, job.tiles.n_tiles, linear_tile, &job);
 }

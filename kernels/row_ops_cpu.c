@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Operations on single rows or elements: RMS norm, rotary embedding, gated activation. Sums of a row run over LANES
-// partial sums in a fixed order, which a compiler can turn into vector code without reordering anything.
+// Operations on single rows or elements: RMS norm, rotary embedding, gated activation, soft cap. Sums of a row run over
+// LANES partial sums in a fixed order, which a compiler can turn into vector code without reordering anything.
 #include <math.h>
 #include <string.h>
 
@@ -121,53 +121,112 @@ void kvq_rope_cpu(const kvq_backend *be, float *x, const float *cos_table, const
 // vectorise the loop.
 #define BLOCK 64
 
-typedef struct silu_job {
-    const float *gate, *up, *dy;
-    float       *out_gate, *out_up; // forward: out_gate is y
-    int64_t      n;
-} silu_job;
+typedef struct activated {
+    float value[BLOCK], slope[BLOCK]; // of the activation
+} activated;
 
-// exp's argument is bounded so that it neither overflows nor leaves its domain; silu is exact to f32 beyond.
-static float sigmoid(float x) { return 1.0f / (1.0f + kvq_exp_f32(x < -80.0f ? 80.0f : -x)); }
-
-static void silu_mul_block(const float *gate, const float *up, float *y, int64_t n) {
-    float result[BLOCK];
-    for (int64_t i = 0; i < n; i++) result[i] = gate[i] * sigmoid(gate[i]) * up[i];
-    memcpy(y, result, (size_t)n * sizeof *y);
+// s = sigmoid(x), and *rest = 1 - s without its cancellation. exp's argument is bounded so that it neither overflows
+// nor leaves its domain; the sigmoid is exact to f32 beyond.
+static float sigmoid(float x, float *rest) {
+    float e = kvq_exp_f32(x < -80.0f ? 80.0f : -x), s = 1.0f / (1.0f + e);
+    *rest = e * s;
+    return s;
 }
 
 // silu'(g) = s + g s (1 - s), s = sigmoid(g)
-static void silu_mul_backward_block(float *gate, float *up, const float *dy, int64_t n) {
+static void silu(const float *g, activated *a, int64_t n) {
+    for (int64_t i = 0; i < n; i++) {
+        float rest, s = sigmoid(g[i], &rest);
+        a->value[i] = g[i] * s;
+        a->slope[i] = s + g[i] * s * rest;
+    }
+}
+
+// (1 + tanh u) / 2 = sigmoid(2 u), which does not cancel for negative u. With 2 u = g (c + d g^2):
+// gelu'(g) = s + g s (1 - s) (c + 3 d g^2). Beyond |g| = 16 the sigmoid is 0 or 1 to f32, and the bound keeps g^2
+// finite.
+static void gelu_tanh(const float *g, activated *a, int64_t n) {
+    const float c = 1.59576912f, d = 0.0713548163f; // 2 sqrt(2 / pi), 0.044715 times that
+    for (int64_t i = 0; i < n; i++) {
+        float bounded = g[i] < -16.0f ? -16.0f : g[i] > 16.0f ? 16.0f : g[i];
+        float square = bounded * bounded, rest, s = sigmoid(bounded * (c + d * square), &rest);
+        a->value[i] = g[i] * s;
+        a->slope[i] = s + bounded * s * rest * (c + 3.0f * d * square);
+    }
+}
+
+static void (*const ACTIVATIONS[])(const float *g, activated *a, int64_t n) = {
+    [KVQ_GATE_SILU] = silu,
+    [KVQ_GATE_GELU_TANH] = gelu_tanh,
+};
+
+typedef struct gate_job {
+    kvq_gate_kind kind;
+    const float  *gate, *up, *dy;
+    float        *out_gate, *out_up; // forward: out_gate is y
+    int64_t       n;
+} gate_job;
+
+static void gated_mul_block(const activated *a, const float *up, float *y, int64_t n) {
+    float result[BLOCK];
+    for (int64_t i = 0; i < n; i++) result[i] = a->value[i] * up[i];
+    memcpy(y, result, (size_t)n * sizeof *y);
+}
+
+static void gated_mul_backward_block(const activated *a, float *gate, float *up, const float *dy, int64_t n) {
     float dgate[BLOCK], dup[BLOCK];
     for (int64_t i = 0; i < n; i++) {
-        float s = sigmoid(gate[i]);
-        dgate[i] = dy[i] * up[i] * (s + gate[i] * s * (1.0f - s));
-        dup[i] = dy[i] * gate[i] * s;
+        dgate[i] = dy[i] * up[i] * a->slope[i];
+        dup[i] = dy[i] * a->value[i];
     }
     memcpy(gate, dgate, (size_t)n * sizeof *gate);
     memcpy(up, dup, (size_t)n * sizeof *up);
 }
 
-static void silu_item(void *user, int64_t item, int worker) {
-    const silu_job *job = user;
+static void gate_item(void *user, int64_t item, int worker) {
+    const gate_job *job = user;
     int64_t         end = (item + 1) * ELEMENTS_PER_ITEM < job->n ? (item + 1) * ELEMENTS_PER_ITEM : job->n;
+    activated       a;
     (void)worker;
     for (int64_t i = item * ELEMENTS_PER_ITEM; i < end; i += BLOCK) {
         int64_t n = end - i < BLOCK ? end - i : BLOCK;
+        ACTIVATIONS[job->kind](job->gate + i, &a, n);
         if (job->dy == NULL) {
-            silu_mul_block(job->gate + i, job->up + i, job->out_gate + i, n);
+            gated_mul_block(&a, job->up + i, job->out_gate + i, n);
         } else {
-            silu_mul_backward_block(job->out_gate + i, job->out_up + i, job->dy + i, n);
+            gated_mul_backward_block(&a, job->out_gate + i, job->out_up + i, job->dy + i, n);
         }
     }
 }
 
-void kvq_silu_mul_cpu(const kvq_backend *be, const float *gate, const float *up, float *y, int64_t n) {
-    silu_job job = {gate, up, NULL, y, NULL, n};
-    kvq_parallel_for(be->ctx, n_items(n, ELEMENTS_PER_ITEM), silu_item, &job);
+void kvq_gated_mul_cpu(const kvq_backend *be, kvq_gate_kind kind, const float *gate, const float *up, float *y,
+                       int64_t n) {
+    gate_job job = {kind, gate, up, NULL, y, NULL, n};
+    kvq_parallel_for(be->ctx, n_items(n, ELEMENTS_PER_ITEM), gate_item, &job);
 }
 
-void kvq_silu_mul_backward_cpu(const kvq_backend *be, float *gate, float *up, const float *dy, int64_t n) {
-    silu_job job = {gate, up, dy, gate, up, n};
-    kvq_parallel_for(be->ctx, n_items(n, ELEMENTS_PER_ITEM), silu_item, &job);
+void kvq_gated_mul_backward_cpu(const kvq_backend *be, kvq_gate_kind kind, float *gate, float *up, const float *dy,
+                                int64_t n) {
+    gate_job job = {kind, gate, up, dy, gate, up, n};
+    kvq_parallel_for(be->ctx, n_items(n, ELEMENTS_PER_ITEM), gate_item, &job);
+}
+
+// ---------------------------------------------------------------- soft cap
+
+typedef struct cap_job {
+    float   cap, *x;
+    int64_t n;
+} cap_job;
+
+static void softcap_item(void *user, int64_t item, int worker) {
+    const cap_job *job = user;
+    int64_t        end = (item + 1) * ELEMENTS_PER_ITEM < job->n ? (item + 1) * ELEMENTS_PER_ITEM : job->n;
+    float          cap = job->cap, *x = job->x;
+    (void)worker;
+    for (int64_t i = item * ELEMENTS_PER_ITEM; i < end; i++) x[i] = cap * kvq_tanh_f32(x[i] / cap);
+}
+
+void kvq_softcap_cpu(const kvq_backend *be, float cap, float *x, int64_t n) {
+    cap_job job = {cap, x, n};
+    kvq_parallel_for(be->ctx, n_items(n, ELEMENTS_PER_ITEM), softcap_item, &job);
 }

@@ -30,9 +30,17 @@ const kvq_model_config *kvq_model_describe(const kvq_model *model);
 typedef struct kvq_layer kvq_layer; // one decoder layer, expanded to f32 in backend memory
 typedef struct kvq_head  kvq_head;  // final norm and output matrix
 
-int64_t    kvq_layer_floats(const kvq_model_config *config); // weights of one expanded layer, biases left out
+// What one layer keeps in memory. Of a mixture of experts that is one expert at a time (all of them in a resident
+// model): an expert is expanded from the checkpoint when a window has tokens for it, and again for the next window.
+int64_t    kvq_layer_floats(const kvq_model *model);
+int64_t    kvq_head_floats(const kvq_model *model);
+int64_t    kvq_layer_products(const kvq_model_config *config); // weights of a layer that one token is multiplied with
 kvq_status kvq_layer_load(kvq_model *model, int64_t index, kvq_layer **out, kvq_error *err);
 void       kvq_layer_release(kvq_model *model, kvq_layer **layer);
+// Starts to expand a layer on one thread in the background; kvq_layer_load of the same layer waits for it and takes it,
+// of another one drops it. Until then it takes the memory of one more layer (without its experts). Never fails: what
+// goes wrong is reported by kvq_layer_load.
+void       kvq_layer_prefetch(kvq_model *model, int64_t index);
 kvq_status kvq_head_load(kvq_model *model, kvq_head **out, kvq_error *err);
 void       kvq_head_release(kvq_model *model, kvq_head **head);
 

@@ -1,57 +1,63 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One decoder layer over one window:  x += o(attention(norm(x)));  x += down(silu(gate(norm(x))) * up(norm(x))).
+// One decoder layer over one window:  x += o(attention(norm(x)));  x += mlp(norm(x)).
 // The backward pass goes to activations only; weights have no gradients here, so nothing but x has to be kept.
 #include "model_impl.h"
 
-kvq_attention_shape kvq_model_attention_shape(const kvq_model_config *c, int64_t n_tokens) {
-    kvq_attention_shape shape = {
-        .n_tokens = n_tokens, .n_heads = c->n_heads, .n_kv_heads = c->n_kv_heads, .head_dim = c->head_dim};
-    shape.scale = c->attention_scale;
-    return shape;
+kvq_attention_shape kvq_model_attention_shape(const kvq_model_config *c, int64_t layer, int64_t n_tokens) {
+    return (kvq_attention_shape){.n_tokens = n_tokens,
+                                 .n_heads = c->n_heads,
+                                 .n_kv_heads = c->n_kv_heads,
+                                 .head_dim = c->head_dim,
+                                 .window = kvq_layer_window(c, layer),
+                                 .scale = c->attention_scale,
+                                 .softcap = c->attention_softcap};
 }
 
-void kvq_apply_linear(const kvq_backend *be, const linear_weights *l, const float *x, float *y, int64_t m) {
+void kvq_linear_forward(const kvq_backend *be, const linear_weights *l, const float *x, float *y, int64_t m) {
     be->linear(be, x, l->w, l->bias, y, m, l->n_out, l->n_in);
 }
 
-static void linear_gradient(const kvq_backend *be, const linear_weights *l, const float *dy, float *dx, int64_t m,
-                            bool accumulate) {
+void kvq_linear_gradient(const kvq_backend *be, const linear_weights *l, const float *dy, float *dx, int64_t m,
+                         bool accumulate) {
     be->linear_backward(be, dy, l->w, dx, m, l->n_out, l->n_in, accumulate);
 }
 
 // ---------------------------------------------------------------- workspace
 
-#define MAX_BUFFERS 24
+enum { WORKSPACE_BUFFERS = 19, ALL_BUFFERS = WORKSPACE_BUFFERS + MLP_BUFFERS };
 
 static int list_buffers(const kvq_model *model, kvq_workspace *ws, int64_t S, bool backward,
-                        kvq_model_buffer list[MAX_BUFFERS]) {
+                        kvq_model_buffer list[ALL_BUFFERS]) {
     const kvq_model_config *c = model->config;
     int64_t C = c->hidden_size, d = (int64_t)c->n_kv_heads * c->head_dim, q = (int64_t)c->n_heads * c->head_dim;
-    int64_t rot = c->rope.n_dims / 2, F = c->intermediate_size;
-    int64_t rows = S < LOGIT_ROWS ? S : LOGIT_ROWS;
-    kvq_attention_shape    shape = kvq_model_attention_shape(c, S);
-    const kvq_model_buffer both[] = {
-        {&ws->cos_table, S * rot},
-        {&ws->sin_table, S * rot},
-        {&ws->normed, S * C},
+    int64_t global = S * (c->rope.n_dims / 2), local = kvq_rope_count(c) > 1 ? global : 0;
+    int64_t rows = S < LOGIT_ROWS ? S : LOGIT_ROWS, kept = backward ? S : 0, raw = c->qk_norm ? kept : 0;
+    kvq_attention_shape shape = kvq_model_attention_shape(c, 0, S);
+    shape.window = 0; // no layer needs more
+    const kvq_model_buffer own[WORKSPACE_BUFFERS] = {
+        {&ws->rope[0].cos_table, global},
+        {&ws->rope[0].sin_table, global},
+        {&ws->rope[1].cos_table, local},
+        {&ws->rope[1].sin_table, local},
         {&ws->q, S * q},
         {&ws->attended, S * q},
         {&ws->k, S * d},
         {&ws->v, S * d},
-        {&ws->gate, S * F},
-        {&ws->up, S * F},
         {&ws->logits, rows * c->vocab_size},
         {&ws->logits_b, backward ? 0 : rows * c->vocab_size},
         {&ws->attention, model->be->attention_scratch_floats(model->be, &shape, backward)},
+        {&ws->mid, kept * C},
+        {&ws->k_rotated, kept * d},
+        {&ws->dq, kept * q},
+        {&ws->dattended, kept * q},
+        {&ws->dk, kept * d},
+        {&ws->dv, kept * d},
+        {&ws->q_raw, raw * q},
+        {&ws->k_raw, raw * d},
     };
-    const kvq_model_buffer gradients[] = {
-        {&ws->mid, S * C}, {&ws->k_rotated, S * d}, {&ws->dq, S * q},     {&ws->dattended, S * q},
-        {&ws->dk, S * d},  {&ws->dv, S * d},        {&ws->dgated, S * F}, {&ws->dnormed, S * C},
-    };
-    int n = 0;
-    for (size_t i = 0; i < sizeof both / sizeof *both; i++) list[n++] = both[i];
-    for (size_t i = 0; backward && i < sizeof gradients / sizeof *gradients; i++) list[n++] = gradients[i];
+    int n = kvq_mlp_list(model, &ws->mlp, S, backward, list);
+    for (int i = 0; i < WORKSPACE_BUFFERS; i++) list[n++] = own[i];
     return n;
 }
 
@@ -74,38 +80,48 @@ kvq_status kvq_buffers_alloc(const kvq_backend *be, const kvq_model_buffer *list
 
 int64_t kvq_workspace_floats(const kvq_model *model, int64_t seq_len, bool backward) {
     kvq_workspace    unused;
-    kvq_model_buffer list[MAX_BUFFERS];
-    return kvq_buffers_floats(list, list_buffers(model, &unused, seq_len, backward, list));
+    kvq_model_buffer list[ALL_BUFFERS];
+    return kvq_buffers_floats(list, list_buffers(model, &unused, seq_len, backward, list)) +
+           kvq_routing_floats(model->config, seq_len);
+}
+
+static kvq_status upload_rope(const kvq_model *model, kvq_workspace *ws, kvq_error *err) {
+    const kvq_backend *be = model->be;
+    int64_t            n = ws->capacity * (model->config->rope.n_dims / 2);
+    float             *tables = NULL;
+    kvq_status         status = KVQ_NEW(model->ctx, 2 * n, "rotary tables", &tables, err);
+    if (status != KVQ_OK) return status;
+    for (int i = 0; i < kvq_rope_count(model->config); i++) {
+        kvq_rope_fill(model, i, 0, ws->capacity, tables, tables + n);
+        be->upload(be, ws->rope[i].cos_table, tables, n);
+        be->upload(be, ws->rope[i].sin_table, tables + n, n);
+    }
+    kvq_free(model->ctx, tables);
+    return KVQ_OK;
 }
 
 kvq_status kvq_workspace_create(kvq_model *model, int64_t seq_len, bool backward, kvq_workspace **out, kvq_error *err) {
-    const kvq_context *ctx = model->ctx;
-    const kvq_backend *be = model->be;
-    int64_t            n_table = seq_len * (model->config->rope.n_dims / 2);
-    kvq_workspace     *ws = NULL;
-    float             *tables = NULL;
-    kvq_model_buffer   list[MAX_BUFFERS];
-    kvq_status         status = KVQ_OK;
-    KVQ_TRY(KVQ_NEW(ctx, 1, "workspace", &ws, err));
+    kvq_workspace   *ws = NULL;
+    kvq_model_buffer list[ALL_BUFFERS];
+    kvq_status       status = KVQ_OK;
+    KVQ_TRY(KVQ_NEW(model->ctx, 1, "workspace", &ws, err));
     ws->capacity = seq_len;
     ws->backward = backward;
     int n = list_buffers(model, ws, seq_len, backward, list);
-    KVQ_TRY(kvq_buffers_alloc(be, list, n, "activations of one window", &ws->storage, err));
-    KVQ_TRY(KVQ_NEW(ctx, 2 * n_table, "rotary tables", &tables, err));
-    kvq_rope_fill(model, 0, seq_len, tables, tables + n_table);
-    be->upload(be, ws->cos_table, tables, n_table);
-    be->upload(be, ws->sin_table, tables + n_table, n_table);
+    KVQ_TRY(kvq_buffers_alloc(model->be, list, n, "activations of one window", &ws->storage, err));
+    KVQ_TRY(kvq_routing_create(model, seq_len, &ws->mlp.routing, err));
+    KVQ_TRY(upload_rope(model, ws, err));
     *out = ws;
     ws = NULL;
 
 done:
-    kvq_free(ctx, tables);
     kvq_workspace_destroy(model, &ws);
     return status;
 }
 
 void kvq_workspace_destroy(kvq_model *model, kvq_workspace **workspace) {
     if (*workspace == NULL) return;
+    kvq_routing_destroy(model, &(*workspace)->mlp.routing);
     model->be->release(model->be, (*workspace)->storage);
     kvq_free(model->ctx, *workspace);
     *workspace = NULL;
@@ -130,56 +146,53 @@ static kvq_status check_workspace(const kvq_workspace *ws, int64_t n_tokens, boo
                     ws->backward ? "backward" : "forward", (long long)ws->capacity, (long long)n_tokens);
 }
 
-void kvq_layer_project(const kvq_model *model, const kvq_layer *layer, int64_t m, const float *x, float *normed,
-                       float *q, float *k, float *v) {
-    const kvq_backend *be = model->be;
-    be->rmsnorm(be, x, layer->input_norm, model->config->rms_norm_eps, normed, m, model->config->hidden_size);
-    kvq_apply_linear(be, &layer->q, normed, q, m);
-    kvq_apply_linear(be, &layer->k, normed, k, m);
-    kvq_apply_linear(be, &layer->v, normed, v, m);
-}
-
-static void gate_and_up(const kvq_model *model, const kvq_layer *layer, int64_t m, const float *x, float *normed,
-                        float *gate, float *up) {
-    const kvq_backend *be = model->be;
-    be->rmsnorm(be, x, layer->post_attention_norm, model->config->rms_norm_eps, normed, m, model->config->hidden_size);
-    kvq_apply_linear(be, &layer->gate, normed, gate, m);
-    kvq_apply_linear(be, &layer->up, normed, up, m);
-}
-
-void kvq_layer_finish(const kvq_model *model, const kvq_layer *layer, int64_t m, const float *attended, float *x,
-                      float *normed, float *gate, float *up) {
-    const kvq_backend *be = model->be;
-    int64_t            C = model->config->hidden_size;
-    kvq_apply_linear(be, &layer->o, attended, normed, m);
-    be->add(be, x, normed, m * C);
-    gate_and_up(model, layer, m, x, normed, gate, up);
-    be->silu_mul(be, gate, up, gate, m * model->config->intermediate_size);
-    kvq_apply_linear(be, &layer->down, gate, normed, m);
-    be->add(be, x, normed, m * C);
-}
-
-static void rotate(const kvq_model *model, const kvq_workspace *ws, int direction, int64_t m, float *q, float *k) {
+// Every head of x [m, n_heads, D] through its norm.
+static void head_norm(const kvq_model *model, const float *w, int n_heads, int64_t m, const float *x, float *y) {
     const kvq_model_config *c = model->config;
-    model->be->rope(model->be, q, ws->cos_table, ws->sin_table, direction, m, c->n_heads, c->head_dim, c->rope.n_dims);
-    model->be->rope(model->be, k, ws->cos_table, ws->sin_table, direction, m, c->n_kv_heads, c->head_dim,
-                    c->rope.n_dims);
+    model->be->rmsnorm(model->be, x, w, c->rms_norm_eps, y, m * n_heads, c->head_dim);
+}
+
+void kvq_layer_project(const kvq_model *model, const kvq_layer *layer, int64_t m, const float *x, float *normed,
+                       float *q_raw, float *k_raw, float *q, float *k, float *v) {
+    const kvq_backend      *be = model->be;
+    const kvq_model_config *c = model->config;
+    int64_t                 C = c->hidden_size, nq = layer->q.n_out, d = layer->k.n_out;
+    for (int64_t first = 0, end; first < m; first = end) {
+        end = kvq_block_end(model, first, m);
+        int64_t rows = end - first;
+        be->rmsnorm(be, x + first * C, layer->input_norm, c->rms_norm_eps, normed, rows, C);
+        kvq_linear_forward(be, &layer->q, normed, q_raw + first * nq, rows);
+        kvq_linear_forward(be, &layer->k, normed, k_raw + first * d, rows);
+        kvq_linear_forward(be, &layer->v, normed, v + first * d, rows);
+    }
+    if (!c->qk_norm) return;
+    head_norm(model, layer->q_norm, c->n_heads, m, q_raw, q);
+    head_norm(model, layer->k_norm, c->n_kv_heads, m, k_raw, k);
+}
+
+static void rotate(const kvq_model *model, const kvq_layer *layer, const kvq_workspace *ws, int direction, int64_t m,
+                   float *q, float *k) {
+    const kvq_model_config *c = model->config;
+    const kvq_backend      *be = model->be;
+    const rope_tables      *t = &ws->rope[kvq_rope_of_layer(c, layer->index)];
+    be->rope(be, q, t->cos_table, t->sin_table, direction, m, c->n_heads, c->head_dim, c->rope.n_dims);
+    be->rope(be, k, t->cos_table, t->sin_table, direction, m, c->n_kv_heads, c->head_dim, c->rope.n_dims);
 }
 
 kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens, float *x,
                              kvq_qkv_hook hook, void *user, kvq_error *err) {
-    const kvq_backend  *be = model->be;
     int64_t             d = layer->k.n_out;
-    kvq_attention_shape shape = kvq_model_attention_shape(model->config, n_tokens);
+    kvq_attention_shape shape = kvq_model_attention_shape(model->config, layer->index, n_tokens);
     kvq_status          status = KVQ_OK;
     KVQ_TRY(check_workspace(ws, n_tokens, false, err));
-    kvq_layer_project(model, layer, n_tokens, x, ws->normed, ws->q, ws->k, ws->v);
+    kvq_layer_project(model, layer, n_tokens, x, ws->mlp.normed, ws->q, ws->k, ws->q, ws->k, ws->v);
     KVQ_TRY(check_finite(model, ws->k, n_tokens, d, layer->index, "K", err));
     KVQ_TRY(check_finite(model, ws->v, n_tokens, d, layer->index, "V", err));
     if (hook != NULL) KVQ_TRY(hook(user, layer->index, (kvq_qkv){ws->q, ws->k, ws->v}, n_tokens, err));
-    rotate(model, ws, 1, n_tokens, ws->q, ws->k);
-    be->attention(be, &shape, ws->q, ws->k, ws->v, ws->attended, ws->attention);
-    kvq_layer_finish(model, layer, n_tokens, ws->attended, x, ws->normed, ws->gate, ws->up);
+    rotate(model, layer, ws, 1, n_tokens, ws->q, ws->k);
+    model->be->attention(model->be, &shape, ws->q, ws->k, ws->v, ws->attended, ws->attention);
+    kvq_layer_attended(model, layer, n_tokens, ws->attended, x, &ws->mlp);
+    KVQ_TRY(kvq_layer_mlp(model, layer, n_tokens, x, &ws->mlp, err));
     KVQ_TRY(check_finite(model, x, n_tokens, model->config->hidden_size, layer->index, "hidden state", err));
 
 done:
@@ -188,47 +201,72 @@ done:
 
 // ---------------------------------------------------------------- backward
 
-// From d loss / d output in dx to d loss / d mid, mid being the state between attention and MLP.
-static void mlp_backward(const kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t m, float *dx) {
-    const kvq_backend      *be = model->be;
+// From x to the state between attention and MLP in ws->mid; q and k_rotated stay as they entered attention, k as it
+// entered RoPE.
+static void recompute(const kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t m, const float *x,
+                      const kvq_attention_shape *shape) {
+    const kvq_backend *be = model->be;
+    bool               norms = model->config->qk_norm;
+    kvq_layer_project(model, layer, m, x, ws->mlp.normed, norms ? ws->q_raw : ws->q, norms ? ws->k_raw : ws->k, ws->q,
+                      ws->k, ws->v);
+    be->copy(be, ws->k_rotated, ws->k, m * layer->k.n_out);
+    rotate(model, layer, ws, 1, m, ws->q, ws->k_rotated);
+    be->attention(be, shape, ws->q, ws->k_rotated, ws->v, ws->attended, ws->attention);
+    be->copy(be, ws->mid, x, m * model->config->hidden_size);
+    kvq_layer_attended(model, layer, m, ws->attended, ws->mid, &ws->mlp);
+}
+
+// dx [m, n_heads, D] = d loss / d (input of head_norm)
+static void head_norm_backward(const kvq_model *model, const float *w, int n_heads, int64_t m, const float *x,
+                               const float *dy, float *dx) {
     const kvq_model_config *c = model->config;
-    gate_and_up(model, layer, m, ws->mid, ws->normed, ws->gate, ws->up);
-    linear_gradient(be, &layer->down, dx, ws->dgated, m, false);
-    be->silu_mul_backward(be, ws->gate, ws->up, ws->dgated, m * c->intermediate_size);
-    linear_gradient(be, &layer->gate, ws->gate, ws->dnormed, m, false);
-    linear_gradient(be, &layer->up, ws->up, ws->dnormed, m, true);
-    be->rmsnorm_backward(be, ws->mid, layer->post_attention_norm, c->rms_norm_eps, ws->dnormed, dx, m, c->hidden_size);
+    model->be->zero(model->be, dx, m * n_heads * c->head_dim);
+    model->be->rmsnorm_backward(model->be, x, w, c->rms_norm_eps, dy, dx, m * n_heads, c->head_dim);
+}
+
+// dx += what comes through the projections; dq, dk and dv are the gradients of their outputs.
+static void project_backward(const kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t m,
+                             const float *x, const float *dq, const float *dk, float *dx) {
+    const kvq_backend *be = model->be;
+    int64_t            C = model->config->hidden_size, nq = layer->q.n_out, d = layer->k.n_out;
+    float             *dnormed = ws->mlp.dnormed;
+    for (int64_t first = 0, end; first < m; first = end) {
+        end = kvq_block_end(model, first, m);
+        int64_t rows = end - first;
+        kvq_linear_gradient(be, &layer->q, dq + first * nq, dnormed, rows, false);
+        kvq_linear_gradient(be, &layer->k, dk + first * d, dnormed, rows, true);
+        kvq_linear_gradient(be, &layer->v, ws->dv + first * d, dnormed, rows, true);
+        be->rmsnorm_backward(be, x + first * C, layer->input_norm, model->config->rms_norm_eps, dnormed, dx + first * C,
+                             rows, C);
+    }
 }
 
 kvq_status kvq_layer_backward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens,
                               const float *x, float *dx, kvq_error *err) {
     const kvq_backend      *be = model->be;
     const kvq_model_config *c = model->config;
-    int64_t                 m = n_tokens, C = c->hidden_size, d = layer->k.n_out;
-    kvq_attention_shape     shape = kvq_model_attention_shape(c, m);
+    int64_t                 m = n_tokens, d = layer->k.n_out;
+    kvq_attention_shape     shape = kvq_model_attention_shape(c, layer->index, m);
+    const float            *dq = ws->dq, *dk = ws->dk;
     kvq_status              status = KVQ_OK;
     KVQ_TRY(check_workspace(ws, n_tokens, true, err));
-
-    kvq_layer_project(model, layer, m, x, ws->normed, ws->q, ws->k, ws->v);
-    be->copy(be, ws->k_rotated, ws->k, m * d);
-    rotate(model, ws, 1, m, ws->q, ws->k_rotated);
-    be->attention(be, &shape, ws->q, ws->k_rotated, ws->v, ws->attended, ws->attention);
-    kvq_apply_linear(be, &layer->o, ws->attended, ws->mid, m);
-    be->add(be, ws->mid, x, m * C);
-
-    mlp_backward(model, layer, ws, m, dx);
-    linear_gradient(be, &layer->o, dx, ws->dattended, m, false);
+    recompute(model, layer, ws, m, x, &shape);
+    KVQ_TRY(kvq_layer_mlp_backward(model, layer, m, ws->mid, dx, &ws->mlp, err));
+    kvq_layer_attended_backward(model, layer, m, ws->attended, dx, ws->dattended, &ws->mlp);
     be->attention_backward(be, &shape, ws->q, ws->k_rotated, ws->v, ws->attended, ws->dattended, ws->dq, ws->dk, ws->dv,
                            ws->attention);
-    rotate(model, ws, -1, m, ws->dq, ws->dk);
-    linear_gradient(be, &layer->q, ws->dq, ws->dnormed, m, false);
-    linear_gradient(be, &layer->k, ws->dk, ws->dnormed, m, true);
-    linear_gradient(be, &layer->v, ws->dv, ws->dnormed, m, true);
-    be->rmsnorm_backward(be, x, layer->input_norm, c->rms_norm_eps, ws->dnormed, dx, m, C);
+    rotate(model, layer, ws, -1, m, ws->dq, ws->dk);
+    if (c->qk_norm) { // q and k_rotated have done their work; dk itself is a result
+        head_norm_backward(model, layer->q_norm, c->n_heads, m, ws->q_raw, ws->dq, ws->q);
+        head_norm_backward(model, layer->k_norm, c->n_kv_heads, m, ws->k_raw, ws->dk, ws->k_rotated);
+        dq = ws->q;
+        dk = ws->k_rotated;
+    }
+    project_backward(model, layer, ws, m, x, dq, dk, dx);
 
     KVQ_TRY(check_finite(model, ws->dk, m, d, layer->index, "gradient of K", err));
     KVQ_TRY(check_finite(model, ws->dv, m, d, layer->index, "gradient of V", err));
-    KVQ_TRY(check_finite(model, dx, m, C, layer->index, "gradient of the hidden state", err));
+    KVQ_TRY(check_finite(model, dx, m, c->hidden_size, layer->index, "gradient of the hidden state", err));
 
 done:
     return status;

@@ -52,22 +52,38 @@ static double amplitude(const kvq_model_config *c) {
     return c->rope.factor > 1 ? 0.1 * log(c->rope.factor) + 1 : 1;
 }
 
-kvq_status kvq_rope_prepare(kvq_model *model, kvq_error *err) {
-    int        half = model->config->rope.n_dims / 2;
-    kvq_status status = KVQ_NEW(model->ctx, half, "rotary frequencies", &model->rope_frequency, err);
-    if (status != KVQ_OK) return status;
-    for (int pair = 0; pair < half; pair++) model->rope_frequency[pair] = scaled_frequency(model->config, pair);
-    model->rope_amplitude = amplitude(model->config);
-    return KVQ_OK;
+int kvq_rope_count(const kvq_model_config *c) { return c->local_rope_theta > 0 ? 2 : 1; }
+
+int kvq_rope_of_layer(const kvq_model_config *c, int64_t layer) {
+    return c->local_rope_theta > 0 && kvq_layer_window(c, layer) > 0 ? 1 : 0;
 }
 
-void kvq_rope_fill(const kvq_model *model, int64_t first, int64_t n, float *cos_table, float *sin_table) {
-    int half = model->config->rope.n_dims / 2;
+kvq_status kvq_rope_prepare(kvq_model *model, kvq_error *err) {
+    const kvq_model_config *c = model->config;
+    int                     half = c->rope.n_dims / 2;
+    kvq_status              status = KVQ_OK;
+    for (int i = 0; i < kvq_rope_count(c); i++)
+        KVQ_TRY(KVQ_NEW(model->ctx, half, "rotary frequencies", &model->rope[i].frequency, err));
+    model->rope[0].amplitude = amplitude(c);
+    model->rope[1].amplitude = 1; // sliding layers are never scaled
+    for (int pair = 0; pair < half; pair++) {
+        model->rope[0].frequency[pair] = scaled_frequency(c, pair);
+        if (kvq_rope_count(c) == 1) continue;
+        model->rope[1].frequency[pair] = pow(c->local_rope_theta, -2.0 * pair / c->rope.n_dims);
+    }
+
+done:
+    return status;
+}
+
+void kvq_rope_fill(const kvq_model *model, int which, int64_t first, int64_t n, float *cos_table, float *sin_table) {
+    const rope_frequencies *rope = &model->rope[which];
+    int                     half = model->config->rope.n_dims / 2;
     for (int64_t t = 0; t < n; t++) {
         for (int pair = 0; pair < half; pair++) {
-            double angle = (double)(first + t) * model->rope_frequency[pair];
-            cos_table[t * half + pair] = (float)(cos(angle) * model->rope_amplitude);
-            sin_table[t * half + pair] = (float)(sin(angle) * model->rope_amplitude);
+            double angle = (double)(first + t) * rope->frequency[pair];
+            cos_table[t * half + pair] = (float)(cos(angle) * rope->amplitude);
+            sin_table[t * half + pair] = (float)(sin(angle) * rope->amplitude);
         }
     }
 }

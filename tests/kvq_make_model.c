@@ -14,6 +14,7 @@
 
 kvq_make_options kvq_make_options_default(void) {
     return (kvq_make_options){.seed = 1,
+                              .model_type = "llama",
                               .n_layers = 2,
                               .hidden_size = 64,
                               .n_heads = 4,
@@ -55,44 +56,147 @@ static void close_output(FILE *file, const char *path) {
     if (fclose(file) != 0 || failed) die("%s: writing failed", path);
 }
 
+// ---------------------------------------------------------------- architectures
+
+// What decides which tensors there are.
+enum {
+    UNTIED = 1,
+    QKV_BIAS = 2,
+    O_BIAS = 4,
+    MLP_BIAS = 8,
+    QK_NORM = 16,
+    FUSED = 32, // q, k, v in one tensor, gate and up in another
+    MIXTRAL = 64,
+    QWEN_MOE = 128,
+    GEMMA = 256, // norms behind attention and MLP, stored less 1
+};
+
+typedef struct family {
+    const char *model_type;
+    unsigned    features;
+    int         window_pattern; // every such layer sees all keys, the others slide; 0 = no list of layer types
+    const char *config;         // of config.json, beside sizes
+} family;
+
+#define EXPERT_COUNT 5
+
+static const family FAMILIES[] = {
+    {"llama", 0, 0,
+     "{\"architectures\": [\"LlamaForCausalLM\"], \"hidden_act\": \"silu\", \"rms_norm_eps\": 1e-5, "
+     "\"rope_theta\": 10000.0}"},
+    {"mistral", 0, 0,
+     "{\"architectures\": [\"MistralForCausalLM\"], \"hidden_act\": \"silu\", \"rms_norm_eps\": 1e-5, "
+     "\"rope_theta\": 10000.0, \"sliding_window\": 5}"},
+    {"qwen2", QKV_BIAS, 0,
+     "{\"architectures\": [\"Qwen2ForCausalLM\"], \"hidden_act\": \"silu\", \"rms_norm_eps\": 1e-6, "
+     "\"rope_theta\": 1000000.0, \"use_sliding_window\": false, \"sliding_window\": null}"},
+    {"qwen3", QK_NORM, 0,
+     "{\"architectures\": [\"Qwen3ForCausalLM\"], \"hidden_act\": \"silu\", \"rms_norm_eps\": 1e-6, "
+     "\"rope_theta\": 1000000.0, \"use_sliding_window\": false, \"sliding_window\": null}"},
+    {"phi3", FUSED, 0,
+     "{\"architectures\": [\"Phi3ForCausalLM\"], \"hidden_act\": \"silu\", \"rms_norm_eps\": 1e-5, "
+     "\"rope_theta\": 10000.0, \"sliding_window\": null, \"partial_rotary_factor\": 0.5, "
+     "\"original_max_position_embeddings\": 512}"},
+    {"gemma2", GEMMA, 2,
+     "{\"architectures\": [\"Gemma2ForCausalLM\"], \"hidden_activation\": \"gelu_pytorch_tanh\", "
+     "\"rms_norm_eps\": 1e-6, \"rope_theta\": 10000.0, \"sliding_window\": 5, \"query_pre_attn_scalar\": 20, "
+     "\"attn_logit_softcapping\": 3.0, \"final_logit_softcapping\": 4.0}"},
+    {"gemma3_text", GEMMA | QK_NORM, 3,
+     "{\"architectures\": [\"Gemma3ForCausalLM\"], \"hidden_activation\": \"gelu_pytorch_tanh\", "
+     "\"rms_norm_eps\": 1e-6, \"rope_theta\": 1000000.0, \"rope_local_base_freq\": 10000.0, "
+     "\"sliding_window\": 5, \"query_pre_attn_scalar\": 20, \"attn_logit_softcapping\": null, "
+     "\"final_logit_softcapping\": null}"},
+    {"mixtral", MIXTRAL, 0,
+     "{\"architectures\": [\"MixtralForCausalLM\"], \"hidden_act\": \"silu\", \"rms_norm_eps\": 1e-5, "
+     "\"rope_theta\": 1000000.0, \"sliding_window\": null, \"num_local_experts\": 5, "
+     "\"num_experts_per_tok\": 2}"},
+    {"qwen3_moe", QWEN_MOE | QK_NORM, 0,
+     "{\"architectures\": [\"Qwen3MoeForCausalLM\"], \"hidden_act\": \"silu\", \"rms_norm_eps\": 1e-6, "
+     "\"rope_theta\": 1000000.0, \"use_sliding_window\": false, \"num_experts\": 5, "
+     "\"num_experts_per_tok\": 2, \"norm_topk_prob\": false, \"decoder_sparse_step\": 1, "
+     "\"mlp_only_layers\": []}"},
+};
+
+static const family *family_of(const kvq_make_options *o) {
+    for (size_t i = 0; i < sizeof FAMILIES / sizeof *FAMILIES; i++) {
+        if (strcmp(FAMILIES[i].model_type, o->model_type) == 0) return &FAMILIES[i];
+    }
+    die("no model type %s", o->model_type);
+    return NULL;
+}
+
+static bool is_llama(const kvq_make_options *o) { return strcmp(o->model_type, "llama") == 0; }
+
+static unsigned features_of(const kvq_make_options *o) {
+    unsigned f = family_of(o)->features;
+    if (!is_llama(o) && (o->attention_bias || o->mlp_bias)) die("biases are for llama");
+    if (!o->tied_head) f |= UNTIED;
+    if (o->attention_bias) f |= QKV_BIAS | O_BIAS;
+    return o->mlp_bias ? f | MLP_BIAS : f;
+}
+
 // ---------------------------------------------------------------- tensors
 
-typedef enum fill { FILL_EMBEDDING, FILL_HEAD, FILL_NORM, FILL_BIAS, FILL_MATRIX, FILL_KEY } fill;
-typedef enum extent { ONE, VOCAB, HIDDEN, FFN, QUERY, KEY } extent;
+typedef enum fill {
+    FILL_EMBEDDING,
+    FILL_HEAD,
+    FILL_NORM,
+    FILL_BIAS,
+    FILL_MATRIX,
+    FILL_KEY,
+    FILL_QKV,
+    FILL_ROUTER
+} fill;
+typedef enum extent { ONE, VOCAB, HIDDEN, FFN, QUERY, KEY, QKV, TWO_FFN, HEAD, EXPERTS } extent;
 
-// Written down a second time on purpose: a reader tested with its own table would find its own mistakes right.
+// Written down a second time on purpose: a reader tested with its own table would find its own mistakes right. New rows
+// go to the end: the place in the table is the stream of the random numbers.
 static const struct {
-    const char *hf, *gguf;
+    const char *hf, *gguf; // %d is the expert
     bool        per_layer;
     extent      rows, columns;
     fill        fill;
-    bool        paired; // rows are interleaved in a GGUF
-    enum { ALWAYS, UNTIED, ATTENTION_BIAS, MLP_BIAS } when;
+    bool        paired;         // rows are interleaved in a GGUF
+    unsigned    needs, without; // features
 } TENSORS[] = {
-    {"model.embed_tokens.weight", "token_embd.weight", false, VOCAB, HIDDEN, FILL_EMBEDDING, false, ALWAYS},
-    {"model.norm.weight", "output_norm.weight", false, ONE, HIDDEN, FILL_NORM, false, ALWAYS},
-    {"lm_head.weight", "output.weight", false, VOCAB, HIDDEN, FILL_HEAD, false, UNTIED},
-    {"input_layernorm.weight", "attn_norm.weight", true, ONE, HIDDEN, FILL_NORM, false, ALWAYS},
-    {"post_attention_layernorm.weight", "ffn_norm.weight", true, ONE, HIDDEN, FILL_NORM, false, ALWAYS},
-    {"self_attn.q_proj.weight", "attn_q.weight", true, QUERY, HIDDEN, FILL_MATRIX, true, ALWAYS},
-    {"self_attn.k_proj.weight", "attn_k.weight", true, KEY, HIDDEN, FILL_KEY, true, ALWAYS},
-    {"self_attn.v_proj.weight", "attn_v.weight", true, KEY, HIDDEN, FILL_MATRIX, false, ALWAYS},
-    {"self_attn.o_proj.weight", "attn_output.weight", true, HIDDEN, QUERY, FILL_MATRIX, false, ALWAYS},
-    {"mlp.gate_proj.weight", "ffn_gate.weight", true, FFN, HIDDEN, FILL_MATRIX, false, ALWAYS},
-    {"mlp.up_proj.weight", "ffn_up.weight", true, FFN, HIDDEN, FILL_MATRIX, false, ALWAYS},
-    {"mlp.down_proj.weight", "ffn_down.weight", true, HIDDEN, FFN, FILL_MATRIX, false, ALWAYS},
-    {"self_attn.q_proj.bias", "attn_q.bias", true, ONE, QUERY, FILL_BIAS, true, ATTENTION_BIAS},
-    {"self_attn.k_proj.bias", "attn_k.bias", true, ONE, KEY, FILL_BIAS, true, ATTENTION_BIAS},
-    {"self_attn.v_proj.bias", "attn_v.bias", true, ONE, KEY, FILL_BIAS, false, ATTENTION_BIAS},
-    {"self_attn.o_proj.bias", "attn_output.bias", true, ONE, HIDDEN, FILL_BIAS, false, ATTENTION_BIAS},
-    {"mlp.gate_proj.bias", "ffn_gate.bias", true, ONE, FFN, FILL_BIAS, false, MLP_BIAS},
-    {"mlp.up_proj.bias", "ffn_up.bias", true, ONE, FFN, FILL_BIAS, false, MLP_BIAS},
-    {"mlp.down_proj.bias", "ffn_down.bias", true, ONE, HIDDEN, FILL_BIAS, false, MLP_BIAS},
+    {"model.embed_tokens.weight", "token_embd.weight", false, VOCAB, HIDDEN, FILL_EMBEDDING, false, 0, 0},
+    {"model.norm.weight", "output_norm.weight", false, ONE, HIDDEN, FILL_NORM, false, 0, 0},
+    {"lm_head.weight", "output.weight", false, VOCAB, HIDDEN, FILL_HEAD, false, UNTIED, 0},
+    {"input_layernorm.weight", "attn_norm.weight", true, ONE, HIDDEN, FILL_NORM, false, 0, 0},
+    {"post_attention_layernorm.weight", "ffn_norm.weight", true, ONE, HIDDEN, FILL_NORM, false, 0, 0},
+    {"self_attn.q_proj.weight", "attn_q.weight", true, QUERY, HIDDEN, FILL_MATRIX, true, 0, FUSED},
+    {"self_attn.k_proj.weight", "attn_k.weight", true, KEY, HIDDEN, FILL_KEY, true, 0, FUSED},
+    {"self_attn.v_proj.weight", "attn_v.weight", true, KEY, HIDDEN, FILL_MATRIX, false, 0, FUSED},
+    {"self_attn.o_proj.weight", "attn_output.weight", true, HIDDEN, QUERY, FILL_MATRIX, false, 0, 0},
+    {"mlp.gate_proj.weight", "ffn_gate.weight", true, FFN, HIDDEN, FILL_MATRIX, false, 0, FUSED | MIXTRAL | QWEN_MOE},
+    {"mlp.up_proj.weight", "ffn_up.weight", true, FFN, HIDDEN, FILL_MATRIX, false, 0, FUSED | MIXTRAL | QWEN_MOE},
+    {"mlp.down_proj.weight", "ffn_down.weight", true, HIDDEN, FFN, FILL_MATRIX, false, 0, MIXTRAL | QWEN_MOE},
+    {"self_attn.q_proj.bias", "attn_q.bias", true, ONE, QUERY, FILL_BIAS, true, QKV_BIAS, 0},
+    {"self_attn.k_proj.bias", "attn_k.bias", true, ONE, KEY, FILL_BIAS, true, QKV_BIAS, 0},
+    {"self_attn.v_proj.bias", "attn_v.bias", true, ONE, KEY, FILL_BIAS, false, QKV_BIAS, 0},
+    {"self_attn.o_proj.bias", "attn_output.bias", true, ONE, HIDDEN, FILL_BIAS, false, O_BIAS, 0},
+    {"mlp.gate_proj.bias", "ffn_gate.bias", true, ONE, FFN, FILL_BIAS, false, MLP_BIAS, 0},
+    {"mlp.up_proj.bias", "ffn_up.bias", true, ONE, FFN, FILL_BIAS, false, MLP_BIAS, 0},
+    {"mlp.down_proj.bias", "ffn_down.bias", true, ONE, HIDDEN, FILL_BIAS, false, MLP_BIAS, 0},
+    {"self_attn.q_norm.weight", NULL, true, ONE, HEAD, FILL_NORM, false, QK_NORM, 0},
+    {"self_attn.k_norm.weight", NULL, true, ONE, HEAD, FILL_NORM, false, QK_NORM, 0},
+    {"self_attn.qkv_proj.weight", NULL, true, QKV, HIDDEN, FILL_QKV, false, FUSED, 0},
+    {"mlp.gate_up_proj.weight", NULL, true, TWO_FFN, HIDDEN, FILL_MATRIX, false, FUSED, 0},
+    {"pre_feedforward_layernorm.weight", NULL, true, ONE, HIDDEN, FILL_NORM, false, GEMMA, 0},
+    {"post_feedforward_layernorm.weight", NULL, true, ONE, HIDDEN, FILL_NORM, false, GEMMA, 0},
+    {"block_sparse_moe.gate.weight", NULL, true, EXPERTS, HIDDEN, FILL_ROUTER, false, MIXTRAL, 0},
+    {"block_sparse_moe.experts.%d.w1.weight", NULL, true, FFN, HIDDEN, FILL_MATRIX, false, MIXTRAL, 0},
+    {"block_sparse_moe.experts.%d.w3.weight", NULL, true, FFN, HIDDEN, FILL_MATRIX, false, MIXTRAL, 0},
+    {"block_sparse_moe.experts.%d.w2.weight", NULL, true, HIDDEN, FFN, FILL_MATRIX, false, MIXTRAL, 0},
+    {"mlp.gate.weight", NULL, true, EXPERTS, HIDDEN, FILL_ROUTER, false, QWEN_MOE, 0},
+    {"mlp.experts.%d.gate_proj.weight", NULL, true, FFN, HIDDEN, FILL_MATRIX, false, QWEN_MOE, 0},
+    {"mlp.experts.%d.up_proj.weight", NULL, true, FFN, HIDDEN, FILL_MATRIX, false, QWEN_MOE, 0},
+    {"mlp.experts.%d.down_proj.weight", NULL, true, HIDDEN, FFN, FILL_MATRIX, false, QWEN_MOE, 0},
 };
 enum { N_KINDS = sizeof TENSORS / sizeof *TENSORS, MAX_LAYERS = 1000 };
 
 typedef struct tensor {
-    char     hf[80], gguf[80];
+    char     hf[96], gguf[80];
     int64_t  rows, columns; // a vector has one row
     bool     is_vector, paired;
     fill     fill;
@@ -105,22 +209,33 @@ static int64_t extent_of(const kvq_make_options *o, extent e) {
                              o->hidden_size,
                              o->intermediate_size,
                              (int64_t)o->n_heads * o->head_dim,
-                             (int64_t)o->n_kv_heads * o->head_dim};
+                             (int64_t)o->n_kv_heads * o->head_dim,
+                             (int64_t)(o->n_heads + 2 * o->n_kv_heads) * o->head_dim,
+                             2 * (int64_t)o->intermediate_size,
+                             o->head_dim,
+                             EXPERT_COUNT};
     return sizes[e];
 }
 
-static tensor tensor_of(const kvq_make_options *o, int kind, int layer) {
-    tensor t = {.rows = extent_of(o, TENSORS[kind].rows),
-                .columns = extent_of(o, TENSORS[kind].columns),
-                .is_vector = TENSORS[kind].rows == ONE,
-                .paired = TENSORS[kind].paired,
-                .fill = TENSORS[kind].fill,
-                .stream = (uint32_t)(kind * MAX_LAYERS + layer)};
+static tensor tensor_of(const kvq_make_options *o, int kind, int layer, int expert) {
+    char        name[96];
+    tensor      t = {.rows = extent_of(o, TENSORS[kind].rows),
+                     .columns = extent_of(o, TENSORS[kind].columns),
+                     .is_vector = TENSORS[kind].rows == ONE,
+                     .paired = TENSORS[kind].paired,
+                     .fill = TENSORS[kind].fill,
+                     .stream = (uint32_t)(kind * MAX_LAYERS + layer) + ((uint32_t)expert << 20)};
+    const char *number = strstr(TENSORS[kind].hf, "%d");
+    if (number == NULL)
+        (void)snprintf(name, sizeof name, "%s", TENSORS[kind].hf);
+    else
+        (void)snprintf(name, sizeof name, "%.*s%d%s", (int)(number - TENSORS[kind].hf), TENSORS[kind].hf, expert,
+                       number + 2);
     if (TENSORS[kind].per_layer) {
-        (void)snprintf(t.hf, sizeof t.hf, "model.layers.%d.%s", layer, TENSORS[kind].hf);
-        (void)snprintf(t.gguf, sizeof t.gguf, "blk.%d.%s", layer, TENSORS[kind].gguf);
+        (void)snprintf(t.hf, sizeof t.hf, "model.layers.%d.%.60s", layer, name);
+        (void)snprintf(t.gguf, sizeof t.gguf, "blk.%d.%s", layer, TENSORS[kind].gguf != NULL ? TENSORS[kind].gguf : "");
     } else {
-        (void)snprintf(t.hf, sizeof t.hf, "%s", TENSORS[kind].hf);
+        (void)snprintf(t.hf, sizeof t.hf, "%s", name);
         (void)snprintf(t.gguf, sizeof t.gguf, "%s", TENSORS[kind].gguf);
     }
     return t;
@@ -129,13 +244,15 @@ static tensor tensor_of(const kvq_make_options *o, int kind, int layer) {
 static tensor *list_tensors(const kvq_make_options *o, int *n) {
     if (o->n_layers < 1 || o->n_layers > MAX_LAYERS) die("%d layers", o->n_layers);
     if (o->vocab_size < KVQ_MAKE_N_TOKENS) die("the tokenizer needs a vocabulary of %d", KVQ_MAKE_N_TOKENS);
-    const bool present[] = {true, !o->tied_head, o->attention_bias, o->mlp_bias};
-    tensor    *list = allocate((size_t)(N_KINDS * o->n_layers) * sizeof *list);
+    unsigned features = features_of(o);
+    tensor  *list = allocate((size_t)(N_KINDS * o->n_layers * EXPERT_COUNT) * sizeof *list);
     *n = 0;
     for (int kind = 0; kind < N_KINDS; kind++) {
-        int copies = TENSORS[kind].per_layer ? o->n_layers : 1;
-        if (!present[TENSORS[kind].when]) continue;
-        for (int layer = 0; layer < copies; layer++) list[(*n)++] = tensor_of(o, kind, layer);
+        int n_layers = TENSORS[kind].per_layer ? o->n_layers : 1;
+        int n_experts = strstr(TENSORS[kind].hf, "%d") != NULL ? EXPERT_COUNT : 1;
+        if ((features & TENSORS[kind].needs) != TENSORS[kind].needs || (features & TENSORS[kind].without) != 0)
+            continue;
+        for (int i = 0; i < n_layers * n_experts; i++) list[(*n)++] = tensor_of(o, kind, i / n_experts, i % n_experts);
     }
     return list;
 }
@@ -150,8 +267,11 @@ static double bell(uint64_t seed, uint32_t stream, uint64_t index) {
 }
 
 // Scales at which logits are far from flat, with some large key channels, as real models have them.
+static double key_scale(int64_t row) { return (row % 11 == 3 ? 4 : 1) * (row == 5 ? 6 : 1); }
+
 static float element(const kvq_make_options *o, const tensor *t, int64_t row, int64_t column) {
-    double r = bell(o->seed, t->stream, (uint64_t)(row * t->columns + column)), scale = 1.3 / sqrt((double)t->columns);
+    double  r = bell(o->seed, t->stream, (uint64_t)(row * t->columns + column)), scale = 1.3 / sqrt((double)t->columns);
+    int64_t key_row = row - extent_of(o, QUERY);
     if (o->not_finite != NULL && strcmp(o->not_finite, t->hf) == 0 && column == 2 && (t->is_vector || row == 1))
         return NAN;
     switch (t->fill) {
@@ -160,11 +280,15 @@ static float element(const kvq_make_options *o, const tensor *t, int64_t row, in
     case FILL_HEAD:
         return (float)(r * 0.35);
     case FILL_NORM:
-        return (float)(1 + 0.15 * r);
+        return (float)((family_of(o)->features & GEMMA ? 0 : 1) + 0.15 * r);
     case FILL_BIAS:
         return (float)(0.5 * r);
     case FILL_KEY:
-        return (float)(r * scale * (row % 11 == 3 ? 4 : 1) * (row == 5 ? 6 : 1));
+        return (float)(r * scale * key_scale(row));
+    case FILL_QKV:
+        return (float)(r * scale * (key_row >= 0 && key_row < extent_of(o, KEY) ? key_scale(key_row) : 1));
+    case FILL_ROUTER:
+        return (float)(r * scale * 2);
     case FILL_MATRIX:
         break;
     }
@@ -377,25 +501,44 @@ static void write_tokenizer(const char *directory) {
 
 // ---------------------------------------------------------------- Hugging Face directory
 
+static void add_layer_types(const kvq_make_options *o, cJSON *config) {
+    int    pattern = family_of(o)->window_pattern;
+    cJSON *list = pattern > 0 ? cJSON_AddArrayToObject(config, "layer_types") : NULL;
+    for (int layer = 0; list != NULL && layer < o->n_layers; layer++) {
+        cJSON_AddItemToArray(list,
+                             cJSON_CreateString((layer + 1) % pattern == 0 ? "full_attention" : "sliding_attention"));
+    }
+}
+
 static void write_config(const kvq_make_options *o, const char *directory) {
-    cJSON *c =
-        parse("{\"architectures\": [\"LlamaForCausalLM\"], \"model_type\": \"llama\", \"hidden_act\": \"silu\","
-              "\"rms_norm_eps\": 1e-5, \"rope_theta\": 10000.0, \"attention_dropout\": 0.0, \"use_cache\": true}");
+    cJSON *c = parse(family_of(o)->config);
+    bool   qwen_moe = (family_of(o)->features & QWEN_MOE) != 0;
     const struct {
         const char *name;
         int         value;
     } numbers[] = {
-        {"hidden_size", o->hidden_size},        {"intermediate_size", o->intermediate_size},
-        {"num_hidden_layers", o->n_layers},     {"num_attention_heads", o->n_heads},
-        {"num_key_value_heads", o->n_kv_heads}, {"head_dim", o->head_dim},
-        {"vocab_size", o->vocab_size},          {"max_position_embeddings", o->max_positions},
-        {"bos_token_id", KVQ_MAKE_BOS},         {"eos_token_id", KVQ_MAKE_EOS},
+        {"hidden_size", o->hidden_size},
+        {qwen_moe ? "moe_intermediate_size" : "intermediate_size", o->intermediate_size},
+        {"num_hidden_layers", o->n_layers},
+        {"num_attention_heads", o->n_heads},
+        {"num_key_value_heads", o->n_kv_heads},
+        {"head_dim", o->head_dim},
+        {"vocab_size", o->vocab_size},
+        {"max_position_embeddings", o->max_positions},
+        {"bos_token_id", KVQ_MAKE_BOS},
+        {"eos_token_id", KVQ_MAKE_EOS},
     };
     for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
         cJSON_AddNumberToObject(c, numbers[i].name, numbers[i].value);
+    cJSON_AddStringToObject(c, "model_type", o->model_type);
+    cJSON_AddNumberToObject(c, "attention_dropout", 0);
+    cJSON_AddBoolToObject(c, "use_cache", true);
     cJSON_AddBoolToObject(c, "tie_word_embeddings", o->tied_head);
-    cJSON_AddBoolToObject(c, "attention_bias", o->attention_bias);
-    cJSON_AddBoolToObject(c, "mlp_bias", o->mlp_bias);
+    if (is_llama(o)) {
+        cJSON_AddBoolToObject(c, "attention_bias", o->attention_bias);
+        cJSON_AddBoolToObject(c, "mlp_bias", o->mlp_bias);
+    }
+    add_layer_types(o, c);
     cJSON_AddItemToObject(c, "rope_scaling", parse(o->rope_scaling != NULL ? o->rope_scaling : "null"));
     cJSON *extra = parse(o->extra_config != NULL ? o->extra_config : "{}");
     while (extra->child != NULL) {
@@ -611,7 +754,8 @@ void kvq_make_model_gguf(const kvq_make_options *options, const char *path) {
     cJSON        *rope = parse(options->rope_scaling != NULL ? options->rope_scaling : "null");
     metadata      m = make_metadata(options, rope);
     bool          divisors = rope_is(rope, "llama3");
-    FILE         *file = open_output(path);
+    if (!is_llama(options)) die("a GGUF of %s", options->model_type);
+    FILE *file = open_output(path);
     put(file, "GGUF", 4);
     put_u32(file, 3);
     put_u64(file, (uint64_t)n + divisors);

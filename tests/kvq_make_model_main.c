@@ -8,9 +8,9 @@
 #include "kvq_make_model.h"
 
 static const char USAGE[] =
-    "usage: kvq_make_model_tool OUT_DIR [--gguf FILE] [--seed N] [--layers N] [--hidden N] [--heads N]\n"
-    "  [--kv-heads N] [--head-dim N] [--ffn N] [--vocab N] [--positions N] [--shards N] [--dtype F32|F16|BF16]\n"
-    "  [--type F32|F16|BF16|Q8_0|Q4_0|Q4_1] [--rope JSON] [--config JSON] [--nan TENSOR]\n"
+    "usage: kvq_make_model_tool OUT_DIR [--gguf FILE] [--seed N] [--model-type NAME] [--layers N] [--hidden N]\n"
+    "  [--heads N] [--kv-heads N] [--head-dim N] [--ffn N] [--vocab N] [--positions N] [--shards N]\n"
+    "  [--dtype F32|F16|BF16] [--type F32|F16|BF16|Q8_0|Q4_0|Q4_1] [--rope JSON] [--config JSON] [--nan TENSOR]\n"
     "  [--tied] [--attention-bias] [--mlp-bias]\n";
 
 int main(int argc, char **argv) {
@@ -24,6 +24,7 @@ int main(int argc, char **argv) {
     } table[] = {
         {"--gguf", NULL, NULL, &gguf},
         {"--seed", NULL, NULL, &seed},
+        {"--model-type", NULL, NULL, &o.model_type},
         {"--layers", NULL, &o.n_layers, NULL},
         {"--hidden", NULL, &o.hidden_size, NULL},
         {"--heads", NULL, &o.n_heads, NULL},

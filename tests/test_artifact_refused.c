@@ -38,11 +38,11 @@ static image sample_image(const kvq_context *ctx, kvq_artifact **a) {
 
 // Puts the right seal into the last bytes, as somebody would who changes a file on purpose.
 static void add_seal(uint8_t *data, size_t bytes) {
-    char      hex[KVQ_SHA256_HEX], line[ARTIFACT_SEAL_BYTES + 1];
+    char      hex[KVQ_SHA256_HEX], line[SEAL_BYTES + 1];
     kvq_error err = {0};
-    kvq_test_ok(kvq_sha256_of(data, bytes - ARTIFACT_SEAL_BYTES, hex, &err), &err);
-    (void)snprintf(line, sizeof line, ARTIFACT_SEAL "%s\n", hex);
-    memcpy(data + bytes - ARTIFACT_SEAL_BYTES, line, ARTIFACT_SEAL_BYTES);
+    kvq_test_ok(kvq_sha256_of(data, bytes - SEAL_BYTES, hex, &err), &err);
+    (void)snprintf(line, sizeof line, SEAL "%s\n", hex);
+    memcpy(data + bytes - SEAL_BYTES, line, SEAL_BYTES);
 }
 
 // The application's own setting for HDF5's error messages survives a write and a failing read, and nothing stays open.
@@ -94,7 +94,7 @@ START_TEST(a_flipped_bit_is_never_believed) {
     for (size_t at = 0; at < i.bytes; at += at < 1024 || at + 1024 >= i.bytes ? 1 : 7) {
         uint8_t bit = (uint8_t)(1u << (at % 8));
         i.data[at] ^= bit;
-        if (_i == 1 && at < i.bytes - ARTIFACT_SEAL_BYTES) add_seal(i.data, i.bytes);
+        if (_i == 1 && at < i.bytes - SEAL_BYTES) add_seal(i.data, i.bytes);
         n_believed += read_survives(&ctx, i.data, i.bytes, a);
         n_tried++;
         i.data[at] ^= bit;
@@ -276,8 +276,8 @@ static kvq_status read_list(const kvq_context *ctx, record_list *list, kvq_error
     kvq_test_ok(record_add(ctx, list, ARTIFACT_CONTENT_HASH, RECORD_TEXT, 0, NULL, hash, err), err);
     kvq_test_ok(record_add(ctx, list, ARTIFACT_NUMERIC_HASH, RECORD_TEXT, 0, NULL, numeric, err), err);
     record_sort(list);
-    kvq_test_ok(records_to_hdf5(ctx, list, ARTIFACT_SEAL_BYTES, &i.data, &i.bytes, err), err);
-    i.bytes += ARTIFACT_SEAL_BYTES;
+    kvq_test_ok(records_to_hdf5(ctx, list, SEAL_BYTES, &i.data, &i.bytes, err), err);
+    i.bytes += SEAL_BYTES;
     add_seal(i.data, i.bytes);
     kvq_status status = artifact_from_image(ctx, i.data, i.bytes, &a, hash, err);
     kvq_artifact_destroy(ctx, &a);
@@ -415,7 +415,7 @@ static void append_seal(const kvq_context *ctx, const char *path) {
     kvq_mapped_file file = {0};
     kvq_error       err = {0};
     kvq_test_ok(kvq_map_file(path, &file, &err), &err);
-    size_t   bytes = file.bytes + ARTIFACT_SEAL_BYTES;
+    size_t   bytes = file.bytes + SEAL_BYTES;
     uint8_t *sealed = malloc(bytes);
     memcpy(sealed, file.data, file.bytes);
     kvq_unmap_file(&file);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The calibration as a whole: against the independent Python reference on real and tiny checkpoints (shared goldens),
-// and its promises about threads, scratch, memory failures and bad options.
+// and its promises about threads, failing disks and memory, and bad options. test_sweeps.c has those about resuming.
 #include <cjson/cJSON.h>
 #include <math.h>
 #include <signal.h>
@@ -9,7 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
-#include <unistd.h>
 
 #include "kvq_calib.h"
 #include "kvq_decoder.h"
@@ -22,17 +21,17 @@ typedef struct rig {
     kvq_backend    *be;
     kvq_checkpoint *checkpoint;
     kvq_model      *model;
-    char            scratch[256];
+    char            work_dir[256];
 } rig;
 
 static void rig_open(rig *r, const char *path, int n_threads) {
     kvq_error err = {0};
     r->ctx = kvq_test_context();
     r->ctx.n_threads = n_threads;
-    kvq_test_ok(kvq_backend_cpu(&r->ctx, &r->be, &err), &err);
+    kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, &err), &err);
     kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
     kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
-    (void)snprintf(r->scratch, sizeof r->scratch, "%s/scratch", kvq_test_folder());
+    (void)snprintf(r->work_dir, sizeof r->work_dir, "%s/work", kvq_test_folder());
 }
 
 static void rig_close(rig *r) {
@@ -41,10 +40,12 @@ static void rig_close(rig *r) {
     r->be->destroy(&r->be);
 }
 
-static kvq_calib_options options_of(const rig *r) {
-    kvq_calib_options o = kvq_calib_options_default();
-    o.scratch_dir = r->scratch;
-    return o;
+// In one process, from the beginning.
+static kvq_status calibrate(rig *r, const kvq_windows *w, const kvq_calib_options *o, kvq_artifact **out,
+                            kvq_error *err) {
+    kvq_processes     alone = kvq_processes_single();
+    kvq_sweep_options sweep = {.work_dir = r->work_dir, .restart = true, .stride = 1, .n_shards = 1};
+    return kvq_calibrate(&r->ctx, r->be, r->model, w, o, &sweep, &alone, out, err);
 }
 
 // ---------------------------------------------------------------- the Python reference
@@ -163,7 +164,7 @@ static kvq_artifact *calibrate_like(reference *ref, int bits, double outliers, i
                 *run = cJSON_GetArrayItem(cJSON_GetObjectItem(ref->json, "runs"), 0);
     int64_t           S = (int64_t)number(cJSON_GetObjectItem(run, "options"), "seqlen");
     kvq_windows       w = {.n_windows = cJSON_GetArraySize(starts), .seq_len = S, .source = "reference"};
-    kvq_calib_options o = options_of(&ref->rig);
+    kvq_calib_options o = kvq_calib_options_default();
     kvq_artifact     *artifact = NULL;
     kvq_error         err = {0};
     kvq_test_ok(KVQ_NEW(&ref->rig.ctx, w.n_windows * S, "ids", &w.ids, &err), &err);
@@ -174,8 +175,7 @@ static kvq_artifact *calibrate_like(reference *ref, int bits, double outliers, i
     o.k_bits = o.v_bits = bits;
     o.outlier_fraction = outliers;
     o.sink_tokens = sinks;
-    kvq_test_ok(kvq_calibrate(&ref->rig.ctx, ref->rig.be, ref->rig.model, &w, &o, &artifact, &err), &err);
-    ck_assert_int_ne(access(ref->rig.scratch, F_OK), 0); // nothing is left behind
+    kvq_test_ok(calibrate(&ref->rig, &w, &o, &artifact, &err), &err);
     kvq_windows_free(&ref->rig.ctx, &w);
     return artifact;
 }
@@ -297,9 +297,9 @@ START_TEST(one_and_two_threads_give_the_same_numbers) {
     for (int i = 0; i < 2; i++) {
         rig_open(&r[i], path, 1 + i);
         kvq_windows       w = tiny_windows(&r[i], ids);
-        kvq_calib_options o = options_of(&r[i]);
+        kvq_calib_options o = kvq_calib_options_default();
         o.weighting = (kvq_weighting)_i;
-        kvq_test_ok(kvq_calibrate(&r[i].ctx, r[i].be, r[i].model, &w, &o, &a[i], &err), &err);
+        kvq_test_ok(calibrate(&r[i], &w, &o, &a[i], &err), &err);
     }
     for (int64_t l = 0; l < a[0]->model.n_layers; l++) {
         assert_equal_tensors(&a[0]->layers[l].k, &a[1]->layers[l].k, a[0]->model.n_kv_heads * a[0]->model.head_dim);
@@ -336,7 +336,7 @@ START_TEST(bad_options_are_named) {
     make_tiny(path, sizeof path);
     rig_open(&r, path, 1);
     for (size_t i = 0; i < sizeof BAD / sizeof *BAD; i++) {
-        kvq_calib_options o = options_of(&r);
+        kvq_calib_options o = kvq_calib_options_default();
         o.k_bits = BAD[i].k_bits;
         o.v_bits = BAD[i].v_bits;
         o.outlier_fraction = BAD[i].outliers;
@@ -349,7 +349,7 @@ START_TEST(bad_options_are_named) {
 END_TEST
 
 // A limit on file size stands in for a full disk: the write fails in the middle of the forward sweep.
-START_TEST(a_full_disk_ends_the_run_and_leaves_nothing) {
+START_TEST(a_full_disk_ends_the_run) {
     char          path[256];
     int32_t       ids[TINY_N * TINY_S];
     rig           r;
@@ -358,18 +358,17 @@ START_TEST(a_full_disk_ends_the_run_and_leaves_nothing) {
     make_tiny(path, sizeof path);
     rig_open(&r, path, 1);
     kvq_windows       w = tiny_windows(&r, ids);
-    kvq_calib_options o = options_of(&r);
+    kvq_calib_options o = kvq_calib_options_default();
     struct rlimit     limit = {8192, 8192};
     (void)signal(SIGXFSZ, SIG_IGN);
     ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
-    kvq_test_failed(kvq_calibrate(&r.ctx, r.be, r.model, &w, &o, &a, &err), KVQ_ERR_DISK, &err, "scratch");
+    kvq_test_failed(calibrate(&r, &w, &o, &a, &err), KVQ_ERR_DISK, &err, "x.0000");
     ck_assert_ptr_null(a);
-    ck_assert_int_ne(access(r.scratch, F_OK), 0);
     rig_close(&r);
 }
 END_TEST
 
-// Memory that runs out at the n-th allocation, for every n: an error, nothing left on disk, nothing not released.
+// Memory that runs out at the n-th allocation, for every n: an error, and nothing that is not released.
 START_TEST(every_failing_allocation_is_survived) {
     char          path[256];
     int32_t       ids[TINY_N * TINY_S];
@@ -379,20 +378,19 @@ START_TEST(every_failing_allocation_is_survived) {
     make_tiny(path, sizeof path);
     rig_open(&r, path, 1);
     kvq_windows       w = tiny_windows(&r, ids);
-    kvq_calib_options o = options_of(&r);
+    kvq_calib_options o = kvq_calib_options_default();
     kvq_context       normal = r.ctx;
     kvq_status        status = KVQ_ERR_MEMORY;
     int64_t           n = 0;
     for (; status != KVQ_OK; n += n < 60 ? 1 : 29) {
         limited_memory memory = {.inner = normal, .left = n};
         r.ctx = limited_context(&memory); // the backend and the model see it too
-        status = kvq_calibrate(&r.ctx, r.be, r.model, &w, &o, &a, &err);
+        status = calibrate(&r, &w, &o, &a, &err);
         if (status == KVQ_OK) kvq_artifact_destroy(&r.ctx, &a);
         r.ctx = normal;
         ck_assert(status == KVQ_OK || status == KVQ_ERR_MEMORY);
         ck_assert_int_eq(memory.n_live, 0);
         ck_assert_ptr_null(a);
-        ck_assert_int_ne(access(r.scratch, F_OK), 0);
     }
     ck_assert_int_gt(n, 30);
     rig_close(&r);
@@ -403,7 +401,7 @@ static const kvq_test_case CASES[] = {
     KVQ_GOLDEN_LOOP(calibration_equals_the_reference, N_RUNS),
     KVQ_LOOP(one_and_two_threads_give_the_same_numbers, 3),
     KVQ_CASE(bad_options_are_named),
-    KVQ_CASE(a_full_disk_ends_the_run_and_leaves_nothing),
+    KVQ_CASE(a_full_disk_ends_the_run),
     KVQ_CASE(every_failing_allocation_is_survived),
 };
 KVQ_TEST_MAIN("calib", CASES)

@@ -35,7 +35,7 @@ static void fill_tensor(rig *r, kvq_tensor_quant *t, int bits, kvq_axis axis) {
 
 static void rig_open(rig *r, int bits, double outliers, int64_t sinks) {
     r->ctx = kvq_test_context();
-    kvq_test_ok(kvq_backend_cpu(&r->ctx, &r->be, NULL), NULL);
+    kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, NULL), NULL);
     kvq_test_ok(kvq_artifact_create(&r->ctx, 1, &r->artifact, NULL), NULL);
     r->artifact->model.n_layers = 1;
     r->artifact->model.n_kv_heads = N_KV_HEADS;

@@ -141,6 +141,38 @@ START_TEST(order_and_partition_do_not_matter) {
 END_TEST
 
 // The outliers a stored row names are exactly those left out of the count, and every element is accounted for.
+// Saved and merged bytes are worth the same as the histogram itself; what is not such bytes is refused.
+START_TEST(packed_histograms_merge_as_themselves) {
+    kvq_histogram *parts[2] = {new_histogram(), new_histogram()}, *whole = new_histogram(), *merged = new_histogram();
+    kvq_error      err = {0};
+    for (int i = 0; i < 500; i++) {
+        float  x = (float)(2 * kvq_rng_uniform(3, KVQ_RNG_TEST, 0, (uint64_t)i) - 1);
+        double weight = exp(-30 * kvq_rng_uniform(3, KVQ_RNG_TEST, 1, (uint64_t)i));
+        kvq_histogram_add(parts[i % 2], x, weight);
+        kvq_histogram_add(whole, x, weight);
+    }
+    parts[0]->n_outliers = whole->n_outliers = 3;
+    parts[1]->n_constant = whole->n_constant = 4;
+    for (int i = 0; i < 2; i++) {
+        int64_t  n = kvq_histogram_packed_bytes(parts[i]);
+        uint8_t *bytes = malloc((size_t)n);
+        kvq_histogram_pack(parts[i], bytes);
+        kvq_test_ok(kvq_histogram_merge_packed(merged, bytes, n, &err), &err);
+        kvq_test_failed(kvq_histogram_merge_packed(merged, bytes, n - 1, &err), KVQ_ERR_INTEGRITY, &err,
+                        "fit together");
+        kvq_test_failed(kvq_histogram_merge_packed(merged, bytes, 5, &err), KVQ_ERR_INTEGRITY, &err, "5 bytes");
+        free(bytes);
+    }
+    expect_same(merged, whole);
+    kvq_histogram_clear(merged);
+    ck_assert_int_eq(count_of(merged) + merged->n_outliers + merged->n_constant, 0);
+    ck_assert(kvq_histogram_effective_samples(merged) == 0);
+    for (int i = 0; i < 2; i++) drop(&parts[i]);
+    drop(&whole);
+    drop(&merged);
+}
+END_TEST
+
 START_TEST(counting_agrees_with_the_codec) {
     static row_set    rows;
     kvq_count_options options = {true, 4};
@@ -402,12 +434,15 @@ static void limited_release(void *user, void *p) {
 static kvq_status whole_stage(const kvq_context *ctx, const row_set *rows, kvq_error *err) {
     kvq_status         status = KVQ_OK;
     kvq_histogram     *h = NULL;
+    kvq_tails         *tails = NULL;
     kvq_artifact      *artifact = NULL;
     kvq_fit_report     report;
     kvq_weighted_point points[3] = {{0, 1}, {1, 1}, {2, 1}};
     float              lower[D], upper[D], codebook[4];
     double             levels[2], cost;
-    KVQ_TRY(kvq_thresholds(ctx, rows->x, N_ROWS, D, 0.05, lower, upper, err));
+    KVQ_TRY(kvq_tails_create(ctx, D, kvq_tails_needed(0.05, N_ROWS), &tails, err));
+    KVQ_TRY(kvq_tails_push(ctx, tails, rows->x, N_ROWS, err));
+    KVQ_TRY(kvq_tails_thresholds(ctx, tails, 0.05, lower, upper, err));
     KVQ_TRY(kvq_histogram_create(ctx, &h, err));
     KVQ_TRY(
         kvq_histogram_count_rows(h, &rows->spec, rows->x, rows->weights, N_ROWS, (kvq_count_options){true, 0}, err));
@@ -417,6 +452,7 @@ static kvq_status whole_stage(const kvq_context *ctx, const row_set *rows, kvq_e
     KVQ_TRY(kvq_artifact_set_text(ctx, &artifact->model.name, "x", err));
 done:
     kvq_artifact_destroy(ctx, &artifact);
+    kvq_tails_destroy(ctx, &tails);
     kvq_histogram_destroy(ctx, &h);
     return status;
 }
@@ -443,6 +479,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(elements_fall_into_the_bin_that_holds_them),
     KVQ_CASE(effective_samples_follow_the_definition),
     KVQ_LOOP(order_and_partition_do_not_matter, 2),
+    KVQ_CASE(packed_histograms_merge_as_themselves),
     KVQ_LOOP(counting_agrees_with_the_codec, 6),
     KVQ_CASE(weights_are_gradients_times_squared_range),
     KVQ_CASE(a_value_row_by_hand),

@@ -20,7 +20,7 @@ static void open_backends(void) {
     for (int i = 0; i < 2; i++) {
         contexts[i] = kvq_test_context();
         contexts[i].n_threads = i + 1;
-        kvq_test_ok(kvq_backend_cpu(&contexts[i], &backends[i], NULL), NULL);
+        kvq_test_ok(kvq_backend_cpu(&contexts[i], KVQ_COMPUTE_F32, &backends[i], NULL), NULL);
     }
 }
 
@@ -61,6 +61,20 @@ START_TEST(exp_is_accurate_to_two_units) {
     ck_assert(kvq_exp_f32(0) == 1.0f && kvq_exp_f64(0) == 1.0);
     ck_assert(kvq_exp_f32(-1e30f) > 0 && kvq_exp_f32(-1e30f) < 2e-38f);
     ck_assert(kvq_exp_f64(-1e300) > 0 && kvq_exp_f64(-1e300) < 1e-307);
+}
+END_TEST
+
+// Also where exp(x) - 1 would cancel.
+START_TEST(tanh_is_accurate_to_three_units) {
+    double worst = 0;
+    for (int i = 1; i <= 200000; i++) {
+        float x = 25.0f * (float)i / 200000.0f, small = ldexpf(x, -(i % 60));
+        worst = fmax(worst, fabs((double)kvq_tanh_f32(x) / tanh((double)x) - 1));
+        worst = fmax(worst, fabs((double)kvq_tanh_f32(-small) / -tanh((double)small) - 1));
+    }
+    ck_assert_double_lt(worst, 3 * 0x1p-23);
+    ck_assert(kvq_tanh_f32(0) == 0.0f && kvq_tanh_f32(1e30f) == 1.0f && kvq_tanh_f32(-INFINITY) == -1.0f);
+    ck_assert(isnan(kvq_tanh_f32(NAN)));
 }
 END_TEST
 
@@ -178,24 +192,57 @@ START_TEST(rope_rotates_pairs_and_back) {
 }
 END_TEST
 
-START_TEST(silu_and_its_gradient_in_place) {
+// The activation and its derivative, exactly as their definitions say; for gelu the derivative by a difference quotient
+// of 1e-5 (truncation 1e-10).
+static double activation(kvq_gate_kind kind, double g) {
+    if (kind == KVQ_GATE_SILU) return g / (1 + exp(-g));
+    return 0.5 * g * (1 + tanh(sqrt(2 / acos(-1)) * (g + 0.044715 * g * g * g)));
+}
+
+static double activation_slope(kvq_gate_kind kind, double g) {
+    if (fabs(g) > 30) return g > 0; // where both are flat
+    return (activation(kind, g + 1e-5) - activation(kind, g - 1e-5)) / 2e-5;
+}
+
+// Both are g * sigmoid(a). A relative error of e EPS in a becomes |a| (1 - s) e EPS in the sigmoid s; |a| s (1 - s) is
+// at most 0.23 and a^2 s (1 - s) at most 0.44. With the 2 units of exp, 4 roundings in a and those of the products this
+// is 12 EPS |g u| for the value, and 30 EPS |d u| for its derivative, whose largest term has the factor |g a'| <= 3
+// |a|.
+START_TEST(gated_activations_and_their_gradients_in_place) {
     enum { N = 16384 + 77 };
+    kvq_gate_kind kind = _i == 0 ? KVQ_GATE_SILU : KVQ_GATE_GELU_TANH;
     open_backends();
-    float *gate = randoms(N, 10, 20), *up = randoms(N, 11, 2), *dy = randoms(N, 12, 1), *y = floats(N);
-    gate[0] = -500;
-    gate[1] = 500;
+    float      *gate = randoms(N, 10, 20), *up = randoms(N, 11, 2), *dy = randoms(N, 12, 1), *y = floats(N);
+    const float extremes[] = {-500, 500, -1e19f, 1e19f, 0, -16, 16};
+    memcpy(gate, extremes, sizeof extremes);
     memcpy(y, gate, N * sizeof *y);
-    backends[1]->silu_mul(backends[1], y, up, y, N); // over its own input
+    backends[1]->gated_mul(backends[1], kind, y, up, y, N); // over its own input
     float *dgate = floats(N), *dup = floats(N);
     memcpy(dgate, gate, N * sizeof *y);
     memcpy(dup, up, N * sizeof *y);
-    backends[1]->silu_mul_backward(backends[1], dgate, dup, dy, N);
+    backends[1]->gated_mul_backward(backends[1], kind, dgate, dup, dy, N);
     for (int i = 0; i < N; i++) {
-        double g = (double)gate[i], u = (double)up[i], s = 1 / (1 + exp(-g)), d = (double)dy[i];
-        assert_close((double)y[i], g * s * u, 1e-6 * (1 + fabs(g * u)), "y", i);
-        assert_close((double)dgate[i], d * u * (s + g * s * (1 - s)), 1e-5, "dgate", i);
-        assert_close((double)dup[i], d * g * s, 1e-6 * (1 + fabs(g)), "dup", i);
+        double g = (double)gate[i], u = (double)up[i], d = (double)dy[i], value = activation(kind, g);
+        assert_close((double)y[i], value * u, 12 * EPS * fabs(g * u), "y", i);
+        assert_close((double)dgate[i], d * u * activation_slope(kind, g), 30 * EPS * fabs(d * u) + 1e-9, "dgate", i);
+        assert_close((double)dup[i], d * value, 12 * EPS * fabs(g * d), "dup", i);
     }
+}
+END_TEST
+
+START_TEST(soft_caps_bound_without_moving_small_numbers) {
+    enum { N = 16384 + 5 };
+    open_backends();
+    float *x = randoms(N, 13, 100), *y = floats(N);
+    x[0] = 1e-20f;
+    x[1] = 1e30f;
+    memcpy(y, x, N * sizeof *x);
+    backends[1]->softcap(backends[1], 30, y, N);
+    for (int i = 0; i < N; i++) { // tanh, a quotient and a product
+        double expected = 30 * tanh((double)x[i] / 30);
+        assert_close((double)y[i], expected, (6 + 2) * EPS * fabs(expected), "y", i);
+    }
+    ck_assert(y[0] == 1e-20f && y[1] == 30.0f);
 }
 END_TEST
 
@@ -204,22 +251,27 @@ END_TEST
 typedef struct attention_case {
     int64_t n_tokens, window;
     int     n_heads, n_kv_heads, head_dim;
+    float   softcap;
 } attention_case;
 
+// Sizes about the block of 128 queries; groups of heads that share a KV head alone (1), in two parts and in many; the
+// caps are low, so that they bend all scores.
 static const attention_case ATTENTION_CASES[] = {
-    {1, 0, 1, 1, 8},    {2, 0, 4, 2, 8},    {31, 0, 3, 1, 24},   {127, 0, 2, 2, 16},  {128, 0, 9, 3, 8},
-    {129, 0, 2, 1, 48}, {300, 0, 4, 2, 16}, {129, 16, 2, 1, 16}, {300, 130, 4, 4, 8}, {40, 1, 2, 1, 8},
+    {1, 0, 1, 1, 8, 0},     {2, 0, 4, 2, 8, 0},    {31, 0, 3, 1, 24, 0},     {127, 0, 2, 2, 16, 0},
+    {128, 0, 9, 3, 8, 0},   {129, 0, 2, 1, 48, 0}, {300, 0, 4, 2, 16, 0},    {129, 16, 2, 1, 16, 0},
+    {300, 130, 4, 4, 8, 0}, {40, 1, 2, 1, 8, 0},   {130, 0, 24, 8, 4, 0},    {150, 0, 17, 1, 4, 0},
+    {1, 0, 1, 1, 8, 0.7f},  {129, 0, 4, 2, 16, 1}, {300, 70, 2, 1, 8, 0.5f},
 };
 #define N_ATTENTION_CASES ((int)(sizeof ATTENTION_CASES / sizeof *ATTENTION_CASES))
 
 static kvq_attention_shape shape_of(attention_case a) {
-    kvq_attention_shape s = {a.n_tokens, a.n_heads, a.n_kv_heads, a.head_dim, a.window, (float)(1 / sqrt(a.head_dim)), 0};
-    return s;
+    return (kvq_attention_shape){
+        a.n_tokens, a.n_heads, a.n_kv_heads, a.head_dim, a.window, (float)(1 / sqrt(a.head_dim)), a.softcap};
 }
 
-// One query row in f64: probabilities p [i + 1].
-static void reference_row(const kvq_attention_shape *s, const float *q, const float *k, int64_t i, int head,
-                          double *p) {
+// One query row in f64: probabilities p [i + 1], and the derivative of the capped scores.
+static void reference_row(const kvq_attention_shape *s, const float *q, const float *k, int64_t i, int head, double *p,
+                          double *slope) {
     int64_t kv = head / (s->n_heads / s->n_kv_heads), from = s->window > 0 && i >= s->window ? i - s->window + 1 : 0;
     double  top = -HUGE_VAL, sum = 0;
     for (int64_t j = 0; j <= i; j++) {
@@ -228,7 +280,11 @@ static void reference_row(const kvq_attention_shape *s, const float *q, const fl
             p[j] += (double)q[(i * s->n_heads + head) * s->head_dim + c] *
                     (double)k[(j * s->n_kv_heads + kv) * s->head_dim + c];
         }
-        p[j] = j < from ? -HUGE_VAL : p[j] * (double)s->scale;
+        p[j] *= (double)s->scale;
+        double t = s->softcap > 0 ? tanh(p[j] / (double)s->softcap) : 0;
+        slope[j] = 1 - t * t;
+        if (s->softcap > 0) p[j] = (double)s->softcap * t;
+        if (j < from) p[j] = -HUGE_VAL;
         top = fmax(top, p[j]);
     }
     for (int64_t j = 0; j <= i; j++) sum += p[j] = exp(p[j] - top);
@@ -248,10 +304,10 @@ START_TEST(attention_equals_the_definition) {
         backends[b]->attention(backends[b], &s, q, k, v, b == 0 ? out : out2, scratch);
     }
     ck_assert_mem_eq(out, out2, (size_t)nq * sizeof *out);
-    double *p = malloc((size_t)S * sizeof *p);
+    double *p = malloc((size_t)(2 * S) * sizeof *p), *slope = p + S;
     for (int64_t i = 0; i < S; i++) {
         for (int h = 0; h < s.n_heads; h++) {
-            reference_row(&s, q, k, i, h, p);
+            reference_row(&s, q, k, i, h, p, slope);
             for (int64_t c = 0; c < D; c++) {
                 double sum = 0;
                 for (int64_t j = 0; j <= i; j++)
@@ -288,12 +344,12 @@ START_TEST(attention_backward_equals_the_definition) {
 
     double *dq = calloc((size_t)nq, sizeof *dq), *dk = calloc((size_t)nk, sizeof *dk),
            *dv = calloc((size_t)nk, sizeof *dv), *p = malloc((size_t)S * sizeof *p),
-           *dp = malloc((size_t)S * sizeof *dp);
+           *dp = malloc((size_t)S * sizeof *dp), *slope = malloc((size_t)S * sizeof *slope);
     for (int64_t i = 0; i < S; i++) {
         for (int64_t h = 0; h < H; h++) {
             int64_t kv = h / (H / s.n_kv_heads), qi = (i * H + h) * D;
             double  mean = 0;
-            reference_row(&s, q, k, i, (int)h, p);
+            reference_row(&s, q, k, i, (int)h, p, slope);
             for (int64_t j = 0; j <= i; j++) {
                 int64_t kj = (j * s.n_kv_heads + kv) * D;
                 dp[j] = 0;
@@ -305,7 +361,7 @@ START_TEST(attention_backward_equals_the_definition) {
             }
             for (int64_t j = 0; j <= i; j++) {
                 int64_t kj = (j * s.n_kv_heads + kv) * D;
-                double  ds = p[j] * (dp[j] - mean) * (double)s.scale;
+                double  ds = p[j] * (dp[j] - mean) * (double)s.scale * slope[j];
                 for (int64_t c = 0; c < D; c++) {
                     dq[qi + c] += ds * (double)k[kj + c];
                     dk[kj + c] += ds * (double)q[qi + c];
@@ -317,7 +373,122 @@ START_TEST(attention_backward_equals_the_definition) {
     for (int64_t i = 0; i < nq; i++) assert_close((double)result[0][0][i], dq[i], 1e-5, "dq", i);
     for (int64_t i = 0; i < nk; i++) assert_close((double)result[0][1][i], dk[i], 3e-5, "dk", i);
     for (int64_t i = 0; i < nk; i++) assert_close((double)result[0][2][i], dv[i], 3e-5, "dv", i);
-    free(dq), free(dk), free(dv), free(p), free(dp);
+    free(dq), free(dk), free(dv), free(p), free(dp), free(slope);
+}
+END_TEST
+
+// ---------------------------------------------------------------- experts
+
+enum { ROUTE_M = 37, ROUTE_N = 19, ROUTE_E = 6, ROUTE_K = 3 };
+
+static kvq_route route_of(bool normalize) {
+    static int32_t expert[ROUTE_M * ROUTE_K];
+    return (kvq_route){ROUTE_E, ROUTE_K, normalize, floats(ROUTE_M * ROUTE_E), expert, floats(ROUTE_M * ROUTE_K)};
+}
+
+// Weights of the chosen experts of one row in f64.
+static void route_weights(const double *x, const float *w, const int32_t *chosen, bool normalize, double *p,
+                          double *weight) {
+    double all = 0, sum = 0;
+    for (int e = 0; e < ROUTE_E; e++) {
+        double z = 0;
+        for (int i = 0; i < ROUTE_N; i++) z += x[i] * (double)w[e * ROUTE_N + i];
+        all += p[e] = exp(z);
+    }
+    for (int j = 0; j < ROUTE_K; j++) sum += p[chosen[j]];
+    for (int j = 0; j < ROUTE_K; j++) weight[j] = p[chosen[j]] / (normalize ? sum : all);
+    for (int e = 0; e < ROUTE_E; e++) p[e] /= all;
+}
+
+// Logits are exact to f32's last unit (f64 sums of 19 products of size 1, rounded: 8 EPS at most), the softmax adds as
+// much again.
+START_TEST(routes_are_the_most_probable_experts) {
+    bool normalize = _i == 1;
+    open_backends();
+    float    *x = randoms(ROUTE_M * ROUTE_N, 50, 1), *w = randoms(ROUTE_E * ROUTE_N, 51, 1);
+    kvq_route r = route_of(normalize);
+    backends[1]->route(backends[1], &r, x, w, ROUTE_M, ROUTE_N);
+    for (int t = 0; t < ROUTE_M; t++) {
+        const int32_t *chosen = r.expert + t * ROUTE_K;
+        double         row[ROUTE_N], p[ROUTE_E], weight[ROUTE_K];
+        for (int i = 0; i < ROUTE_N; i++) row[i] = (double)x[t * ROUTE_N + i];
+        route_weights(row, w, chosen, normalize, p, weight);
+        for (int e = 0; e < ROUTE_E; e++) {
+            assert_close((double)r.probability[t * ROUTE_E + e], p[e], 16 * EPS, "probability", t * ROUTE_E + e);
+            int n_better = 0;
+            for (int i = 0; i < ROUTE_E; i++) n_better += p[i] > p[e];
+            if (n_better < ROUTE_K) ck_assert_int_eq(chosen[n_better], e);
+        }
+        for (int j = 0; j < ROUTE_K; j++)
+            assert_close((double)r.weight[t * ROUTE_K + j], weight[j], 16 * EPS, "weight", t * ROUTE_K + j);
+    }
+}
+END_TEST
+
+START_TEST(routes_break_ties_by_the_lower_index) {
+    enum { E = 5 };
+    open_backends();
+    const float x = 1, w[E] = {1, 2, 1, 2, 1};
+    float       probability[E], weight[3];
+    int32_t     expert[3];
+    kvq_route   r = {E, 3, true, probability, expert, weight};
+    backends[0]->route(backends[0], &r, &x, w, 1, 1);
+    ck_assert_int_eq(expert[0], 1);
+    ck_assert_int_eq(expert[1], 3);
+    ck_assert_int_eq(expert[2], 0);
+    ck_assert(weight[0] == weight[1] && weight[2] < weight[1]);
+}
+END_TEST
+
+// Central differences in f64 with the choice held (step 1e-4: truncation 1e-8), against sums of up to 6 terms in f32
+// on top of what dx held.
+START_TEST(router_gradient_equals_differences) {
+    bool normalize = _i == 1;
+    open_backends();
+    float *x = randoms(ROUTE_M * ROUTE_N, 52, 1), *w = randoms(ROUTE_E * ROUTE_N, 53, 1),
+          *dweight = randoms(ROUTE_M * ROUTE_K, 54, 1), *dx = floats(ROUTE_M * ROUTE_N);
+    kvq_route r = route_of(normalize);
+    for (int i = 0; i < ROUTE_M * ROUTE_N; i++) dx[i] = 1;
+    backends[0]->route(backends[0], &r, x, w, ROUTE_M, ROUTE_N);
+    backends[1]->route_backward(backends[1], &r, dweight, w, dx, ROUTE_M, ROUTE_N);
+    for (int at = 0; at < ROUTE_M * ROUTE_N; at++) {
+        int    t = at / ROUTE_N;
+        double loss[2] = {0, 0};
+        for (int side = 0; side < 2; side++) {
+            double row[ROUTE_N], p[ROUTE_E], weight[ROUTE_K];
+            for (int i = 0; i < ROUTE_N; i++) row[i] = (double)x[t * ROUTE_N + i];
+            row[at % ROUTE_N] += side == 0 ? 1e-4 : -1e-4;
+            route_weights(row, w, r.expert + t * ROUTE_K, normalize, p, weight);
+            for (int j = 0; j < ROUTE_K; j++) loss[side] += weight[j] * (double)dweight[t * ROUTE_K + j];
+        }
+        assert_close((double)dx[at], 1 + (loss[0] - loss[1]) / 2e-4, 1e-6, "dx", at);
+    }
+}
+END_TEST
+
+START_TEST(rows_are_gathered_scattered_and_multiplied) {
+    enum { M = 33, N = 21, ALL = 50 };
+    open_backends();
+    float *x = randoms(ALL * N, 55, 1), *y = floats(M * N), *sum = randoms(ALL * N, 56, 1), *before = floats(ALL * N),
+          *scales = randoms(M, 57, 1), *dots = floats(M), *other = randoms(M * N, 58, 1);
+    int32_t rows[M];
+    for (int i = 0; i < M; i++) rows[i] = (i * 7 + 3) % ALL; // 7 and 50 have no common divisor: all different
+    backends[1]->gather_rows(backends[1], x, rows, y, M, N);
+    for (int i = 0; i < M; i++) ck_assert_mem_eq(y + i * N, x + rows[i] * N, N * sizeof *x);
+    memcpy(before, sum, ALL * N * sizeof *sum);
+    backends[1]->scatter_rows(backends[1], y, rows, scales, sum, M, N);
+    for (int i = 0; i < M; i++) {
+        for (int c = 0; c < N; c++) {
+            before[rows[i] * N + c] += scales[i] * x[rows[i] * N + c];
+        }
+    }
+    ck_assert_mem_eq(sum, before, ALL * N * sizeof *sum);
+    backends[1]->row_dots(backends[1], y, other, dots, M, N);
+    for (int i = 0; i < M; i++) {
+        double expected = 0;
+        for (int c = 0; c < N; c++) expected += (double)y[i * N + c] * (double)other[i * N + c];
+        assert_close((double)dots[i], expected, EPS * fabs(expected) + 1e-14, "dot", i);
+    }
 }
 END_TEST
 
@@ -330,7 +501,7 @@ START_TEST(cross_entropy_and_its_gradient) {
     int32_t targets[M] = {0, 1002, 17, 500, 3};
     double  nll[M];
     memcpy(gradient, logits, M * V * sizeof *logits);
-    backends[1]->cross_entropy(backends[1], gradient, targets, M, V, 0.25, nll);
+    backends[1]->cross_entropy(backends[1], gradient, targets, M, V, 0, 0.25, nll);
     for (int i = 0; i < M; i++) {
         long double sum = 0;
         for (int j = 0; j < V; j++) sum += expl((long double)logits[i * V + j]);
@@ -345,8 +516,36 @@ START_TEST(cross_entropy_and_its_gradient) {
         assert_close(total, 0, 1e-6, "sum of the gradient", i); // probabilities add to one
     }
     memcpy(gradient, logits, M * V * sizeof *logits);
-    backends[0]->cross_entropy(backends[0], gradient, targets, M, V, 0, nll);
+    backends[0]->cross_entropy(backends[0], gradient, targets, M, V, 0, 0, nll);
     ck_assert_mem_eq(gradient, logits, M * V * sizeof *logits); // no scale: the logits stay
+}
+END_TEST
+
+// With z = cap atanh(x / cap) behind the logits, the gradient with respect to z by central differences of the loss
+// (step 1e-4: truncation 1e-8 of numbers of size 1).
+START_TEST(cross_entropy_goes_through_the_cap) {
+    enum { V = 7 };
+    const double cap = 2, h = 1e-4;
+    const double z[V] = {-3, -1, -0.1, 0, 0.4, 2, 5};
+    float        logits[V];
+    int32_t      target = 4;
+    double       nll;
+    open_backends();
+    for (int i = 0; i < V; i++) logits[i] = (float)(cap * tanh(z[i] / cap));
+    backends[0]->cross_entropy(backends[0], logits, &target, 1, V, (float)cap, 0.5, &nll);
+    for (int i = 0; i < V; i++) {
+        double loss[2];
+        for (int side = 0; side < 2; side++) {
+            double sum = 0, own = 0;
+            for (int j = 0; j < V; j++) {
+                double x = cap * tanh((z[j] + (j == i ? (side == 0 ? h : -h) : 0)) / cap);
+                sum += exp(x);
+                own = j == target ? x : own;
+            }
+            loss[side] = log(sum) - own;
+        }
+        assert_close((double)logits[i], 0.5 * (loss[0] - loss[1]) / (2 * h), 1e-7, "gradient", i);
+    }
 }
 END_TEST
 
@@ -396,14 +595,21 @@ END_TEST
 
 static const kvq_test_case CASES[] = {
     KVQ_CASE(exp_is_accurate_to_two_units),
+    KVQ_CASE(tanh_is_accurate_to_three_units),
     KVQ_LOOP(linear_equals_the_plain_product, 6),
     KVQ_LOOP(linear_backward_is_the_transposed_product, 6),
     KVQ_CASE(rmsnorm_and_its_gradient),
     KVQ_CASE(rope_rotates_pairs_and_back),
-    KVQ_CASE(silu_and_its_gradient_in_place),
+    KVQ_LOOP(gated_activations_and_their_gradients_in_place, 2),
+    KVQ_CASE(soft_caps_bound_without_moving_small_numbers),
     KVQ_LOOP(attention_equals_the_definition, N_ATTENTION_CASES),
     KVQ_LOOP(attention_backward_equals_the_definition, N_ATTENTION_CASES),
+    KVQ_LOOP(routes_are_the_most_probable_experts, 2),
+    KVQ_CASE(routes_break_ties_by_the_lower_index),
+    KVQ_LOOP(router_gradient_equals_differences, 2),
+    KVQ_CASE(rows_are_gathered_scattered_and_multiplied),
     KVQ_CASE(cross_entropy_and_its_gradient),
+    KVQ_CASE(cross_entropy_goes_through_the_cap),
     KVQ_CASE(comparison_by_hand),
     KVQ_CASE(sampling_inverts_the_cumulative_distribution),
     KVQ_CASE(nonfinite_values_are_found_wherever_they_are),

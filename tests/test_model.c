@@ -9,113 +9,8 @@
 #include <string.h>
 
 #include "kvq_make_model.h"
-#include "kvq_model.h"
-#include "kvq_test.h"
+#include "model_rig.h"
 #include "reference_model.h"
-
-// Everything one checkpoint needs to run a window.
-typedef struct rig {
-    kvq_context             ctx;
-    kvq_backend            *be;
-    kvq_checkpoint         *checkpoint;
-    const kvq_model_config *c;
-    kvq_model              *model;
-    kvq_workspace          *ws;
-    kvq_head               *head;
-    int64_t                 S, C, d;
-    const int32_t          *ids;
-    float                  *states; // [L + 1, S, C]: layer inputs and the final state
-    float                  *k, *v;  // [L, S, d]
-    float                  *dk, *dv;
-} rig;
-
-static void rig_open(rig *r, const char *path, const int32_t *ids, int64_t S, int n_threads) {
-    kvq_error err = {0};
-    memset(r, 0, sizeof *r);
-    r->ctx = kvq_test_context();
-    r->ctx.n_threads = n_threads;
-    kvq_test_ok(kvq_backend_cpu(&r->ctx, &r->be, &err), &err);
-    kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
-    r->c = kvq_checkpoint_config(r->checkpoint);
-    kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
-    kvq_test_ok(kvq_workspace_create(r->model, S, true, &r->ws, &err), &err);
-    r->S = S;
-    r->C = r->c->hidden_size;
-    r->d = (int64_t)r->c->n_kv_heads * r->c->head_dim;
-    r->ids = ids;
-    kvq_test_ok(r->be->alloc(r->be, (r->c->n_layers + 1) * S * r->C, "states", &r->states, &err), &err);
-    float **kv[] = {&r->k, &r->v, &r->dk, &r->dv};
-    for (int i = 0; i < 4; i++) kvq_test_ok(r->be->alloc(r->be, r->c->n_layers * S * r->d, "kv", kv[i], &err), &err);
-}
-
-static void rig_close(rig *r) {
-    float *all[] = {r->states, r->k, r->v, r->dk, r->dv};
-    for (int i = 0; i < 5; i++) r->be->release(r->be, all[i]);
-    kvq_head_release(r->model, &r->head);
-    kvq_workspace_destroy(r->model, &r->ws);
-    kvq_model_destroy(&r->ctx, &r->model);
-    kvq_checkpoint_close(&r->ctx, &r->checkpoint);
-    r->be->destroy(&r->be);
-}
-
-static kvq_status keep(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
-    rig *r = user;
-    (void)err;
-    r->be->copy(r->be, r->k + layer * r->S * r->d, x.k, n_tokens * r->d);
-    r->be->copy(r->be, r->v + layer * r->S * r->d, x.v, n_tokens * r->d);
-    return KVQ_OK;
-}
-
-static void rig_forward(rig *r) {
-    kvq_error err = {0};
-    int64_t   n = r->S * r->C;
-    kvq_test_ok(kvq_model_embed(r->model, r->ids, r->S, r->states, &err), &err);
-    for (int64_t l = 0; l < r->c->n_layers; l++) {
-        kvq_layer *layer = NULL;
-        kvq_test_ok(kvq_layer_load(r->model, l, &layer, &err), &err);
-        r->be->copy(r->be, r->states + (l + 1) * n, r->states + l * n, n);
-        kvq_test_ok(kvq_layer_forward(r->model, layer, r->ws, r->S, r->states + (l + 1) * n, keep, r, &err), &err);
-        kvq_layer_release(r->model, &layer);
-    }
-    kvq_test_ok(kvq_head_load(r->model, &r->head, &err), &err);
-}
-
-// Returns the mean loss; leaves the gradients of every layer's K and V in dk, dv.
-static double rig_backward(rig *r) {
-    kvq_error err = {0};
-    int64_t   n = r->S * r->C, kv = r->S * r->d;
-    double    nll[256], sum = 0;
-    float    *dx = NULL;
-    ck_assert_int_le(r->S, 256);
-    kvq_test_ok(r->be->alloc(r->be, n, "dx", &dx, &err), &err);
-    kvq_test_ok(kvq_head_loss(r->model, r->head, r->ws, r->ids, r->S, r->states + r->c->n_layers * n, dx, nll, &err),
-                &err);
-    for (int64_t t = 0; t + 1 < r->S; t++) sum += nll[t];
-    for (int64_t l = r->c->n_layers - 1; l >= 0; l--) {
-        kvq_layer *layer = NULL;
-        kvq_test_ok(kvq_layer_load(r->model, l, &layer, &err), &err);
-        kvq_test_ok(kvq_layer_backward(r->model, layer, r->ws, r->S, r->states + l * n, dx, &err), &err);
-        kvq_kv_view view = kvq_workspace_kv(r->ws);
-        ck_assert_mem_eq(view.k, r->k + l * kv, (size_t)kv * sizeof(float)); // recomputation gives the same bits
-        r->be->copy(r->be, r->dk + l * kv, view.dk, kv);
-        r->be->copy(r->be, r->dv + l * kv, view.dv, kv);
-        kvq_layer_release(r->model, &layer);
-    }
-    r->be->release(r->be, dx);
-    return sum / (double)(r->S - 1);
-}
-
-// Logits of the rows from `first` on.
-static float *rig_logits(rig *r, int64_t first) {
-    kvq_error err = {0};
-    float    *logits = NULL;
-    int64_t   n = r->S - first;
-    kvq_test_ok(r->be->alloc(r->be, n * r->c->vocab_size, "logits", &logits, &err), &err);
-    kvq_test_ok(
-        kvq_head_logits(r->model, r->head, r->ws, r->states + (r->c->n_layers * r->S + first) * r->C, n, logits, &err),
-        &err);
-    return logits;
-}
 
 // ---------------------------------------------------------------- a framework's numbers
 
@@ -136,6 +31,15 @@ static const golden_model GOLDEN_MODELS[] = {
     {"goldens/tiny/llama_bias", NULL},
     {"goldens/tiny/llama_sharded", NULL},
     {"goldens/tiny/llama_bf16", NULL},
+    {"goldens/tiny/mistral_f16", NULL},
+    {"goldens/tiny/mistral_swa16", NULL},
+    {"goldens/tiny/qwen2", NULL},
+    {"goldens/tiny/qwen3", NULL},
+    {"goldens/tiny/phi3", NULL},
+    {"goldens/tiny/phi3_partial", NULL},
+    {"goldens/tiny/gemma2", NULL},
+    {"goldens/tiny/gemma3", NULL},
+    {"goldens/tiny/mixtral", NULL},
     {"goldens/real/stories260K", "models/stories260K"},
     {"goldens/real/stories15M", "models/stories15M"},
 };
@@ -212,27 +116,14 @@ END_TEST
 
 // ---------------------------------------------------------------- an independent model in f64
 
-#define TINY_S 12
-
-static void tiny_ids(int32_t ids[TINY_S], int64_t vocab) {
-    for (int i = 0; i < TINY_S; i++) ids[i] = (int32_t)kvq_rng_below(8, KVQ_RNG_TEST, 50, (uint64_t)i, (uint64_t)vocab);
-}
-
-static void make_tiny(char *path, size_t size, bool biases) {
-    kvq_make_options options = kvq_make_options_default();
-    options.attention_bias = options.mlp_bias = biases;
-    (void)snprintf(path, size, "%s/model-%d", kvq_test_folder(), biases);
-    kvq_make_model_hf(&options, path);
-}
-
 // Tolerances as for the framework's numbers: the other side is exact, ours is f32.
 START_TEST(forward_equals_the_f64_model) {
     char    path[256];
     int32_t ids[TINY_S];
     rig     r;
-    make_tiny(path, sizeof path, _i == 1);
+    make_tiny(path, sizeof path, _i);
     rig_open(&r, path, ids, TINY_S, 2);
-    tiny_ids(ids, r.c->vocab_size);
+    random_ids(ids, TINY_S, r.c->vocab_size);
     rig_forward(&r);
     int64_t kv = r.c->n_layers * r.S * r.d, n_logits = r.S * r.c->vocab_size;
     double *logits = malloc((size_t)n_logits * sizeof *logits), *k = malloc((size_t)kv * sizeof *k),
@@ -269,9 +160,9 @@ START_TEST(backward_equals_central_differences) {
     char    path[256];
     int32_t ids[TINY_S];
     rig     r;
-    make_tiny(path, sizeof path, _i == 1);
+    make_tiny(path, sizeof path, _i);
     rig_open(&r, path, ids, TINY_S, 2);
-    tiny_ids(ids, r.c->vocab_size);
+    random_ids(ids, TINY_S, r.c->vocab_size);
     rig_forward(&r);
     (void)rig_backward(&r);
     reference_model *reference = reference_model_open(r.checkpoint);
@@ -297,19 +188,26 @@ END_TEST
 
 // ---------------------------------------------------------------- the model against itself
 
+// Windows that are one block of rows for eight threads and several for one; of the experts, at least one has tokens for
+// several blocks too.
 START_TEST(threads_do_not_change_a_bit) {
-    char    path[256];
-    int32_t ids[TINY_S];
-    rig     r[2];
-    make_tiny(path, sizeof path, true);
+    static const int     WHICH[] = {TINY_BIASES, TINY_BIASES, TINY_GEMMA3, TINY_MIXTRAL};
+    static const int64_t LENGTH[] = {TINY_S, 1100, 1100, 2100};
+    char                 path[256];
+    int32_t              ids[2100];
+    rig                  r[2];
+    double               loss[2];
+    make_tiny(path, sizeof path, WHICH[_i]);
+    random_ids(ids, (int)LENGTH[_i], KVQ_MAKE_N_TOKENS);
     for (int i = 0; i < 2; i++) {
-        rig_open(&r[i], path, ids, TINY_S, 1 + i);
-        tiny_ids(ids, r[i].c->vocab_size);
+        rig_open(&r[i], path, ids, LENGTH[_i], i == 0 ? 1 : 8);
         rig_forward(&r[i]);
-        (void)rig_backward(&r[i]);
+        loss[i] = rig_backward(&r[i]);
     }
     size_t bytes = (size_t)(r[0].c->n_layers * r[0].S * r[0].d) * sizeof(float);
+    ck_assert(loss[0] == loss[1]);
     ck_assert_mem_eq(r[0].k, r[1].k, bytes);
+    ck_assert_mem_eq(r[0].v, r[1].v, bytes);
     ck_assert_mem_eq(r[0].dk, r[1].dk, bytes);
     ck_assert_mem_eq(r[0].dv, r[1].dv, bytes);
     rig_close(&r[0]);
@@ -326,7 +224,7 @@ START_TEST(decoding_equals_the_window) {
     kvq_model   *model = NULL;
     kvq_decode  *decode = NULL;
     const float *step = NULL;
-    make_tiny(path, sizeof path, false);
+    make_tiny(path, sizeof path, _i);
     for (int i = 0; i < 2; i++) {
         rig_open(&r[i], path, ids[i], TINY_S, 2);
         for (int t = 0; t < TINY_S; t++)
@@ -334,7 +232,7 @@ START_TEST(decoding_equals_the_window) {
         rig_forward(&r[i]);
     }
     int64_t V = r[0].c->vocab_size;
-    kvq_test_ok(kvq_model_create(&r[0].ctx, r[0].be, r[0].checkpoint, true, &model, &err), &err);
+    kvq_test_ok(kvq_model_create(&r[0].ctx, r[0].be, r[0].checkpoint, _i != TINY_MIXTRAL, &model, &err), &err);
     kvq_test_ok(kvq_decode_create(model, 2, TINY_S, &decode, &err), &err);
     float *window[2] = {rig_logits(&r[0], 0), rig_logits(&r[1], 0)};
     for (int t = 0; t < TINY_S; t++) {
@@ -354,12 +252,14 @@ START_TEST(decoding_equals_the_window) {
 }
 END_TEST
 
+// ---------------------------------------------------------------- what is refused
+
 START_TEST(ids_outside_the_vocabulary_are_refused) {
     char      path[256];
     int32_t   ids[3] = {0, 1, 1 << 20};
     kvq_error err = {0};
     rig       r;
-    make_tiny(path, sizeof path, false);
+    make_tiny(path, sizeof path, TINY_LLAMA);
     rig_open(&r, path, ids, 3, 1);
     kvq_test_failed(kvq_model_embed(r.model, ids, 3, r.states, &err), KVQ_ERR_INPUT, &err,
                     "position 2: token id 1048576");
@@ -374,9 +274,9 @@ START_TEST(nonfinite_activations_are_located) {
     kvq_error  err = {0};
     rig        r = {0};
     kvq_layer *layer = NULL;
-    make_tiny(path, sizeof path, false);
+    make_tiny(path, sizeof path, TINY_LLAMA);
     rig_open(&r, path, ids, TINY_S, 1);
-    tiny_ids(ids, r.c->vocab_size);
+    random_ids(ids, TINY_S, r.c->vocab_size);
     kvq_test_ok(kvq_model_embed(r.model, ids, TINY_S, r.states, &err), &err);
     r.states[7 * r.C + 3] = NAN;
     kvq_test_ok(kvq_layer_load(r.model, 1, &layer, &err), &err);
@@ -441,10 +341,10 @@ END_TEST
 static const kvq_test_case CASES[] = {
     KVQ_GOLDEN_LOOP(activations_and_gradients_equal_the_framework, N_GOLDEN_MODELS),
     KVQ_SMOLLM2_CASE(smollm2_equals_the_framework),
-    KVQ_LOOP(forward_equals_the_f64_model, 2),
-    KVQ_LOOP(backward_equals_central_differences, 2),
-    KVQ_CASE(threads_do_not_change_a_bit),
-    KVQ_CASE(decoding_equals_the_window),
+    KVQ_LOOP(forward_equals_the_f64_model, N_TINY),
+    KVQ_LOOP(backward_equals_central_differences, N_TINY),
+    KVQ_LOOP(threads_do_not_change_a_bit, 4),
+    KVQ_LOOP(decoding_equals_the_window, N_TINY),
     KVQ_CASE(ids_outside_the_vocabulary_are_refused),
     KVQ_CASE(nonfinite_activations_are_located),
     KVQ_GOLDEN_LOOP(window_losses_equal_the_framework, 2),

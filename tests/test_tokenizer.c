@@ -7,6 +7,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "encode_parts.h"
 #include "gguf.h"
 #include "kvq_io.h"
 #include "kvq_test.h"
@@ -53,6 +54,7 @@ static void check_ids(const kvq_tokenizer *t, const char *text, size_t n, bool p
                       item->valueint);
         i++;
     }
+    check_parts(t, text, n, parse_special, &ids, name);
     kvq_ids_free(&ctx, &ids);
 }
 
@@ -95,6 +97,21 @@ static void check_strings(const kvq_tokenizer *t, const char *column, bool parse
     cJSON_Delete(root);
 }
 
+// In parts, nearly everything must be certain long before the end, or a text larger than memory would not go through.
+static void check_file_parts(const kvq_tokenizer *t, const kvq_mapped_file *file, const kvq_ids *whole) {
+    static const size_t LARGEST[] = {7, 4096, 300000};
+    kvq_context         ctx = kvq_test_context();
+    for (size_t k = 0; k < sizeof LARGEST / sizeof *LARGEST; k++) {
+        kvq_ids parts = {0};
+        int64_t early = 0;
+        encode_parts(t, (const char *)file->data, file->bytes, true, LARGEST[k], k, &parts, &early);
+        ck_assert_int_eq(parts.count, whole->count);
+        ck_assert(memcmp(parts.data, whole->data, (size_t)whole->count * sizeof *whole->data) == 0);
+        ck_assert_int_ge(early, whole->count - 64);
+        kvq_ids_free(&ctx, &parts);
+    }
+}
+
 // All files of files.json, by number and hash of their ids.
 static void check_files(const kvq_tokenizer *t, const char *column) {
     kvq_context  ctx = kvq_test_context();
@@ -113,6 +130,7 @@ static void check_files(const kvq_tokenizer *t, const char *column) {
         ck_assert_int_eq(ids.count, cJSON_GetObjectItem(expected, "count")->valueint);
         kvq_test_ok(kvq_sha256_of(ids.data, (size_t)ids.count * sizeof *ids.data, hex, &err), &err);
         ck_assert_str_eq(hex, cJSON_GetObjectItem(expected, "sha256_int32le")->valuestring);
+        check_file_parts(t, &file, &ids);
         kvq_ids_free(&ctx, &ids);
         kvq_unmap_file(&file);
         n_files++;

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "encode_parts.h"
 #include "kvq_io.h"
 #include "kvq_test.h"
 
@@ -144,6 +145,7 @@ static void show(const made *m, const char *text, size_t n, bool parse_special, 
     kvq_tokenizer *t = open_good(m->root);
     kvq_ids        ids = {0};
     kvq_test_ok(kvq_tokenizer_encode(&ctx, t, text, n, parse_special, &ids, &err), &err);
+    check_parts(t, text, n, parse_special, &ids, text);
     out[0] = 0;
     for (int64_t i = 0; i < ids.count; i++) {
         size_t used = strlen(out);

@@ -57,7 +57,7 @@ validate() { kvq-validate --model "$SHARED_DIR/model" --artifact "$SHARED_DIR/a.
 
 @test "a dry run prints the plan and writes nothing" {
   succeeds calibrate --dry-run -o out.kvq.h5
-  contains "$stderr" "needs " "memory" "scratch" "nothing was written"
+  contains "$stderr" "memory " "disk " "TFLOP" "time  " "nothing was written"
   [ -z "$output" ]
   [ -z "$(ls -A)" ]
 }

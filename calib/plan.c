@@ -1,0 +1,207 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What a run will cost, before it starts: memory and disk from shapes, time from two windows that are really run.
+#include <time.h>
+
+#include "calib_impl.h"
+
+// Code and data of the libraries, buffers that the matrix library packs into, HDF5, the fit, the text: measured as the
+// resident set that is left when everything counted here is taken off.
+#define PROGRAM_BYTES ((int64_t)80 << 20)
+
+#define GIB 1073741824.0
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// ---------------------------------------------------------------- memory and disk
+
+static int64_t weight_bytes(const kvq_model *model, bool prefetch) {
+    int64_t layer = 4 * kvq_layer_floats(model), head = 4 * kvq_head_floats(model);
+    return larger(layer, head) + (prefetch ? layer : 0);
+}
+
+static int64_t activation_bytes(const kvq_model *model, int64_t seq_len, bool gradients) {
+    const kvq_model_config *c = kvq_model_describe(model);
+    int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim, states = 3 * seq_len * c->hidden_size;
+    return 4 * (kvq_workspace_floats(model, seq_len, gradients) + states + 6 * seq_len * d);
+}
+
+static kvq_status fit_memory(const kvq_model *model, int64_t limit, kvq_calib_plan *plan, kvq_error *err) {
+    for (plan->prefetch = true;; plan->prefetch = false) {
+        plan->weight_bytes = weight_bytes(model, plan->prefetch);
+        plan->memory_bytes = plan->weight_bytes + plan->activation_bytes + plan->statistics_bytes + plan->program_bytes;
+        if (limit == 0 || plan->memory_bytes <= limit) return KVQ_OK;
+        if (plan->prefetch) continue;
+        return kvq_fail(err, KVQ_ERR_MEMORY, "use shorter windows or fewer threads, compute in bf16, or allow more",
+                        "a memory limit of %.2f GiB: the least for windows of this length is %.2f GiB (weights of one "
+                        "layer or the head %.2f, activations of one window %.2f, statistics %.2f, program %.2f)",
+                        (double)limit / GIB, (double)plan->memory_bytes / GIB, (double)plan->weight_bytes / GIB,
+                        (double)plan->activation_bytes / GIB, (double)plan->statistics_bytes / GIB,
+                        (double)plan->program_bytes / GIB);
+    }
+}
+
+// The smallest stride that fits: each larger one costs more recomputation.
+static kvq_status fit_disk(const step_plan *steps, int64_t state_bytes, int64_t limit, kvq_calib_plan *plan,
+                           kvq_error *err) {
+    int64_t least = INT64_MAX;
+    for (int64_t stride = 1; stride <= steps->n_layers; stride++) {
+        step_plan trial = *steps;
+        trial.stride = stride;
+        int64_t bytes = step_peak_states(&trial) * state_bytes;
+        if (limit == 0 || bytes <= limit) {
+            plan->stride = stride;
+            plan->scratch_bytes = bytes;
+            return KVQ_OK;
+        }
+        if (bytes < least) least = bytes;
+    }
+    return kvq_fail(err, KVQ_ERR_DISK, "allow more, use fewer or shorter windows, or another disk with --work-dir",
+                    "%.2f GiB can be used for the work directory, but the least is %.2f GiB", (double)limit / GIB,
+                    (double)least / GIB);
+}
+
+// Of one layer, forward; attention sees half of the scores.
+static double layer_flops(const kvq_model_config *c, int64_t tokens, int64_t seq_len) {
+    double attention = 2.0 * (double)c->n_heads * c->head_dim * (double)seq_len;
+    return (double)tokens * (2.0 * (double)kvq_layer_products(c) + attention);
+}
+
+kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, const kvq_calib_options *options,
+                               int64_t n_windows, int64_t seq_len, int64_t n_parts, kvq_calib_limits limits,
+                               kvq_calib_plan *out, kvq_error *err) {
+    const kvq_model_config *c = kvq_model_describe(model);
+    bool                    gradients = options->weighting != KVQ_WEIGHT_NONE;
+    int                     d = c->n_kv_heads * c->head_dim;
+    int64_t                 mine = (n_windows + n_parts - 1) / n_parts, tokens = mine * seq_len;
+    step_plan               steps = {.n_layers = c->n_layers, .second_pass = true, .gradients = gradients};
+    kvq_calib_plan          plan = {.program_bytes = PROGRAM_BYTES};
+    plan.activation_bytes = activation_bytes(model, seq_len, gradients);
+    plan.statistics_bytes = measure_bytes(ctx, options, d, n_windows * (seq_len - options->sink_tokens));
+    kvq_status status = fit_memory(model, limits.memory_bytes, &plan, err);
+    if (status == KVQ_OK) status = fit_disk(&steps, 4 * tokens * c->hidden_size, limits.scratch_bytes, &plan, err);
+    if (status != KVQ_OK) return status;
+    // forward once, and for the gradients a recomputed forward and as much again; what the stride makes again; the head
+    double passes = 2 + (gradients ? 1 : 0) + (double)(plan.stride - 1) / (double)plan.stride;
+    plan.tera_flops = ((double)c->n_layers * passes * layer_flops(c, tokens, seq_len) +
+                       (gradients ? 4.0 : 2.0) * (double)c->vocab_size * (double)c->hidden_size * (double)tokens) *
+                      1e-12;
+    *out = plan;
+    return KVQ_OK;
+}
+
+// ---------------------------------------------------------------- time
+
+static double now_s(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
+}
+
+typedef struct probe {
+    const kvq_context *ctx;
+    const kvq_backend *be;
+    kvq_model         *model;
+    bool               gradients;
+    int64_t            seq_len;
+    kvq_workspace     *ws;
+    kvq_layer         *layer;
+    kvq_head          *head;
+    kvq_artifact      *artifact;
+    measure           *m;
+    float             *x, *y, *dx;                            // [S, C]
+    int32_t           *ids;                                   // [S]
+    double            *nll;                                   // [S]
+    double             load_s, forward_s, loss_s, backward_s; // of one layer, one window
+} probe;
+
+// K and V are host memory in the CPU backend, so the observer may see them where they are.
+static kvq_status see_forward(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+    kvq_observer o = measure_observer(user);
+    kvq_seen     seen = {.k = x.k, .v = x.v};
+    (void)n_tokens;
+    return o.window(o.user, KVQ_PASS_FORWARD, layer, &seen, err);
+}
+
+static kvq_status see_backward(probe *p, kvq_error *err) {
+    kvq_observer o = measure_observer(p->m);
+    kvq_kv_view  view = kvq_workspace_kv(p->ws);
+    kvq_seen     seen = {.k = view.k, .v = view.v, .dk = view.dk, .dv = view.dv};
+    return o.window(o.user, KVQ_PASS_BACKWARD, 0, &seen, err);
+}
+
+// One window through layer 0 and the head; what it takes is in the probe.
+static kvq_status pass_once(probe *p, kvq_error *err) {
+    int64_t      S = p->seq_len, n = S * kvq_model_describe(p->model)->hidden_size;
+    kvq_observer o = measure_observer(p->m);
+    kvq_blob     result = {0};
+    kvq_status   status = KVQ_OK;
+    KVQ_TRY(o.begin(o.user, KVQ_PASS_FORWARD, 0, err));
+    KVQ_TRY(kvq_model_embed(p->model, p->ids, S, p->x, err));
+    double start = now_s();
+    p->be->copy(p->be, p->y, p->x, n);
+    KVQ_TRY(kvq_layer_forward(p->model, p->layer, p->ws, S, p->y, see_forward, p->m, err));
+    p->forward_s = now_s() - start;
+    start = now_s();
+    KVQ_TRY(kvq_head_loss(p->model, p->head, p->ws, p->ids, S, p->y, p->gradients ? p->dx : NULL, p->nll, err));
+    p->loss_s = now_s() - start;
+    p->backward_s = p->forward_s; // without gradients the second pass is another forward one
+    if (!p->gradients) goto done;
+    KVQ_TRY(o.finish(o.user, KVQ_PASS_FORWARD, 0, &result, err)); // the histograms need thresholds
+    KVQ_TRY(o.begin(o.user, KVQ_PASS_BACKWARD, 0, err));
+    start = now_s();
+    KVQ_TRY(kvq_layer_backward(p->model, p->layer, p->ws, S, p->x, p->dx, err));
+    KVQ_TRY(see_backward(p, err));
+    p->backward_s = now_s() - start;
+done:
+    kvq_blob_free(p->ctx, &result);
+    return status;
+}
+
+static kvq_status prepare_probe(probe *p, const kvq_calib_options *options, kvq_error *err) {
+    const kvq_model_config *c = kvq_model_describe(p->model);
+    int64_t                 S = p->seq_len, n = S * c->hidden_size;
+    kvq_status              status = KVQ_OK;
+    KVQ_TRY(calib_create_artifact(p->ctx, c, options, &p->artifact, err));
+    KVQ_TRY(measure_create(p->ctx, options, c->n_kv_heads * c->head_dim, S, 1, p->artifact, &p->m, err));
+    KVQ_TRY(kvq_workspace_create(p->model, S, p->gradients, &p->ws, err));
+    KVQ_TRY(p->be->alloc(p->be, n, "hidden state", &p->x, err));
+    KVQ_TRY(p->be->alloc(p->be, n, "hidden state", &p->y, err));
+    KVQ_TRY(p->be->alloc(p->be, n, "gradient", &p->dx, err));
+    KVQ_TRY(KVQ_NEW(p->ctx, S, "token ids", &p->ids, err));
+    KVQ_TRY(KVQ_NEW(p->ctx, S, "losses", &p->nll, err));
+    for (int64_t t = 0; t < S; t++)
+        p->ids[t] = (int32_t)kvq_rng_below(0, KVQ_RNG_WINDOWS, 1, (uint64_t)t, (uint64_t)c->vocab_size);
+    double start = now_s();
+    KVQ_TRY(kvq_layer_load(p->model, 0, &p->layer, err));
+    p->load_s = now_s() - start;
+    KVQ_TRY(kvq_head_load(p->model, &p->head, err));
+done:
+    return status;
+}
+
+kvq_status kvq_calib_probe(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
+                           const kvq_calib_options *options, int64_t n_windows, int64_t seq_len, int64_t n_parts,
+                           const kvq_calib_plan *plan, double *seconds, kvq_error *err) {
+    const kvq_model_config *c = kvq_model_describe(model);
+    bool                    gradients = options->weighting != KVQ_WEIGHT_NONE;
+    double                  L = (double)c->n_layers, mine = (double)((n_windows + n_parts - 1) / n_parts);
+    double                  again = (double)(plan->stride - 1) / (double)plan->stride; // share of layers made again
+    probe                   p = {.ctx = ctx, .be = be, .model = model, .gradients = gradients, .seq_len = seq_len};
+    kvq_status              status = KVQ_OK;
+    KVQ_TRY(prepare_probe(&p, options, err));
+    for (int i = 0; i < 2; i++) KVQ_TRY(pass_once(&p, err)); // the first one also warms up; the second one counts
+    *seconds = L * mine * ((1 + again) * p.forward_s + p.backward_s) + mine * p.loss_s + (2 + again) * L * p.load_s;
+done:
+    kvq_layer_release(model, &p.layer);
+    kvq_head_release(model, &p.head);
+    kvq_workspace_destroy(model, &p.ws);
+    measure_destroy(ctx, &p.m);
+    kvq_artifact_destroy(ctx, &p.artifact);
+    be->release(be, p.x);
+    be->release(be, p.y);
+    be->release(be, p.dx);
+    kvq_free(ctx, p.ids);
+    kvq_free(ctx, p.nll);
+    return status;
+}

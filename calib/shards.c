@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One calibration as independent runs that meet only in files: what a shard saw is written with a template of the
+// artifact; a merge adds up all shards by the same rules that processes and resumed runs use, and concludes.
+#include <stdio.h>
+#include <string.h>
+
+#include "calib_impl.h"
+
+static const char ARTIFACT_NAME[] = "artifact", LOSS_NAME[] = "loss";
+
+static const char *layer_name(char name[64], kvq_pass pass, int64_t layer) {
+    (void)snprintf(name, 64, "layers/%04lld/%s", (long long)layer, pass == KVQ_PASS_FORWARD ? "ends" : "histograms");
+    return name;
+}
+
+static kvq_pass pass_of(kvq_round round) { return round == KVQ_ROUND_ENDS ? KVQ_PASS_FORWARD : KVQ_PASS_BACKWARD; }
+
+// ---------------------------------------------------------------- bytes in partial files
+
+static kvq_status put_bytes(kvq_partial_writer *writer, const char *name, const void *data, int64_t bytes,
+                            kvq_error *err) {
+    return kvq_partial_put(writer, name, KVQ_ARRAY_U8, 1, &bytes, data, err);
+}
+
+static kvq_status get_bytes(const kvq_context *ctx, const kvq_partial *partial, const char *name, kvq_blob *out,
+                            kvq_error *err) {
+    int64_t    bytes = 0;
+    uint8_t   *at = NULL;
+    kvq_status status = kvq_partial_dims(partial, name, KVQ_ARRAY_U8, 1, &bytes, err);
+    out->bytes = 0;
+    if (status == KVQ_OK) status = kvq_blob_extend(ctx, out, bytes, &at, err);
+    return status == KVQ_OK ? kvq_partial_get(partial, name, KVQ_ARRAY_U8, 1, &bytes, at, err) : status;
+}
+
+static kvq_status put_artifact(const kvq_context *ctx, kvq_partial_writer *writer, const kvq_artifact *artifact,
+                               kvq_error *err) {
+    uint8_t   *data = NULL;
+    size_t     bytes = 0;
+    kvq_status status = kvq_artifact_pack(ctx, artifact, &data, &bytes, err);
+    if (status == KVQ_OK) status = put_bytes(writer, ARTIFACT_NAME, data, (int64_t)bytes, err);
+    kvq_free(ctx, data);
+    return status;
+}
+
+static kvq_status get_artifact(const kvq_context *ctx, const kvq_partial *partial, kvq_artifact **out, kvq_error *err) {
+    kvq_blob   blob = {0};
+    kvq_status status = get_bytes(ctx, partial, ARTIFACT_NAME, &blob, err);
+    if (status == KVQ_OK) status = kvq_artifact_unpack(ctx, blob.data, (size_t)blob.bytes, out, err);
+    kvq_blob_free(ctx, &blob);
+    return status;
+}
+
+// ---------------------------------------------------------------- one shard
+
+// What only all shards together know is zero in a template, which keeps it a valid artifact.
+static kvq_status fill_template(const kvq_context *ctx, kvq_artifact *a, kvq_error *err) {
+    int64_t    d = a->model.n_kv_heads * a->model.head_dim;
+    kvq_status status = KVQ_OK;
+    for (int64_t l = 0; l < a->model.n_layers; l++) {
+        kvq_layer_quant *layer = &a->layers[l];
+        if (layer->k.lower == NULL) KVQ_TRY(KVQ_NEW(ctx, d, "lower thresholds", &layer->k.lower, err));
+        if (layer->k.upper == NULL) KVQ_TRY(KVQ_NEW(ctx, d, "upper thresholds", &layer->k.upper, err));
+        KVQ_TRY(KVQ_NEW(ctx, layer->k.n_levels, "codebook", &layer->k.codebook, err));
+        KVQ_TRY(KVQ_NEW(ctx, layer->v.n_levels, "codebook", &layer->v.codebook, err));
+    }
+done:
+    return status;
+}
+
+static void move_array(const kvq_context *ctx, float **to, float **from) {
+    kvq_free(ctx, *to);
+    *to = *from;
+    *from = NULL;
+}
+
+static kvq_status take_thresholds(const kvq_context *ctx, const char *path, const kvq_sweep_options *sweep,
+                                  kvq_artifact *out, kvq_error *err) {
+    kvq_partial  *partial = NULL;
+    kvq_artifact *merged = NULL;
+    int64_t       n = 0, unused = 0;
+    kvq_status    status = KVQ_OK;
+    KVQ_TRY(kvq_partial_open(ctx, path, &partial, err));
+    KVQ_TRY(kvq_partial_count(partial, "merged_round", KVQ_ROUND_ENDS, KVQ_ROUND_ENDS, &unused, err));
+    const kvq_field *fields = kvq_partial_fields(partial, &n);
+    KVQ_TRY(kvq_fields_compare(fields, n, sweep->fingerprint, sweep->n_fingerprint, err));
+    KVQ_TRY(get_artifact(ctx, partial, &merged, err));
+    for (int64_t l = 0; l < out->model.n_layers && l < merged->model.n_layers; l++) {
+        move_array(ctx, &out->layers[l].k.lower, &merged->layers[l].k.lower);
+        move_array(ctx, &out->layers[l].k.upper, &merged->layers[l].k.upper);
+    }
+done:
+    if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", path);
+    kvq_artifact_destroy(ctx, &merged);
+    kvq_partial_close(ctx, &partial);
+    return status;
+}
+
+kvq_status kvq_calibrate_shard(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
+                               const kvq_windows *windows, const kvq_calib_options *options,
+                               const kvq_sweep_options *sweep, const char *thresholds, kvq_artifact **out,
+                               kvq_error *err) {
+    const kvq_model_config *c = kvq_model_describe(model);
+    kvq_artifact           *artifact = NULL;
+    measure                *m = NULL;
+    kvq_loss_sum            loss = {0};
+    kvq_sweep_options       mine = *sweep;
+    kvq_processes           alone = kvq_processes_single();
+    kvq_status              status = KVQ_OK;
+    mine.forward_only = thresholds == NULL;
+    KVQ_TRY(kvq_calib_options_check(options, c, windows->seq_len, err));
+    KVQ_TRY(calib_create_artifact(ctx, c, options, &artifact, err));
+    KVQ_TRY(calib_describe_windows(ctx, windows, artifact, err));
+    if (thresholds != NULL) KVQ_TRY(take_thresholds(ctx, thresholds, sweep, artifact, err));
+    KVQ_TRY(measure_create(ctx, options, c->n_kv_heads * c->head_dim, windows->seq_len, windows->n_windows, artifact,
+                           &m, err));
+    measure_keep_raw(m);
+    kvq_observer observer = measure_observer(m);
+    KVQ_TRY(kvq_sweep(ctx, be, model, windows, &mine, &alone, &observer, &loss, err));
+    KVQ_TRY(fill_template(ctx, artifact, err));
+    *out = artifact;
+    artifact = NULL;
+done:
+    measure_destroy(ctx, &m);
+    kvq_artifact_destroy(ctx, &artifact);
+    return status;
+}
+
+kvq_status kvq_shard_write(const kvq_context *ctx, const kvq_artifact *artifact, const kvq_sweep_options *sweep,
+                           kvq_round round, const char *path, bool force, kvq_error *err) {
+    kvq_count           counts[] = {{"round", round}, {"shard", sweep->shard}, {"n_shards", sweep->n_shards}};
+    kvq_partial_writer *writer = NULL;
+    kvq_blob            blob = {0};
+    char                name[64];
+    kvq_status          status = KVQ_OK;
+    KVQ_TRY(kvq_partial_create(ctx, path, force, sweep->fingerprint, sweep->n_fingerprint, counts, 3, &writer, err));
+    KVQ_TRY(put_artifact(ctx, writer, artifact, err));
+    if (round == KVQ_ROUND_HISTOGRAMS) {
+        KVQ_TRY(sweep_result(ctx, sweep, STEP_LOSS, artifact->model.n_layers, &blob, err));
+        KVQ_TRY(put_bytes(writer, LOSS_NAME, blob.data, blob.bytes, err));
+    }
+    step_kind kind = round == KVQ_ROUND_ENDS ? STEP_FORWARD : STEP_BACKWARD;
+    for (int64_t l = 0; l < artifact->model.n_layers; l++) {
+        blob.bytes = 0;
+        KVQ_TRY(sweep_result(ctx, sweep, kind, l, &blob, err));
+        KVQ_TRY(put_bytes(writer, layer_name(name, pass_of(round), l), blob.data, blob.bytes, err));
+    }
+    KVQ_TRY(kvq_partial_commit(ctx, &writer, err));
+done:
+    kvq_partial_discard(ctx, &writer);
+    kvq_blob_free(ctx, &blob);
+    return status;
+}
+
+// ---------------------------------------------------------------- merging
+
+typedef struct merger {
+    const kvq_context *ctx;
+    const char *const *paths;
+    int                n;
+    kvq_partial      **partials; // [n], in the order of paths
+    bool              *seen;     // [n] by shard
+    kvq_round          round;
+    kvq_artifact      *artifact;
+    kvq_calib_options  options;
+    measure           *m;
+} merger;
+
+static kvq_status open_shard(merger *g, int i, kvq_error *err) {
+    int64_t    round = 0, shard = 0, n_shards = 0, n_first = 0, n_mine = 0;
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(kvq_partial_open(g->ctx, g->paths[i], &g->partials[i], err));
+    KVQ_TRY(kvq_partial_count(g->partials[i], "round", KVQ_ROUND_ENDS, KVQ_ROUND_HISTOGRAMS, &round, err));
+    KVQ_TRY(kvq_partial_count(g->partials[i], "n_shards", 1, INT32_MAX, &n_shards, err));
+    KVQ_TRY(kvq_partial_count(g->partials[i], "shard", 0, n_shards - 1, &shard, err));
+    if (n_shards != g->n) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_INPUT, "give the files of all shards, each once",
+                         "shard %lld of %lld, but %d files are given", (long long)shard, (long long)n_shards, g->n));
+    }
+    if (g->seen[shard]) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_INPUT, "give the files of all shards, each once",
+                         "shard %lld of %lld is given twice", (long long)shard, (long long)n_shards));
+    }
+    g->seen[shard] = true;
+    if (i == 0) g->round = (kvq_round)round;
+    if (round != (int64_t)g->round) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_MISMATCH, NULL, "is of round %lld, the first file of round %d", (long long)round,
+                         (int)g->round));
+    }
+    const kvq_field *first = kvq_partial_fields(g->partials[0], &n_first),
+                    *mine = kvq_partial_fields(g->partials[i], &n_mine);
+    status = kvq_fields_compare(first, n_first, mine, n_mine, err);
+    if (status != KVQ_OK) kvq_error_prefix(err, "does not belong to %s: ", g->paths[0]);
+done:
+    if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", g->paths[i]);
+    return status;
+}
+
+// The template says all that a measurement needs to know.
+static kvq_status prepare_merge(merger *g, kvq_error *err) {
+    kvq_status status = get_artifact(g->ctx, g->partials[0], &g->artifact, err);
+    if (status != KVQ_OK) {
+        kvq_error_prefix(err, "%s: ", g->paths[0]);
+        return status;
+    }
+    const kvq_artifact *a = g->artifact;
+    g->options = (kvq_calib_options){.k_bits = a->layers[0].k.bits,
+                                     .v_bits = a->layers[0].v.bits,
+                                     .outlier_fraction = a->quantizer.outlier_fraction,
+                                     .sink_tokens = a->quantizer.sink_tokens,
+                                     .weighting = a->quantizer.weighting};
+    return measure_create(g->ctx, &g->options, (int)(a->model.n_kv_heads * a->model.head_dim), a->dataset.seq_len,
+                          a->dataset.n_samples, g->artifact, &g->m, err);
+}
+
+// The zeros of the template make room.
+static void clear_placeholders(const merger *g, int64_t l) {
+    kvq_layer_quant *layer = &g->artifact->layers[l];
+    float          **arrays[] = {&layer->k.lower, &layer->k.upper, &layer->k.codebook, &layer->v.codebook};
+    int              first = g->round == KVQ_ROUND_ENDS ? 0 : 2;
+    for (int i = first; i < first + 2; i++) {
+        kvq_free(g->ctx, *arrays[i]);
+        *arrays[i] = NULL;
+    }
+}
+
+static kvq_status merge_layer(merger *g, int64_t l, kvq_error *err) {
+    kvq_observer o = measure_observer(g->m);
+    kvq_pass     pass = pass_of(g->round);
+    kvq_blob     blob = {0}, result = {0};
+    char         name[64];
+    kvq_status   status = KVQ_OK;
+    clear_placeholders(g, l);
+    KVQ_TRY(o.begin(o.user, pass, l, err));
+    for (int i = 0; i < g->n; i++) {
+        status = get_bytes(g->ctx, g->partials[i], layer_name(name, pass, l), &blob, err);
+        if (status == KVQ_OK) status = o.merge(o.user, pass, l, blob.data, blob.bytes, err);
+        if (status != KVQ_OK) kvq_error_prefix(err, "%s: layer %lld: ", g->paths[i], (long long)l);
+        if (status != KVQ_OK) goto done;
+    }
+    KVQ_TRY(o.finish(o.user, pass, l, &result, err));
+    kvq_report_progress(g->ctx, "merge", l, l + 1, g->artifact->model.n_layers);
+done:
+    kvq_blob_free(g->ctx, &blob);
+    kvq_blob_free(g->ctx, &result);
+    return status;
+}
+
+static kvq_status merge_loss(merger *g, kvq_error *err) {
+    kvq_loss_sum sum = {0}, part;
+    kvq_blob     blob = {0};
+    kvq_status   status = KVQ_OK;
+    for (int i = 0; i < g->n; i++) {
+        KVQ_TRY(get_bytes(g->ctx, g->partials[i], LOSS_NAME, &blob, err));
+        blob_reader in = {blob.data, blob.bytes};
+        KVQ_TRY(blob_take(&in, &part, sizeof part, err));
+        kvq_fixed_merge(&sum.sum, part.sum);
+        sum.n_tokens += part.n_tokens;
+    }
+    g->artifact->baseline_nll = calib_mean_loss(sum);
+done:
+    kvq_blob_free(g->ctx, &blob);
+    return status;
+}
+
+static kvq_status write_thresholds(merger *g, const char *path, bool force, kvq_error *err) {
+    kvq_count           count = {"merged_round", KVQ_ROUND_ENDS};
+    kvq_partial_writer *writer = NULL;
+    int64_t             n = 0;
+    kvq_status          status = KVQ_OK;
+    const kvq_field    *fields = kvq_partial_fields(g->partials[0], &n);
+    KVQ_TRY(kvq_partial_create(g->ctx, path, force, fields, n, &count, 1, &writer, err));
+    KVQ_TRY(put_artifact(g->ctx, writer, g->artifact, err));
+    KVQ_TRY(kvq_partial_commit(g->ctx, &writer, err));
+done:
+    kvq_partial_discard(g->ctx, &writer);
+    return status;
+}
+
+kvq_status kvq_merge(const kvq_context *ctx, const char *const *paths, int n_paths, const char *path, bool force,
+                     kvq_round *round, char content_sha256[KVQ_SHA256_HEX], kvq_error *err) {
+    merger     g = {.ctx = ctx, .paths = paths, .n = n_paths};
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(KVQ_NEW(ctx, n_paths, "list of shards", &g.partials, err));
+    KVQ_TRY(KVQ_NEW(ctx, n_paths, "list of shards", &g.seen, err));
+    for (int i = 0; i < n_paths; i++) KVQ_TRY(open_shard(&g, i, err));
+    KVQ_TRY(prepare_merge(&g, err));
+    for (int64_t l = 0; l < g.artifact->model.n_layers; l++) KVQ_TRY(merge_layer(&g, l, err));
+    *round = g.round;
+    content_sha256[0] = 0;
+    if (g.round == KVQ_ROUND_ENDS) {
+        KVQ_TRY(write_thresholds(&g, path, force, err));
+    } else {
+        KVQ_TRY(merge_loss(&g, err));
+        KVQ_TRY(kvq_artifact_write(ctx, g.artifact, path, force, content_sha256, err));
+    }
+done:
+    measure_destroy(ctx, &g.m);
+    kvq_artifact_destroy(ctx, &g.artifact);
+    for (int i = 0; g.partials != NULL && i < n_paths; i++) kvq_partial_close(ctx, &g.partials[i]);
+    kvq_free(ctx, g.partials);
+    kvq_free(ctx, g.seen);
+    return status;
+}

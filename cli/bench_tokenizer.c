@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The case `tokenizer`: a text through a model's tokenizer, as one string and on one thread.
+#include <stdio.h>
+
+#include "bench.h"
+
+typedef struct tokenizer_run {
+    kvq_tokenizer  *tokenizer;
+    kvq_mapped_file text;
+    kvq_ids         ids;
+} tokenizer_run;
+
+static kvq_status encode(const kvq_context *ctx, tokenizer_run *t, double *seconds, kvq_error *err) {
+    t->ids.count = 0; // the memory stays
+    double     start = kvq_cli_now_s();
+    kvq_status status =
+        kvq_tokenizer_encode(ctx, t->tokenizer, (const char *)t->text.data, t->text.bytes, true, &t->ids, err);
+    *seconds = kvq_cli_now_s() - start;
+    return status;
+}
+
+static kvq_status measure(bench_report *r, tokenizer_run *t, kvq_error *err) {
+    const bench_options *o = r->options;
+    bench_series         open = {.n = (int)o->repeats}, seconds = open;
+    double               unmeasured;
+    kvq_status           status = KVQ_OK;
+    for (int i = 0; i < open.n; i++) {
+        kvq_tokenizer_close(&r->cli->ctx, &t->tokenizer);
+        double start = kvq_cli_now_s();
+        KVQ_TRY(kvq_tokenizer_open(&r->cli->ctx, o->model, &t->tokenizer, err));
+        open.values[i] = kvq_cli_now_s() - start;
+    }
+    KVQ_TRY(encode(&r->cli->ctx, t, &unmeasured, err));
+    for (int i = 0; i < seconds.n; i++) KVQ_TRY(encode(&r->cli->ctx, t, &seconds.values[i], err));
+    bench_series bytes = bench_inverse(&seconds, (double)t->text.bytes * 1e-6);
+    bench_series tokens = bench_inverse(&seconds, (double)t->ids.count * 1e-6);
+    const char  *kind = kvq_tokenizer_describe(t->tokenizer).kind;
+    KVQ_TRY(bench_add(r, &open, "s", err, "open %s", kind));
+    KVQ_TRY(bench_add(r, &bytes, "MB/s", err, "encode, %zu bytes", t->text.bytes));
+    KVQ_TRY(bench_add(r, &tokens, "Mtokens/s", err, "encode, %lld tokens", (long long)t->ids.count));
+
+done:
+    return status;
+}
+
+kvq_status bench_tokenizer(bench_report *r, kvq_error *err) {
+    const bench_options *o = r->options;
+    kvq_status           status = KVQ_OK;
+    tokenizer_run        t = {.tokenizer = NULL};
+    if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "tokenizer: --model is missing");
+    if (o->text == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "tokenizer: --text is missing");
+    KVQ_TRY(kvq_map_file(o->text, &t.text, err));
+    if (t.text.bytes == 0) {
+        status = kvq_fail(err, KVQ_ERR_INPUT, "give a text of some kilobytes", "%s: the file is empty", o->text);
+        goto done;
+    }
+    KVQ_TRY(measure(r, &t, err));
+
+done:
+    kvq_tokenizer_close(&r->cli->ctx, &t.tokenizer);
+    kvq_ids_free(&r->cli->ctx, &t.ids);
+    kvq_unmap_file(&t.text);
+    return status;
+}
