@@ -27,6 +27,11 @@ struct measure {
 
 static const char *const TENSOR_NAMES[] = {"K", "V"};
 
+// An array of the artifact, which an earlier pass over the layer may have made.
+static kvq_status make_array(const measure *m, int64_t n, const char *what, float **array, kvq_error *err) {
+    return *array != NULL ? KVQ_OK : KVQ_NEW(m->ctx, n, what, array, err);
+}
+
 // ---------------------------------------------------------------- forward: thresholds
 
 static kvq_status begin_forward(measure *m, kvq_error *err) {
@@ -66,8 +71,8 @@ static kvq_status find_thresholds(measure *m, int64_t layer, kvq_blob *result, k
     kvq_tensor_quant *k = &m->artifact->layers[layer].k;
     int64_t           bytes = m->d * (int64_t)sizeof(float);
     kvq_status        status = KVQ_OK;
-    KVQ_TRY(KVQ_NEW(m->ctx, m->d, "lower thresholds", &k->lower, err));
-    KVQ_TRY(KVQ_NEW(m->ctx, m->d, "upper thresholds", &k->upper, err));
+    KVQ_TRY(make_array(m, m->d, "lower thresholds", &k->lower, err));
+    KVQ_TRY(make_array(m, m->d, "upper thresholds", &k->upper, err));
     KVQ_TRY(kvq_tails_thresholds(m->ctx, m->tails, m->options->outlier_fraction, k->lower, k->upper, err));
     KVQ_TRY(kvq_blob_append(m->ctx, result, k->lower, bytes, err));
     KVQ_TRY(kvq_blob_append(m->ctx, result, k->upper, bytes, err));
@@ -79,8 +84,8 @@ static kvq_status restore_thresholds(measure *m, int64_t layer, blob_reader *in,
     kvq_tensor_quant *k = &m->artifact->layers[layer].k;
     int64_t           bytes = m->d * (int64_t)sizeof(float);
     kvq_status        status = KVQ_OK;
-    KVQ_TRY(KVQ_NEW(m->ctx, m->d, "lower thresholds", &k->lower, err));
-    KVQ_TRY(KVQ_NEW(m->ctx, m->d, "upper thresholds", &k->upper, err));
+    KVQ_TRY(make_array(m, m->d, "lower thresholds", &k->lower, err));
+    KVQ_TRY(make_array(m, m->d, "upper thresholds", &k->upper, err));
     KVQ_TRY(blob_take(in, k->lower, bytes, err));
     KVQ_TRY(blob_take(in, k->upper, bytes, err));
 done:
@@ -218,7 +223,7 @@ static kvq_status check_weights(const measure *m, int64_t layer, int tensor, con
 static kvq_status fit_tensor(measure *m, int64_t layer, int tensor, kvq_tensor_quant *out, kvq_blob *result,
                              kvq_error *err) {
     kvq_status status = KVQ_OK;
-    KVQ_TRY(KVQ_NEW(m->ctx, out->n_levels, "codebook", &out->codebook, err));
+    KVQ_TRY(make_array(m, out->n_levels, "codebook", &out->codebook, err));
     KVQ_TRY(kvq_fit_histogram(m->ctx, m->histograms[tensor], out->bits, out->codebook, &out->fit, err));
     KVQ_TRY(check_weights(m, layer, tensor, &out->fit, err));
     kvq_log(m->ctx, KVQ_LOG_DEBUG,
@@ -233,7 +238,7 @@ done:
 
 static kvq_status restore_tensor(measure *m, kvq_tensor_quant *out, blob_reader *in, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    KVQ_TRY(KVQ_NEW(m->ctx, out->n_levels, "codebook", &out->codebook, err));
+    KVQ_TRY(make_array(m, out->n_levels, "codebook", &out->codebook, err));
     KVQ_TRY(blob_take(in, out->codebook, out->n_levels * (int64_t)sizeof(float), err));
     KVQ_TRY(blob_take(in, &out->fit, sizeof out->fit, err));
 done:

@@ -17,7 +17,7 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static int64_t weight_bytes(const kvq_model *model, bool prefetch) {
     int64_t layer = 4 * kvq_layer_floats(model), head = 4 * kvq_head_floats(model);
-    return larger(layer, head) + (prefetch ? layer : 0);
+    return larger(layer, head) + (prefetch ? layer : 0) + kvq_model_mapped_bytes(model);
 }
 
 static int64_t activation_bytes(const kvq_model *model, int64_t seq_len, bool gradients) {

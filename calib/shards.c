@@ -213,24 +213,12 @@ static kvq_status prepare_merge(merger *g, kvq_error *err) {
                           a->dataset.n_samples, g->artifact, &g->m, err);
 }
 
-// The zeros of the template make room.
-static void clear_placeholders(const merger *g, int64_t l) {
-    kvq_layer_quant *layer = &g->artifact->layers[l];
-    float          **arrays[] = {&layer->k.lower, &layer->k.upper, &layer->k.codebook, &layer->v.codebook};
-    int              first = g->round == KVQ_ROUND_ENDS ? 0 : 2;
-    for (int i = first; i < first + 2; i++) {
-        kvq_free(g->ctx, *arrays[i]);
-        *arrays[i] = NULL;
-    }
-}
-
 static kvq_status merge_layer(merger *g, int64_t l, kvq_error *err) {
     kvq_observer o = measure_observer(g->m);
     kvq_pass     pass = pass_of(g->round);
     kvq_blob     blob = {0}, result = {0};
     char         name[64];
     kvq_status   status = KVQ_OK;
-    clear_placeholders(g, l);
     KVQ_TRY(o.begin(o.user, pass, l, err));
     for (int i = 0; i < g->n; i++) {
         status = get_bytes(g->ctx, g->partials[i], layer_name(name, pass, l), &blob, err);

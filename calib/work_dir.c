@@ -148,14 +148,16 @@ static bool is_ours(const char *name) {
 }
 
 // keep_lock: everything but the lock.
-static void remove_files(const work_dir *w, bool keep_lock) {
+// The manifest goes first: without it nothing else counts, should this be the moment of a kill. The lock is the
+// caller's.
+static void remove_files(const work_dir *w) {
     char           path[4096];
     DIR           *folder = opendir(w->path);
     struct dirent *entry;
     path_of(w, MANIFEST, path);
-    (void)unlink(path); // first: without it nothing else here counts, should this be the moment of a kill
+    (void)unlink(path);
     while (folder != NULL && (entry = readdir(folder)) != NULL) {
-        if (!is_ours(entry->d_name) || (keep_lock && strcmp(entry->d_name, LOCK) == 0)) continue;
+        if (!is_ours(entry->d_name) || strcmp(entry->d_name, LOCK) == 0) continue;
         path_of(w, entry->d_name, path);
         (void)unlink(path);
     }
@@ -192,7 +194,7 @@ kvq_status work_open(const kvq_context *ctx, const char *path, const kvq_field *
     w->n_fingerprint = n_fingerprint;
     KVQ_TRY(work_make_folder(path, err));
     KVQ_TRY(take_lock(w, err));
-    if (restart) remove_files(w, true);
+    if (restart) remove_files(w);
     KVQ_TRY(read_manifest(ctx, w, err));
     *out = w;
     w = NULL;
@@ -206,7 +208,10 @@ void work_close(const kvq_context *ctx, work_dir **work, bool finished) {
     if (w == NULL) return;
     for (int i = 0; i < w->n_files; i++) (void)close(w->files[i].fd);
     if (finished) {
-        remove_files(w, false);
+        char lock[4096];
+        remove_files(w);
+        path_of(w, LOCK, lock);
+        (void)unlink(lock);
         work_remove_folder(w->path); // stays when it holds anything else
     }
     if (w->lock >= 0) (void)close(w->lock);

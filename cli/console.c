@@ -172,11 +172,19 @@ void kvq_cli_next(kvq_cli *cli, const char *first, ...) {
 // The command line again. A program that `kvq` started was called by a shorter name, which is none of a program.
 static char *same_command(const kvq_cli *cli) {
     if (cli->argc < 1) return NULL;
-    const char **words = malloc((size_t)cli->argc * sizeof *words);
+    char         ranks[16];
+    int          first = cli->n_ranks > 1 ? 3 : 0;
+    const char **words = malloc((size_t)(first + cli->argc) * sizeof *words);
     if (words == NULL) return NULL;
-    for (int i = 0; i < cli->argc; i++) words[i] = cli->argv[i];
-    if (strcmp(kvq_file_name(words[0]), cli->program) != 0) words[0] = cli->program;
-    char *command = quote_command(words, cli->argc);
+    if (first > 0) {
+        (void)snprintf(ranks, sizeof ranks, "%d", cli->n_ranks);
+        words[0] = "mpirun";
+        words[1] = "-n";
+        words[2] = ranks;
+    }
+    for (int i = 0; i < cli->argc; i++) words[first + i] = cli->argv[i];
+    if (strcmp(kvq_file_name(words[first]), cli->program) != 0) words[first] = cli->program;
+    char *command = quote_command(words, first + cli->argc);
     free(words);
     return command;
 }
@@ -210,7 +218,8 @@ static void emit_error(const kvq_error *err, const char *command) {
 }
 
 void kvq_cli_print_error(kvq_cli *cli, const kvq_error *err) {
-    bool  stopped = err->status == KVQ_ERR_INTERRUPTED;
+    bool stopped = err->status == KVQ_ERR_INTERRUPTED;
+    if (stopped && cli->rank > 0) return; // the first process says it for all
     char *command = stopped ? same_command(cli) : NULL;
     kvq_cli_end_progress(cli);
     if (cli->json) {

@@ -2,6 +2,7 @@
 //
 // kvq-calibrate: a checkpoint and a text in, an artifact out.
 #include <stdio.h>
+#include <unistd.h>
 
 #include "calibrate_report.h"
 
@@ -111,8 +112,8 @@ static kvq_status resolve_options(calibration *c, kvq_error *err) {
 // killed, which its work directory shows.
 static kvq_status check_output(kvq_cli *cli, calibration *c, kvq_error *err) {
     const calibrate_options *o = c->o;
-    bool        finishing = o->work_dir == NULL && !o->restart && kvq_sweep_has_begun(&c->sweep, &c->processes);
-    const char *inputs[3 + CLI_MAX_LIST] = {o->model, o->source.tokens, o->thresholds};
+    bool                     finishing = o->work_dir == NULL && !o->restart && access(c->work_dir, F_OK) == 0;
+    const char              *inputs[3 + CLI_MAX_LIST] = {o->model, o->source.tokens, o->thresholds};
     for (int i = 0; i < o->source.texts.count && !kvq_cli_is_self(&o->source); i++)
         inputs[3 + i] = o->source.texts.items[i];
     c->force = o->force || finishing;
@@ -273,7 +274,9 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     bool        several = kvq_cli_under_mpirun();
     (void)exit_code; // a calibration has no negative verdict
     if (several) KVQ_TRY(kvq_processes_start(&c.processes, err));
-    if (c.processes.rank > 0) cli->quiet = cli->silent = true; // one voice
+    cli->rank = c.processes.rank;
+    cli->n_ranks = c.processes.n_ranks;
+    if (cli->rank > 0) cli->quiet = cli->silent = true; // one voice
     KVQ_TRY(check_options(c.o, c.processes.n_ranks, err));
     KVQ_TRY(resolve_options(&c, err));
     KVQ_TRY(c.o->capture != NULL ? run_capture(cli, &c, err) : run_prepared(cli, &c, err));

@@ -103,8 +103,9 @@ struct kvq_cli {
     const char        *program;
     int                argc; // the command line, for the line that continues a stopped run; 0 = not known
     const char *const *argv;
-    kvq_context        ctx;  // ctx.user is this kvq_cli
-    atomic_bool        stop; // a signal asked for it; set by a thread that waits for one
+    kvq_context        ctx;           // ctx.user is this kvq_cli
+    int                rank, n_ranks; // of the processes of one run; a program sets them, 0 of 0 = alone
+    atomic_bool        stop;          // a signal asked for it; set by a thread that waits for one
     bool               quiet, verbose;
     bool               animate; // a bar that is redrawn, ...
     bool               json;    // ... events, otherwise plain lines

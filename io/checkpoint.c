@@ -153,6 +153,13 @@ static const bound_tensor *find_bound(const kvq_checkpoint *c, const char *name)
     return bsearch(name, c->bound, (size_t)c->n_bound, sizeof *c->bound, name_to_bound);
 }
 
+int64_t kvq_checkpoint_largest_tensor(const kvq_checkpoint *checkpoint) {
+    size_t largest = 0;
+    for (int64_t i = 0; i < checkpoint->n_stored; i++)
+        largest = checkpoint->stored[i].bytes > largest ? checkpoint->stored[i].bytes : largest;
+    return (int64_t)largest;
+}
+
 bool kvq_checkpoint_has(const kvq_checkpoint *checkpoint, const char *name) {
     return find_bound(checkpoint, name) != NULL;
 }

@@ -108,8 +108,9 @@ int64_t kvq_layer_window(const kvq_model_config *config, int64_t layer); // 0 = 
 
 // The weights of a decoder by canonical names, whatever the file calls them and wherever it puts them: those of Hugging
 // Face's Llama ("model.layers.0.self_attn.q_proj.weight") also where q, k, v or gate, up are stored as one matrix; of
-// experts "mlp.gate.weight" (the router) and "mlp.experts.0.gate_proj.weight"; norms as Gemma calls them where there are
-// post_norms. Values are as stored: norm_offset is not added. Memory-mapped; nothing is expanded before it is asked for.
+// experts "mlp.gate.weight" (the router) and "mlp.experts.0.gate_proj.weight"; norms as Gemma calls them where there
+// are post_norms. Values are as stored: norm_offset is not added. Memory-mapped; nothing is expanded before it is asked
+// for.
 typedef struct kvq_checkpoint kvq_checkpoint;
 
 // path: a Hugging Face directory (config.json with model.safetensors, or shards with model.safetensors.index.json;
@@ -130,6 +131,10 @@ typedef struct kvq_checkpoint_identity {
 // Reads all weights once to hash them.
 kvq_status kvq_checkpoint_identify(const kvq_context *ctx, const kvq_checkpoint *checkpoint,
                                    kvq_checkpoint_identity *out, kvq_error *err);
+
+// Stored bytes of the largest tensor: what of the mapped file is in memory at most when each tensor is forgotten after
+// it was read.
+int64_t kvq_checkpoint_largest_tensor(const kvq_checkpoint *checkpoint);
 
 bool kvq_checkpoint_has(const kvq_checkpoint *checkpoint, const char *name);
 // Rows [row, row + n_rows) of a matrix [n_total_rows, n_columns] (a vector is one row) as f32, in Hugging Face row

@@ -107,40 +107,44 @@ static int64_t rows_per_block(const slot *s) {
     return rows > 0 ? rows : 1;
 }
 
-// Blocks of all slots; their pointers are set into `storage` on the way.
-static row_block *cut_into_blocks(const kvq_model *model, const slot_list *list, float *storage, row_block *out) {
-    for (int i = 0; i < list->n; i++) {
-        const slot *s = &list->slots[i];
-        *s->pointer = storage;
-        storage += slot_floats(model, s);
-        for (int64_t row = 0; row < s->n_rows; row += rows_per_block(s)) {
-            int64_t rest = s->n_rows - row;
-            *out++ = (row_block){s, row, rest < rows_per_block(s) ? rest : rows_per_block(s), KVQ_OK};
-        }
+static int64_t n_blocks_of(const slot *s) { return (s->n_rows + rows_per_block(s) - 1) / rows_per_block(s); }
+
+// One slot, its blocks in parallel; then its pages of the mapped file are given back, so that the file never takes more
+// memory than its largest tensor.
+static kvq_status fill_slot(const kvq_model *model, const kvq_context *ctx, const slot *s, expand_job *job,
+                            kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    for (int64_t i = 0; i < n_blocks_of(s); i++) {
+        int64_t row = i * rows_per_block(s), rest = s->n_rows - row;
+        job->blocks[i] = (row_block){s, row, rest < rows_per_block(s) ? rest : rows_per_block(s), KVQ_OK};
     }
-    return out;
+    kvq_parallel_for(ctx, n_blocks_of(s), expand_block, job);
+    // The first failing block is read again, alone, for its message.
+    for (int64_t i = 0; i < n_blocks_of(s) && status == KVQ_OK; i++) {
+        if (job->blocks[i].status != KVQ_OK) status = expand(model, &job->blocks[i], job->staging, err);
+    }
+    kvq_checkpoint_forget(model->checkpoint, s->name);
+    return status;
 }
 
-// Expands into storage of list_floats, on the threads of ctx.
+// Expands into storage of list_floats, on the threads of ctx, and sets the pointers of the slots.
 static kvq_status fill_slots(const kvq_model *model, const kvq_context *ctx, const slot_list *list, float *storage,
                              kvq_error *err) {
-    int64_t    n_blocks = 0;
+    int64_t    most_blocks = 0;
     expand_job job = {.model = model, .staging_floats = STAGING_FLOATS};
     kvq_status status = KVQ_OK;
     for (int i = 0; i < list->n; i++) {
         const slot *s = &list->slots[i];
-        n_blocks += (s->n_rows + rows_per_block(s) - 1) / rows_per_block(s);
+        if (n_blocks_of(s) > most_blocks) most_blocks = n_blocks_of(s);
         if (s->n_columns > job.staging_floats) job.staging_floats = s->n_columns;
     }
-    KVQ_TRY(KVQ_NEW(ctx, n_blocks, "weight blocks", &job.blocks, err));
+    KVQ_TRY(KVQ_NEW(ctx, most_blocks, "weight blocks", &job.blocks, err));
     KVQ_TRY(KVQ_NEW(ctx, ctx->n_threads * job.staging_floats, "weight staging", &job.staging, err));
-    (void)cut_into_blocks(model, list, storage, job.blocks);
-    kvq_parallel_for(ctx, n_blocks, expand_block, &job);
-    // The first failing block in tensor order is read again, alone, for its message.
-    for (int64_t i = 0; i < n_blocks && status == KVQ_OK; i++) {
-        if (job.blocks[i].status != KVQ_OK) status = expand(model, &job.blocks[i], job.staging, err);
+    for (int i = 0; i < list->n; i++) {
+        *list->slots[i].pointer = storage;
+        storage += slot_floats(model, &list->slots[i]);
+        KVQ_TRY(fill_slot(model, ctx, &list->slots[i], &job, err));
     }
-    for (int i = 0; i < list->n; i++) kvq_checkpoint_forget(model->checkpoint, list->slots[i].name);
 
 done:
     kvq_free(ctx, job.blocks);
@@ -388,6 +392,8 @@ void kvq_model_destroy(const kvq_context *ctx, kvq_model **model) {
 
 const kvq_model_config *kvq_model_describe(const kvq_model *model) { return model->config; }
 
+int64_t kvq_model_mapped_bytes(const kvq_model *model) { return kvq_checkpoint_largest_tensor(model->checkpoint); }
+
 kvq_status kvq_model_embed(kvq_model *model, const int32_t *ids, int64_t n_tokens, float *x, kvq_error *err) {
     const kvq_model_config *c = model->config;
     float                  *row = NULL;
@@ -404,6 +410,7 @@ kvq_status kvq_model_embed(kvq_model *model, const int32_t *ids, int64_t n_token
         for (int64_t i = 0; i < c->hidden_size; i++) row[i] *= c->embedding_scale;
         if (status == KVQ_OK) model->be->upload(model->be, x + t * c->hidden_size, row, c->hidden_size);
     }
+    if (!model->resident) kvq_checkpoint_forget(model->checkpoint, "model.embed_tokens.weight");
     kvq_free(model->ctx, row);
     return status;
 }

@@ -83,7 +83,8 @@ refused() {
     calibrate --samples 8 --text "$SHARED_DIR/text.txt" --text "$SHARED_DIR/other.txt" --mix "$mix" >/dev/null
     [ "$(recorded text_windows 0)" = 2 ]
     [ "$(recorded text_windows 1)" = 6 ]
-    ! grep -qaF "$SHARED_DIR" out.kvq.h5
+    run grep -qaF "$SHARED_DIR" out.kvq.h5
+    [ "$status" -eq 1 ]
     dataset token_ids_sha256 >>hashes
   done
   [ "$(sort -u hashes | wc -l)" -eq 1 ]
