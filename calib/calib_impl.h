@@ -33,13 +33,17 @@ kvq_status work_open(const kvq_context *ctx, const char *path, const kvq_field *
 // finished: removes the directory and all that kvq put into it; otherwise it stays for the next run.
 void work_close(const kvq_context *ctx, work_dir **work, bool finished);
 
+// What the run in a directory ended in ("" when it did not end, or there is no run), whatever its fingerprint.
+kvq_status work_peek_result(const kvq_context *ctx, const char *path, char result[KVQ_SHA256_HEX], kvq_error *err);
 bool       work_exists(const char *path);                      // with a manifest
 kvq_status work_make_folder(const char *path, kvq_error *err); // it may be there already
 void       work_remove_folder(const char *path);               // when it is empty
 
-int64_t    work_step(const work_dir *work);   // steps finished; 0 in a new directory
-int64_t    work_stride(const work_dir *work); // of the run that made the directory; 0 in a new one
-void       work_set_stride(work_dir *work, int64_t stride);
+int64_t work_step(const work_dir *work);   // steps finished; 0 in a new directory
+int64_t work_stride(const work_dir *work); // of the run that made the directory; 0 in a new one
+void    work_set_stride(work_dir *work, int64_t stride);
+void    work_set_result(work_dir *work, const char result[KVQ_SHA256_HEX]);
+// Makes what was written durable, then the manifest with the finished steps, stride and result.
 kvq_status work_commit(const kvq_context *ctx, work_dir *work, int64_t step, kvq_error *err);
 
 kvq_status work_put(const kvq_context *ctx, work_dir *work, const char *name, const kvq_blob *blob, kvq_error *err);

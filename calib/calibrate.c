@@ -63,12 +63,19 @@ kvq_status kvq_calibrate(const kvq_context *ctx, const kvq_backend *be, kvq_mode
     kvq_artifact           *artifact = NULL;
     measure                *m = NULL;
     kvq_loss_sum            loss = {0};
-    kvq_status              status = KVQ_OK;
-    KVQ_TRY(kvq_calib_options_check(options, c, windows->seq_len, err));
-    KVQ_TRY(calib_create_artifact(ctx, c, options, &artifact, err));
-    KVQ_TRY(calib_describe_windows(ctx, windows, artifact, err));
-    KVQ_TRY(measure_create(ctx, options, c->n_kv_heads * c->head_dim, windows->seq_len, windows->n_windows, artifact,
-                           &m, err));
+    int64_t                 all = 0;
+    kvq_status              status = kvq_calib_options_check(options, c, windows->seq_len, err);
+    if (status == KVQ_OK) status = calib_create_artifact(ctx, c, options, &artifact, err);
+    if (status == KVQ_OK) status = calib_describe_windows(ctx, windows, artifact, err);
+    if (status == KVQ_OK) {
+        status = measure_create(ctx, options, c->n_kv_heads * c->head_dim, windows->seq_len, windows->n_windows,
+                                artifact, &m, err);
+    }
+    kvq_status agreed = processes->agree(processes, status == KVQ_OK, &all, status == KVQ_OK ? err : NULL);
+    if (status == KVQ_OK) status = agreed;
+    if (status == KVQ_OK && all == 0)
+        status = kvq_fail(err, KVQ_ERR_MEMORY, NULL, "another process of this run could not start");
+    if (status != KVQ_OK) goto done;
     kvq_observer observer = measure_observer(m);
     KVQ_TRY(kvq_sweep(ctx, be, model, windows, sweep, processes, &observer, &loss, err));
     artifact->baseline_nll = calib_mean_loss(loss);

@@ -98,6 +98,8 @@ static kvq_status fit_layer(capture_fit *f, int64_t l, kvq_error *err) {
         status = measure_count(f->m, l, f->k, f->v, weighted ? f->w_k : NULL, weighted ? f->w_v : NULL, err);
         if (status != KVQ_OK) kvq_error_prefix(err, "window %lld: ", (long long)w);
         if (status != KVQ_OK) goto done;
+        if (kvq_stop_requested(f->ctx))
+            KVQ_TRY(kvq_fail(err, KVQ_ERR_INTERRUPTED, NULL, "a fit from a capture is short and starts anew"));
         kvq_report_progress(f->ctx, "fit", l, l * N + w + 1, f->info->model.n_layers * N);
     }
     result.bytes = 0;

@@ -104,8 +104,15 @@ kvq_status kvq_sweep(const kvq_context *ctx, const kvq_backend *be, kvq_model *m
                      kvq_loss_sum *loss, kvq_error *err);
 // Has a run begun in this work directory that can be continued?
 bool kvq_sweep_has_begun(const kvq_sweep_options *options, const kvq_processes *processes);
-// Removes the work directory.
-void kvq_sweep_forget(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes);
+// Records what the run is about to end in (a content hash), before that is written: a kill in between must not make the
+// finished output look like somebody else's. peek gives it back, "" when there is none, whatever the fingerprint.
+kvq_status kvq_sweep_set_result(const kvq_context *ctx, const kvq_sweep_options *options,
+                                const kvq_processes *processes, const char result[KVQ_SHA256_HEX], kvq_error *err);
+kvq_status kvq_sweep_peek_result(const kvq_context *ctx, const kvq_sweep_options *options,
+                                 const kvq_processes *processes, char result[KVQ_SHA256_HEX], kvq_error *err);
+// Removes the work directory. KVQ_ERR_MISMATCH when it belongs to another run.
+kvq_status kvq_sweep_forget(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                            kvq_error *err);
 
 // ---------------------------------------------------------------- calibration
 

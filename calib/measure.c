@@ -32,9 +32,15 @@ static kvq_status make_array(const measure *m, int64_t n, const char *what, floa
     return *array != NULL ? KVQ_OK : KVQ_NEW(m->ctx, n, what, array, err);
 }
 
+static void destroy_histograms(measure *m) {
+    for (int i = 0; m->histograms != NULL && i < 2 * m->n_counters; i++)
+        kvq_histogram_destroy(m->ctx, &m->histograms[i]);
+}
+
 // ---------------------------------------------------------------- forward: thresholds
 
 static kvq_status begin_forward(measure *m, kvq_error *err) {
+    destroy_histograms(m); // the passes never need both
     kvq_tails_destroy(m->ctx, &m->tails);
     return kvq_tails_create(m->ctx, m->d, kvq_tails_needed(m->options->outlier_fraction, m->n_rows), &m->tails, err);
 }
@@ -59,6 +65,7 @@ static kvq_status merge_tails(measure *m, blob_reader *in, kvq_error *err) {
                          (long long)m->n_rows));
     }
     int64_t n = 2 * m->d * (n_rows < n_keep ? n_rows : n_keep);
+    if (n * (int64_t)sizeof *packed > in->left) KVQ_TRY(blob_take(in, NULL, n * (int64_t)sizeof *packed, err));
     KVQ_TRY(KVQ_NEW(m->ctx, n, "extreme values", &packed, err));
     KVQ_TRY(blob_take(in, packed, n * (int64_t)sizeof *packed, err));
     KVQ_TRY(kvq_tails_merge(m->ctx, m->tails, packed, n_rows, err));
@@ -94,15 +101,10 @@ done:
 
 // ---------------------------------------------------------------- backward: histograms
 
-static void destroy_histograms(measure *m) {
-    for (int i = 0; m->histograms != NULL && i < 2 * m->n_counters; i++)
-        kvq_histogram_destroy(m->ctx, &m->histograms[i]);
-}
-
 static kvq_status begin_backward(measure *m, int64_t layer, kvq_error *err) {
     const kvq_layer_quant *quant = &m->artifact->layers[layer];
     kvq_status             status = KVQ_OK;
-    kvq_tails_destroy(m->ctx, &m->tails); // the passes never need both
+    kvq_tails_destroy(m->ctx, &m->tails);
     destroy_histograms(m);
     for (int i = 0; i < 2 * m->n_counters; i++) KVQ_TRY(kvq_histogram_create(m->ctx, &m->histograms[i], err));
     m->specs[0] = kvq_tensor_block_spec(&quant->k, m->d, m->artifact->quantizer.n_side_k, m->z_and_r);
@@ -269,7 +271,9 @@ static kvq_status merge(void *user, kvq_pass pass, int64_t layer, const uint8_t 
     measure    *m = user;
     blob_reader in = {data, bytes};
     (void)layer;
-    return pass == KVQ_PASS_FORWARD ? merge_tails(m, &in, err) : merge_histograms(m, &in, err);
+    kvq_status status = pass == KVQ_PASS_FORWARD ? merge_tails(m, &in, err) : merge_histograms(m, &in, err);
+    if (status != KVQ_OK || in.left == 0) return status;
+    return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "saved statistics have %lld bytes too many", (long long)in.left);
 }
 
 static kvq_status finish(void *user, kvq_pass pass, int64_t layer, kvq_blob *result, kvq_error *err) {

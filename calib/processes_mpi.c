@@ -36,14 +36,11 @@ static int broadcast(uint8_t *data, int64_t bytes, int root) {
 
 static kvq_status exchange(const kvq_processes *p, const kvq_context *ctx, const void *mine, int64_t bytes,
                            uint8_t **all, int64_t *sizes, kvq_error *err) {
-    long long  n = bytes, *lengths = NULL;
-    uint8_t   *data = NULL;
-    int64_t    total = 0, at = 0, least = 0;
-    kvq_status status = KVQ_NEW(ctx, p->n_ranks, "sizes of what ranks exchange", &lengths, NULL);
-    int        code =
-        status == KVQ_OK ? MPI_Allgather(&n, 1, MPI_LONG_LONG, lengths, 1, MPI_LONG_LONG, MPI_COMM_WORLD) : MPI_SUCCESS;
-    for (int rank = 0; rank < p->n_ranks && status == KVQ_OK; rank++) total += sizes[rank] = lengths[rank];
-    if (status == KVQ_OK) status = KVQ_NEW(ctx, total, "what ranks exchange", &data, NULL);
+    uint8_t *data = NULL;
+    int64_t  total = 0, at = 0, least = 0;
+    int      code = MPI_Allgather(&bytes, 1, MPI_INT64_T, sizes, 1, MPI_INT64_T, MPI_COMM_WORLD);
+    for (int rank = 0; rank < p->n_ranks; rank++) total += sizes[rank];
+    kvq_status status = KVQ_NEW(ctx, total, "what ranks exchange", &data, NULL);
     // nobody waits for a rank that has no memory
     kvq_status agreed = agree(p, status == KVQ_OK && code == MPI_SUCCESS, &least, err);
     if (agreed == KVQ_OK && least == 0) agreed = kvq_fail(err, KVQ_ERR_MEMORY, NULL, "a rank cannot hold what all saw");
@@ -55,7 +52,6 @@ static kvq_status exchange(const kvq_processes *p, const kvq_context *ctx, const
         }
         if (code != MPI_SUCCESS) agreed = mpi_failure(code, "the ranks cannot exchange what they saw", err);
     }
-    kvq_free(ctx, lengths);
     if (agreed == KVQ_OK) {
         *all = data;
     } else {

@@ -85,7 +85,14 @@ static kvq_status take_thresholds(const kvq_context *ctx, const char *path, cons
     const kvq_field *fields = kvq_partial_fields(partial, &n);
     KVQ_TRY(kvq_fields_compare(fields, n, sweep->fingerprint, sweep->n_fingerprint, err));
     KVQ_TRY(get_artifact(ctx, partial, &merged, err));
-    for (int64_t l = 0; l < out->model.n_layers && l < merged->model.n_layers; l++) {
+    if (merged->model.n_layers != out->model.n_layers || merged->model.n_kv_heads != out->model.n_kv_heads ||
+        merged->model.head_dim != out->model.head_dim) {
+        KVQ_TRY(kvq_fail(
+            err, KVQ_ERR_MISMATCH, NULL, "%lld layers of %lld x %lld channels instead of %lld of %lld x %lld",
+            (long long)merged->model.n_layers, (long long)merged->model.n_kv_heads, (long long)merged->model.head_dim,
+            (long long)out->model.n_layers, (long long)out->model.n_kv_heads, (long long)out->model.head_dim));
+    }
+    for (int64_t l = 0; l < out->model.n_layers; l++) {
         move_array(ctx, &out->layers[l].k.lower, &merged->layers[l].k.lower);
         move_array(ctx, &out->layers[l].k.upper, &merged->layers[l].k.upper);
     }
@@ -189,6 +196,11 @@ static kvq_status open_shard(merger *g, int i, kvq_error *err) {
     }
     const kvq_field *first = kvq_partial_fields(g->partials[0], &n_first),
                     *mine = kvq_partial_fields(g->partials[i], &n_mine);
+    const char *version = kvq_fields_find(mine, n_mine, "kvq");
+    if (version != NULL && strcmp(version, KVQ_VERSION) != 0) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_VERSION, "merge with the version that wrote it",
+                         "written by kvq %s, this is " KVQ_VERSION, version));
+    }
     status = kvq_fields_compare(first, n_first, mine, n_mine, err);
     if (status != KVQ_OK) kvq_error_prefix(err, "does not belong to %s: ", g->paths[0]);
 done:
@@ -269,6 +281,7 @@ kvq_status kvq_merge(const kvq_context *ctx, const char *const *paths, int n_pat
                      kvq_round *round, char content_sha256[KVQ_SHA256_HEX], kvq_error *err) {
     merger     g = {.ctx = ctx, .paths = paths, .n = n_paths};
     kvq_status status = KVQ_OK;
+    if (n_paths < 1) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "no shards are given");
     KVQ_TRY(KVQ_NEW(ctx, n_paths, "list of shards", &g.partials, err));
     KVQ_TRY(KVQ_NEW(ctx, n_paths, "list of shards", &g.seen, err));
     for (int i = 0; i < n_paths; i++) KVQ_TRY(open_shard(&g, i, err));

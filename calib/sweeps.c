@@ -14,6 +14,7 @@
 
 #define SAVE_INTERVAL_S 60.0 // an unfinished step is saved this often, so that a kill costs a minute
 #define MAX_NAME        32
+#define PARTIAL         "kvq-partial"
 #define MAX_PATH        4096
 
 typedef struct sweep {
@@ -47,7 +48,7 @@ static double now_s(void) {
 }
 
 static const char *boundary_name(char name[MAX_NAME], const char *what, int64_t index) {
-    (void)snprintf(name, MAX_NAME, "%s.%04lld", what, (long long)index);
+    (void)snprintf(name, MAX_NAME, "kvq-%s.%04lld", what, (long long)index);
     return name;
 }
 
@@ -210,7 +211,7 @@ static kvq_status save_partial(sweep *s, int64_t index, int64_t n_done, kvq_erro
     KVQ_TRY(work_commit(s->ctx, s->work, index, err)); // the states of these windows first
     KVQ_TRY(kvq_blob_append(s->ctx, &blob, &header, sizeof header, err));
     KVQ_TRY(save_accumulated(s, step_at(&s->plan, index), &blob, err));
-    KVQ_TRY(work_put(s->ctx, s->work, "partial", &blob, err));
+    KVQ_TRY(work_put(s->ctx, s->work, PARTIAL, &blob, err));
     s->saved_at_s = now_s();
 done:
     kvq_blob_free(s->ctx, &blob);
@@ -222,7 +223,7 @@ static kvq_status load_partial(sweep *s, int64_t index, int64_t *n_done, kvq_err
     partial_header header = {0};
     kvq_blob       blob = {0};
     kvq_status     status = KVQ_OK;
-    KVQ_TRY(work_get(s->ctx, s->work, "partial", &blob, err));
+    KVQ_TRY(work_get(s->ctx, s->work, PARTIAL, &blob, err));
     if (blob.bytes >= (int64_t)sizeof header) memcpy(&header, blob.data, sizeof header);
     if (blob.bytes < (int64_t)sizeof header || header.step != index || header.n_done > s->n_windows) goto done;
     KVQ_TRY(merge_accumulated(s, step_at(&s->plan, index), blob.data + sizeof header,
@@ -269,19 +270,19 @@ done:
     return status;
 }
 
-// How a step went, from worst to best; what all processes agree on is the worst.
-enum { WENT_WRONG, WAS_STOPPED, WENT_WELL };
+// How a step went, from worst to best; what all processes agree on is the worst. A failure is its negated status.
+enum { WAS_STOPPED = 1, WENT_WELL };
 
 // Turns this process's outcome into that of all.
 static kvq_status agree(sweep *s, int64_t index, kvq_status status, kvq_error *err) {
-    int64_t mine = status == KVQ_OK ? WENT_WELL : status == KVQ_ERR_INTERRUPTED ? WAS_STOPPED : WENT_WRONG;
+    int64_t mine = status == KVQ_OK ? WENT_WELL : status == KVQ_ERR_INTERRUPTED ? WAS_STOPPED : -(int64_t)status;
     int64_t all = mine;
     if (s->processes->n_ranks == 1) return status;
     kvq_status agreed = s->processes->agree(s->processes, mine, &all, status == KVQ_OK ? err : NULL);
     if (agreed != KVQ_OK && status == KVQ_OK) return agreed;
     if (all >= mine) return status;
-    if (all == WENT_WRONG) {
-        return kvq_fail(err, KVQ_ERR_INTERRUPTED, "see the message of the other process, then run the same command",
+    if (all < 0) {
+        return kvq_fail(err, (kvq_status)-all, "see the message of the other process, then run the same command again",
                         "another process of this run failed; everything done so far is saved");
     }
     status = index >= 0 ? save_partial(s, index, s->n_windows, err) : KVQ_OK;
@@ -297,8 +298,9 @@ static kvq_status share(sweep *s, step at, kvq_error *err) {
     int64_t   *sizes = NULL, offset = 0;
     kvq_status status = KVQ_OK;
     if (s->processes->n_ranks == 1 || !accumulates(at)) return KVQ_OK;
-    KVQ_TRY(KVQ_NEW(s->ctx, s->processes->n_ranks, "sizes of what processes saw", &sizes, err));
-    KVQ_TRY(save_accumulated(s, at, &mine, err));
+    status = KVQ_NEW(s->ctx, s->processes->n_ranks, "sizes of what processes saw", &sizes, err);
+    if (status == KVQ_OK) status = save_accumulated(s, at, &mine, err);
+    KVQ_TRY(agree(s, -1, status, err)); // nobody waits for a process that has nothing to give
     KVQ_TRY(s->processes->exchange(s->processes, s->ctx, mine.data, mine.bytes, &all, sizes, err));
     KVQ_TRY(begin_accumulating(s, at, err));
     for (int rank = 0; rank < s->processes->n_ranks; offset += sizes[rank++])
@@ -329,7 +331,7 @@ done:
 }
 
 static void drop_what_was_read(sweep *s, step at) {
-    work_drop(s->work, "partial");
+    work_drop(s->work, PARTIAL);
     if (at.kind == STEP_FORWARD && !step_keeps_boundary(&s->plan, at.layer)) drop_state(s, "x", at.layer);
     if (at.kind == STEP_LOSS) drop_state(s, "x", at.layer);
     if (at.kind != STEP_BACKWARD) return;
@@ -356,7 +358,7 @@ static kvq_status run_step(sweep *s, int64_t index, kvq_error *err) {
     if (status == KVQ_OK) status = run_windows(s, index, err);
     KVQ_TRY(agree(s, index, status, err));
     status = conclude(s, at, err);
-    if (status == KVQ_OK) status = work_commit(s->ctx, s->work, index + 1, err);
+    if (status == KVQ_OK && s->observer->save != NULL) status = work_commit(s->ctx, s->work, index + 1, err);
     KVQ_TRY(agree(s, -1, status, err));
     drop_what_was_read(s, at);
 done:
@@ -367,17 +369,23 @@ done:
 
 // ---------------------------------------------------------------- the whole run
 
+static kvq_status get_result(const kvq_context *ctx, work_dir *work, step at, kvq_blob *out, kvq_error *err) {
+    char       name[MAX_NAME];
+    kvq_status status = work_get(ctx, work, result_name(name, at), out, err);
+    if (status != KVQ_OK || out->bytes > 0) return status;
+    return kvq_fail(err, KVQ_ERR_INTEGRITY, "pass --restart to begin anew", "work directory: %s is missing", name);
+}
+
 // Results of steps that an earlier run finished.
 static kvq_status restore(sweep *s, int64_t n_steps, kvq_error *err) {
     const kvq_observer *o = s->observer;
-    char                name[MAX_NAME];
     kvq_blob            blob = {0};
     kvq_status          status = KVQ_OK;
     for (int64_t index = 0; index < n_steps; index++) {
         step at = step_at(&s->plan, index);
         if (!accumulates(at)) continue;
         blob.bytes = 0;
-        KVQ_TRY(work_get(s->ctx, s->work, result_name(name, at), &blob, err));
+        KVQ_TRY(get_result(s->ctx, s->work, at, &blob, err));
         if (at.kind == STEP_LOSS) {
             blob_reader in = {blob.data, blob.bytes};
             KVQ_TRY(blob_take(&in, &s->loss, sizeof s->loss, err));
@@ -432,6 +440,16 @@ bool kvq_sweep_has_begun(const kvq_sweep_options *options, const kvq_processes *
     return strlen(options->work_dir) < MAX_PATH - 64 && work_exists(path);
 }
 
+// One process keeps its files in the directory itself, several in folders inside: neither sees what the other left.
+static kvq_status refuse_other_layout(const kvq_sweep_options *options, const kvq_processes *p, kvq_error *err) {
+    char other[MAX_PATH];
+    (void)snprintf(other, sizeof other, p->n_ranks == 1 ? "%.4000s/rank-0" : "%.4000s", options->work_dir);
+    if (!work_exists(other)) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_MISMATCH, "continue with as many processes, or choose another --work-dir",
+                    "%s belongs to a run of %s", options->work_dir,
+                    p->n_ranks == 1 ? "several processes" : "one process");
+}
+
 // Which part of the windows a directory
 // belongs to is as much part of its identity as the settings.
 static kvq_status open_work_dir(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *p,
@@ -444,8 +462,9 @@ static kvq_status open_work_dir(const kvq_context *ctx, const kvq_sweep_options 
         return kvq_fail(err, KVQ_ERR_USAGE, "choose a shorter --work-dir", "%.64s...: the path is too long",
                         options->work_dir);
     }
-    if (p->n_ranks > 1) KVQ_TRY(work_make_folder(options->work_dir, err));
     folder_of(options, p, path);
+    KVQ_TRY(refuse_other_layout(options, p, err));
+    if (p->n_ranks > 1) KVQ_TRY(work_make_folder(options->work_dir, err));
     KVQ_TRY(KVQ_NEW(ctx, n + 1, "fingerprint", &fields, err));
     if (n > 0) memcpy(fields, options->fingerprint, (size_t)n * sizeof *fields);
     (void)snprintf(fields[n].name, sizeof fields[n].name, "part");
@@ -460,10 +479,32 @@ done:
 static kvq_status open_work(sweep *s, kvq_error *err) {
     bool       restart = s->options->restart || s->observer->save == NULL;
     kvq_status status = open_work_dir(s->ctx, s->options, s->processes, restart, &s->work, err);
-    if (status != KVQ_OK) return status;
-    if (work_stride(s->work) == 0) work_set_stride(s->work, s->options->stride);
+    if (status == KVQ_OK && work_stride(s->work) == 0) work_set_stride(s->work, s->options->stride);
+    return status;
+}
+
+static kvq_status expect_equal(const sweep *s, int64_t value, const char *what, kvq_error *err) {
+    int64_t    least = value, most = -value;
+    kvq_status status = s->processes->agree(s->processes, value, &least, err);
+    if (status == KVQ_OK) status = s->processes->agree(s->processes, -value, &most, err);
+    if (status != KVQ_OK || least == -most) return status;
+    return kvq_fail(err, KVQ_ERR_MISMATCH, "give all processes the same command, model, text and kind of processor",
+                    "the processes of this run differ in %s", what);
+}
+
+// All processes must mean the same run, and the same steps: the sparsest plan is that of all.
+static kvq_status agree_on_plan(sweep *s, kvq_error *err) {
+    size_t     bytes = (size_t)s->options->n_fingerprint * sizeof *s->options->fingerprint;
+    int64_t    hash = (int64_t)(kvq_checksum(s->options->fingerprint, bytes) >> 1), sparsest = 0;
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(expect_equal(s, hash, "their inputs or settings", err));
+    KVQ_TRY(s->processes->agree(s->processes, -work_stride(s->work), &sparsest, err));
+    if (work_step(s->work) == 0) work_set_stride(s->work, -sparsest);
+    KVQ_TRY(expect_equal(s, work_stride(s->work), "the layers that they recompute", err));
     s->plan.stride = work_stride(s->work);
-    return KVQ_OK;
+    if (s->observer->save != NULL && work_step(s->work) == 0) status = work_commit(s->ctx, s->work, 0, err);
+done:
+    return status;
 }
 
 kvq_status kvq_sweep(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
@@ -491,6 +532,7 @@ kvq_status kvq_sweep(const kvq_context *ctx, const kvq_backend *be, kvq_model *m
     kvq_status              status = allocate(&s, err);
     if (status == KVQ_OK) status = open_work(&s, err);
     KVQ_TRY(agree(&s, -1, status, err));
+    KVQ_TRY(agree(&s, -1, agree_on_plan(&s, err), err));
     int64_t first = work_step(s.work), agreed = first;
     int64_t end = options->forward_only ? step_first_after_forward(&s.plan) : step_count(&s.plan);
     KVQ_TRY(processes->agree(processes, first, &agreed, err));
@@ -509,18 +551,38 @@ done:
 kvq_status sweep_result(const kvq_context *ctx, const kvq_sweep_options *options, step_kind kind, int64_t layer,
                         kvq_blob *out, kvq_error *err) {
     kvq_processes alone = kvq_processes_single();
-    char          name[MAX_NAME];
     work_dir     *work = NULL;
     kvq_status    status = open_work_dir(ctx, options, &alone, false, &work, err);
-    if (status == KVQ_OK) status = work_get(ctx, work, result_name(name, (step){kind, layer}), out, err);
+    if (status == KVQ_OK) status = get_result(ctx, work, (step){kind, layer}, out, err);
     work_close(ctx, &work, false);
     return status;
 }
 
-void kvq_sweep_forget(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes) {
-    work_dir *work = NULL;
-    int64_t   all = 0;
-    if (open_work_dir(ctx, options, processes, false, &work, NULL) == KVQ_OK) work_close(ctx, &work, true);
+kvq_status kvq_sweep_set_result(const kvq_context *ctx, const kvq_sweep_options *options,
+                                const kvq_processes *processes, const char result[KVQ_SHA256_HEX], kvq_error *err) {
+    work_dir  *work = NULL;
+    kvq_status status = open_work_dir(ctx, options, processes, false, &work, err);
+    if (status != KVQ_OK) return status;
+    work_set_result(work, result);
+    status = work_commit(ctx, work, work_step(work), err);
+    work_close(ctx, &work, false);
+    return status;
+}
+
+kvq_status kvq_sweep_peek_result(const kvq_context *ctx, const kvq_sweep_options *options,
+                                 const kvq_processes *processes, char result[KVQ_SHA256_HEX], kvq_error *err) {
+    char path[MAX_PATH];
+    folder_of(options, processes, path);
+    return work_peek_result(ctx, path, result, err);
+}
+
+kvq_status kvq_sweep_forget(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                            kvq_error *err) {
+    work_dir  *work = NULL;
+    int64_t    all = 0;
+    kvq_status status = open_work_dir(ctx, options, processes, false, &work, err);
+    if (status == KVQ_OK) work_close(ctx, &work, true);
     (void)processes->agree(processes, 0, &all, NULL); // then the folders of all processes are gone
     if (processes->n_ranks > 1 && processes->rank == 0) work_remove_folder(options->work_dir);
+    return status;
 }

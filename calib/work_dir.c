@@ -16,8 +16,8 @@
 
 #include "calib_impl.h"
 
-#define MANIFEST   "manifest.json"
-#define LOCK       "lock"
+#define MANIFEST   "kvq-manifest.json"
+#define LOCK       "kvq-lock"
 #define OPEN_FILES 4 // a step reads two files of slots and writes two
 #define MAX_NAME   64
 
@@ -31,15 +31,16 @@ struct work_dir {
     char      *path;
     int        lock;
     int64_t    step, stride;
-    kvq_field *fields; // the fingerprint, then room for N_STATE_FIELDS
+    char       result[KVQ_SHA256_HEX]; // content hash of what the run ended in, "" before
+    kvq_field *fields;                 // the fingerprint, then room for N_STATE_FIELDS
     int64_t    n_fingerprint;
     slot_file  files[OPEN_FILES];
     int        n_files;
 };
 
-#define N_STATE_FIELDS 3
+#define N_STATE_FIELDS 4
 static const char FORMAT_FIELD[] = "work_format", FORMAT[] = "1", STEP_FIELD[] = "finished_steps",
-                  STRIDE_FIELD[] = "kept_boundaries_stride";
+                  STRIDE_FIELD[] = "kept_boundaries_stride", RESULT_FIELD[] = "result";
 
 static void path_of(const work_dir *w, const char *name, char out[4096]) {
     (void)snprintf(out, 4096, "%s/%s", w->path, name);
@@ -68,8 +69,9 @@ static kvq_status read_manifest(const kvq_context *ctx, work_dir *w, kvq_error *
     if (access(path, F_OK) != 0) return KVQ_OK; // a new directory, or killed before anything was finished
     KVQ_TRY(kvq_fields_read(ctx, path, &fields, &n, err));
     const char *format = kvq_fields_find(fields, n, FORMAT_FIELD), *steps = kvq_fields_find(fields, n, STEP_FIELD);
-    const char *stride = kvq_fields_find(fields, n, STRIDE_FIELD);
-    if (format == NULL || strcmp(format, FORMAT) != 0 || steps == NULL || stride == NULL || n < N_STATE_FIELDS) {
+    const char *stride = kvq_fields_find(fields, n, STRIDE_FIELD), *result = kvq_fields_find(fields, n, RESULT_FIELD);
+    if (format == NULL || strcmp(format, FORMAT) != 0 || steps == NULL || stride == NULL || result == NULL ||
+        n < N_STATE_FIELDS) {
         KVQ_TRY(damaged(w, MANIFEST, "was not written by this version of kvq", err));
     }
     status = kvq_fields_compare(fields, n - N_STATE_FIELDS, w->fields, w->n_fingerprint, err);
@@ -84,6 +86,8 @@ static kvq_status read_manifest(const kvq_context *ctx, work_dir *w, kvq_error *
     }
     w->step = strtoll(steps, NULL, 10);
     w->stride = strtoll(stride, NULL, 10);
+    (void)snprintf(w->result, sizeof w->result, "%s", result);
+    if (w->step < 0 || w->stride < 1) status = damaged(w, MANIFEST, "is damaged", err);
 done:
     kvq_free(ctx, fields);
     return status;
@@ -107,6 +111,7 @@ kvq_status work_commit(const kvq_context *ctx, work_dir *w, int64_t step_done, k
     set_state(&state[1], STEP_FIELD, number);
     (void)snprintf(number, sizeof number, "%" PRId64, w->stride);
     set_state(&state[2], STRIDE_FIELD, number);
+    set_state(&state[3], RESULT_FIELD, w->result);
     path_of(w, MANIFEST, path);
     kvq_status status = kvq_fields_write(ctx, path, w->fields, w->n_fingerprint + N_STATE_FIELDS, err);
     if (status == KVQ_OK) w->step = step_done;
@@ -117,6 +122,8 @@ int64_t work_step(const work_dir *w) { return w->step; }
 int64_t work_stride(const work_dir *w) { return w->stride; }
 void    work_set_stride(work_dir *w, int64_t stride) { w->stride = stride; }
 
+void work_set_result(work_dir *w, const char result[KVQ_SHA256_HEX]) { memcpy(w->result, result, sizeof w->result); }
+
 // ---------------------------------------------------------------- open and close
 
 static kvq_status take_lock(work_dir *w, kvq_error *err) {
@@ -125,6 +132,7 @@ static kvq_status take_lock(work_dir *w, kvq_error *err) {
     w->lock = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
     if (w->lock < 0) return disk_failure(w, LOCK, "be created", err);
     if (flock(w->lock, LOCK_EX | LOCK_NB) != 0) {
+        if (errno != EWOULDBLOCK) return disk_failure(w, LOCK, "be locked", err);
         ssize_t n = pread(w->lock, holder, sizeof holder - 1, 0);
         holder[n > 0 ? n : 0] = 0;
         return kvq_fail(err, KVQ_ERR_EXISTS, "wait for it, or choose another --work-dir",
@@ -139,29 +147,25 @@ static kvq_status take_lock(work_dir *w, kvq_error *err) {
 
 // Files of ours, also the temporary ones of a killed run; anything else in the directory is left alone.
 static bool is_ours(const char *name) {
-    static const char *const BEGINNINGS[] = {"x.", "g.", "forward.", "backward.", "loss", "partial", MANIFEST, LOCK};
-    bool                     temporary = name[0] == '.' && strstr(name, ".tmp-") != NULL;
-    for (size_t i = 0; i < sizeof BEGINNINGS / sizeof *BEGINNINGS; i++) {
-        if (strncmp(name + temporary, BEGINNINGS[i], strlen(BEGINNINGS[i])) == 0) return true;
-    }
-    return false;
+    bool temporary = name[0] == '.' && strstr(name, ".tmp-") != NULL;
+    return strncmp(name + temporary, "kvq-", 4) == 0;
 }
 
-// keep_lock: everything but the lock.
-// The manifest goes first: without it nothing else counts, should this be the moment of a kill. The lock is the
+// The manifest goes last: as long as it is there, it says what the run was and what came of it. The lock is the
 // caller's.
 static void remove_files(const work_dir *w) {
     char           path[4096];
     DIR           *folder = opendir(w->path);
     struct dirent *entry;
-    path_of(w, MANIFEST, path);
-    (void)unlink(path);
     while (folder != NULL && (entry = readdir(folder)) != NULL) {
-        if (!is_ours(entry->d_name) || strcmp(entry->d_name, LOCK) == 0) continue;
+        if (!is_ours(entry->d_name) || strcmp(entry->d_name, LOCK) == 0 || strcmp(entry->d_name, MANIFEST) == 0)
+            continue;
         path_of(w, entry->d_name, path);
         (void)unlink(path);
     }
     if (folder != NULL) (void)closedir(folder);
+    path_of(w, MANIFEST, path);
+    (void)unlink(path);
 }
 
 bool work_exists(const char *path) {
@@ -174,6 +178,22 @@ kvq_status work_make_folder(const char *path, kvq_error *err) {
     if (mkdir(path, 0777) == 0 || errno == EEXIST) return KVQ_OK;
     return kvq_fail(err, KVQ_ERR_DISK, "choose another folder with --work-dir", "%s: cannot be created: %s", path,
                     strerror(errno));
+}
+
+kvq_status work_peek_result(const kvq_context *ctx, const char *path, char result[KVQ_SHA256_HEX], kvq_error *err) {
+    char       manifest[4096];
+    kvq_field *fields = NULL;
+    int64_t    n = 0;
+    kvq_status status = KVQ_OK;
+    result[0] = 0;
+    (void)snprintf(manifest, sizeof manifest, "%.4000s/" MANIFEST, path);
+    if (access(manifest, F_OK) != 0) return KVQ_OK;
+    KVQ_TRY(kvq_fields_read(ctx, manifest, &fields, &n, err));
+    const char *found = kvq_fields_find(fields, n, RESULT_FIELD);
+    if (found != NULL) (void)snprintf(result, KVQ_SHA256_HEX, "%s", found);
+done:
+    kvq_free(ctx, fields);
+    return status;
 }
 
 void work_remove_folder(const char *path) { (void)rmdir(path); }
@@ -194,8 +214,8 @@ kvq_status work_open(const kvq_context *ctx, const char *path, const kvq_field *
     w->n_fingerprint = n_fingerprint;
     KVQ_TRY(work_make_folder(path, err));
     KVQ_TRY(take_lock(w, err));
-    if (restart) remove_files(w);
-    KVQ_TRY(read_manifest(ctx, w, err));
+    if (!restart) KVQ_TRY(read_manifest(ctx, w, err));
+    if (w->stride == 0) remove_files(w); // nothing is believed without a manifest
     *out = w;
     w = NULL;
 done:

@@ -385,6 +385,8 @@ static kvq_status make_buffers(sweep *s, kvq_error *err) {
     KVQ_TRY(s->be->alloc(s->be, n_x, "gradients", &s->dx, err));
     KVQ_TRY(s->be->alloc(s->be, n_x, "gradients", &s->random, err));
     bench_fill(s->random, n_x, 6);
+    for (int64_t i = 0; i < n_x; i++)
+        s->random[i] *= 1e-6f; // small as gradients of a mean are: sums of squares must fit
     KVQ_TRY(KVQ_NEW(ctx, n_kv, "keys", &s->k, err));
     KVQ_TRY(KVQ_NEW(ctx, n_kv, "values", &s->v, err));
     KVQ_TRY(KVQ_NEW(ctx, n_kv, "weights of keys", &s->w_k, err));

@@ -27,7 +27,7 @@ typedef struct calibration {
     kvq_calib_plan           plan;
     kvq_sweep_options        sweep;
     kvq_processes            processes;
-    bool                     force; // may replace the output
+    bool                     finished; // the output is what this run wrote before it was killed
     char                     work_dir[4096];
     kvq_field                fingerprint[MAX_FINGERPRINT];
     int64_t                  n_fingerprint;

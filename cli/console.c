@@ -182,9 +182,12 @@ static char *same_command(const kvq_cli *cli) {
         words[1] = "-n";
         words[2] = ranks;
     }
-    for (int i = 0; i < cli->argc; i++) words[first + i] = cli->argv[i];
+    int n = first;
+    for (int i = 0; i < cli->argc; i++) {
+        if (strcmp(cli->argv[i], "--restart") != 0) words[n++] = cli->argv[i]; // that would not continue
+    }
     if (strcmp(kvq_file_name(words[first]), cli->program) != 0) words[first] = cli->program;
-    char *command = quote_command(words, first + cli->argc);
+    char *command = quote_command(words, n);
     free(words);
     return command;
 }

@@ -2,7 +2,7 @@
 //
 // kvq-calibrate: a checkpoint and a text in, an artifact out.
 #include <stdio.h>
-#include <unistd.h>
+#include <string.h>
 
 #include "calibrate_report.h"
 
@@ -67,6 +67,10 @@ static kvq_status check_options(const calibrate_options *o, int n_ranks, kvq_err
         return kvq_fail(err, KVQ_ERR_USAGE, "use one of them", "--shard %s and %d processes contradict each other",
                         o->shard, n_ranks);
     }
+    if (o->shard != NULL && o->work_dir == NULL) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "give each shard a folder of its own, the same in both rounds",
+                        "--shard %s needs --work-dir: the second round goes on where the first one ended", o->shard);
+    }
     if (o->thresholds != NULL && o->shard == NULL) {
         return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--thresholds belongs to the second round of a --shard");
     }
@@ -78,9 +82,9 @@ static kvq_status read_shard(const char *text, kvq_sweep_options *out, kvq_error
     long long shard = 0, n_shards = 1;
     int       end = 0;
     if (text != NULL && (sscanf(text, "%lld/%lld%n", &shard, &n_shards, &end) != 2 || text[end] != 0 || shard < 0 ||
-                         shard >= n_shards)) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "the first of two is 0/2", "--shard: '%s' is not I/N with 0 <= I < N",
-                        text);
+                         shard >= n_shards || n_shards > CLI_MAX_LIST)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "the first of two is 0/2", "--shard: '%s' is not I/N with 0 <= I < N <= %d",
+                        text, CLI_MAX_LIST);
     }
     out->shard = shard;
     out->n_shards = n_shards;
@@ -108,24 +112,45 @@ static kvq_status resolve_options(calibration *c, kvq_error *err) {
 
 // ---------------------------------------------------------------- preparations
 
-// An output that is in the way is found now, not after hours; unless it is what this very run wrote before it was
-// killed, which its work directory shows.
+// An output that is in the way is found now, not after hours; unless it is what this very run wrote just before it was
+// killed, as its work directory knows.
 static kvq_status check_output(kvq_cli *cli, calibration *c, kvq_error *err) {
     const calibrate_options *o = c->o;
-    bool                     finishing = o->work_dir == NULL && !o->restart && access(c->work_dir, F_OK) == 0;
-    const char              *inputs[3 + CLI_MAX_LIST] = {o->model, o->source.tokens, o->thresholds};
+    kvq_artifact            *existing = NULL;
+    char                     result[KVQ_SHA256_HEX], found[KVQ_SHA256_HEX] = "";
+    kvq_status               status = kvq_sweep_peek_result(&cli->ctx, &c->sweep, &c->processes, result, err);
+    if (status != KVQ_OK) return status;
+    if (result[0] != 0 && !o->restart && kvq_artifact_read(&cli->ctx, o->output, &existing, found, NULL) == KVQ_OK)
+        c->finished = strcmp(result, found) == 0;
+    kvq_artifact_destroy(&cli->ctx, &existing);
+    const char *inputs[3 + CLI_MAX_LIST] = {o->model, o->source.tokens, o->thresholds};
     for (int i = 0; i < o->source.texts.count && !kvq_cli_is_self(&o->source); i++)
         inputs[3 + i] = o->source.texts.items[i];
-    c->force = o->force || finishing;
-    return kvq_cli_check_output(cli, o->output, c->force, inputs, CLI_COUNT_OF(inputs), err);
+    return kvq_cli_check_output(cli, o->output, o->force || c->finished, inputs, CLI_COUNT_OF(inputs), err);
+}
+
+// Writing text keeps the whole model and a cache in memory, which no plan of the sweeps counts.
+static kvq_status check_writing_memory(const calibration *c, kvq_error *err) {
+    double needed = 4.0 * (double)kvq_decode_floats(c->model, c->o->samples, c->seq_len);
+    char   text[32], limit[32];
+    if (c->o->memory_limit == 0 || needed <= (double)c->o->memory_limit) return KVQ_OK;
+    kvq_cli_format_bytes(needed, text, sizeof text);
+    kvq_cli_format_bytes((double)c->o->memory_limit, limit, sizeof limit);
+    return kvq_fail(err, KVQ_ERR_MEMORY, "give a text file, or fewer or shorter windows",
+                    "--memory-limit %s: a model that writes its own text needs about %s", limit, text);
 }
 
 // What the disk has sets the limit when the user does not; a run that goes on has its files already.
 static kvq_status make_plan(kvq_cli *cli, calibration *c, kvq_error *err) {
+    if (kvq_cli_is_self(&c->o->source)) {
+        kvq_status fits = check_writing_memory(c, err);
+        if (fits != KVQ_OK) return fits;
+    }
     kvq_calib_limits limits = {c->o->memory_limit, c->o->scratch_limit};
     double           free_bytes = kvq_cli_free_bytes(c->work_dir);
     bool             begun = kvq_sweep_has_begun(&c->sweep, &c->processes) && !c->o->restart;
-    if (limits.scratch_bytes == 0 && free_bytes > 0 && !begun) limits.scratch_bytes = (int64_t)free_bytes;
+    if (limits.scratch_bytes == 0 && free_bytes > 0 && !begun)
+        limits.scratch_bytes = (int64_t)free_bytes / c->processes.n_ranks;
     kvq_status status = kvq_calib_plan_make(&cli->ctx, c->model, &c->options, c->o->samples, c->seq_len,
                                             c->sweep.n_shards * c->processes.n_ranks, limits, &c->plan, err);
     if (status == KVQ_ERR_DISK) kvq_error_prefix(err, "%s: ", c->work_dir);
@@ -206,27 +231,44 @@ static kvq_status run_shard(kvq_cli *cli, calibration *c, kvq_error *err) {
     KVQ_TRY(kvq_calibrate_shard(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep, o->thresholds,
                                 &c->artifact, err));
     KVQ_TRY(record_identity(cli, c, err));
-    KVQ_TRY(kvq_shard_write(&cli->ctx, c->artifact, &c->sweep, round, o->output, c->force, err));
-    if (round == KVQ_ROUND_HISTOGRAMS) kvq_sweep_forget(&cli->ctx, &c->sweep, &c->processes);
+    KVQ_TRY(kvq_shard_write(&cli->ctx, c->artifact, &c->sweep, round, o->output, o->force, err));
+    if (round == KVQ_ROUND_HISTOGRAMS) KVQ_TRY(kvq_sweep_forget(&cli->ctx, &c->sweep, &c->processes, err));
     print_shard_summary(cli, c);
 done:
     return status;
 }
 
-static kvq_status run_whole(kvq_cli *cli, calibration *c, kvq_error *err) {
+// Every process holds the same artifact; the first one writes it. What it will be is recorded first, see check_output.
+static kvq_status write_artifact(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_status status = KVQ_OK;
     int64_t    least = 1;
-    KVQ_TRY(kvq_calibrate(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep, &c->processes, &c->artifact,
-                          err));
-    if (c->processes.rank == 0) { // all ranks hold the same artifact
-        status = record_identity(cli, c, err);
-        if (status == KVQ_OK)
-            status = kvq_artifact_write(&cli->ctx, c->artifact, c->o->output, c->force, c->content_sha256, err);
+    KVQ_TRY(record_identity(cli, c, err));
+    KVQ_TRY(kvq_artifact_hash(&cli->ctx, c->artifact, c->content_sha256, err));
+    KVQ_TRY(kvq_sweep_set_result(&cli->ctx, &c->sweep, &c->processes, c->content_sha256, err));
+    if (c->processes.rank == 0) {
+        KVQ_TRY(kvq_artifact_write(&cli->ctx, c->artifact, c->o->output, c->o->force || c->finished, c->content_sha256,
+                                   err));
     }
+done:;
     // the others' work directories wait for the artifact
-    kvq_status agreed = c->processes.agree(&c->processes, status == KVQ_OK, &least, NULL);
-    if (status != KVQ_OK || agreed != KVQ_OK || least == 0) goto done;
-    kvq_sweep_forget(&cli->ctx, &c->sweep, &c->processes);
+    kvq_status agreed = c->processes.agree(&c->processes, status == KVQ_OK, &least, status == KVQ_OK ? err : NULL);
+    if (status != KVQ_OK || agreed != KVQ_OK) return status != KVQ_OK ? status : agreed;
+    if (least == 1) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_DISK, "see the message of the other process",
+                    "the artifact was not written by another process of this run");
+}
+
+static kvq_status run_whole(kvq_cli *cli, calibration *c, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    if (c->finished) {
+        KVQ_TRY(kvq_artifact_read(&cli->ctx, c->o->output, &c->artifact, c->content_sha256, err));
+        kvq_cli_say(cli, "%s was complete; only its work directory was left", c->o->output);
+    } else {
+        KVQ_TRY(kvq_calibrate(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep, &c->processes,
+                              &c->artifact, err));
+        KVQ_TRY(write_artifact(cli, c, err));
+    }
+    KVQ_TRY(kvq_sweep_forget(&cli->ctx, &c->sweep, &c->processes, err));
     if (c->processes.rank == 0) KVQ_TRY(print_calibration_summary(cli, c, err));
 done:
     return status;
@@ -265,7 +307,7 @@ static kvq_status run_prepared(kvq_cli *cli, calibration *c, kvq_error *err) {
                         "another process of this run could not start");
     }
     if (c->o->dry_run) return dry_run(cli, c, err);
-    return c->sweep.n_shards > 1 ? run_shard(cli, c, err) : run_whole(cli, c, err);
+    return c->o->shard != NULL ? run_shard(cli, c, err) : run_whole(cli, c, err);
 }
 
 static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {

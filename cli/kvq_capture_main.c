@@ -299,7 +299,7 @@ static kvq_status sweep(kvq_cli *cli, capture_run *r, kvq_error *err) {
                              .window = see_window,
                              .finish = see_finish};
     status = kvq_sweep(&cli->ctx, r->be, r->model, &r->windows, &options, &alone, &observer, &loss, err);
-    kvq_sweep_forget(&cli->ctx, &options, &alone);
+    (void)kvq_sweep_forget(&cli->ctx, &options, &alone, NULL); // whatever happened, nothing of it is needed
     if (status == KVQ_ERR_INTERRUPTED) {
         return kvq_fail(err, status, "run the same command again", "%s was not written; a capture starts anew",
                         r->o->output);

@@ -48,7 +48,8 @@ static const kvq_cli_program PROGRAM = {
     .synopsis = "SHARD.kvqp... [--force] -o FILE\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
-    .notes = "examples: two rounds, each shard on any machine, with its own work directory kept in between:\n"
+    .notes = "examples: two rounds, each shard on any machine of the same kind, with its own work directory kept in "
+             "between:\n"
              "  kvq-calibrate ... --shard 0/2 --work-dir w0 -o a0.kvqp    (and 1/2)\n"
              "  kvq-merge a0.kvqp a1.kvqp -o thresholds.kvqp\n"
              "  kvq-calibrate ... --shard 0/2 --work-dir w0 --thresholds thresholds.kvqp -o b0.kvqp    (and 1/2)\n"

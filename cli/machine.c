@@ -81,9 +81,10 @@ int64_t kvq_resident_memory(void) { return process_bytes("VmRSS"); }
 int64_t kvq_peak_memory(void) { return process_bytes("VmHWM"); }
 
 bool kvq_cli_under_mpirun(void) {
-    static const char *const SIGNS[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK"}; // Open MPI, MPICH, Slurm
-    for (int i = 0; i < CLI_COUNT_OF(SIGNS); i++) {
-        if (getenv(SIGNS[i]) != NULL) return true;
+    static const char *const SIZES[] = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"}; // Open MPI; MPICH and Slurm
+    for (int i = 0; i < CLI_COUNT_OF(SIZES); i++) {
+        const char *size = getenv(SIZES[i]);
+        if (size != NULL && strtol(size, NULL, 10) > 1) return true;
     }
     return false;
 }

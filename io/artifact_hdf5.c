@@ -116,6 +116,15 @@ kvq_status kvq_artifact_pack(const kvq_context *ctx, const kvq_artifact *artifac
     return artifact_to_image(ctx, artifact, data, bytes, content, err);
 }
 
+kvq_status kvq_artifact_hash(const kvq_context *ctx, const kvq_artifact *artifact, char content_sha256[KVQ_SHA256_HEX],
+                             kvq_error *err) {
+    uint8_t   *data = NULL;
+    size_t     bytes = 0;
+    kvq_status status = artifact_to_image(ctx, artifact, &data, &bytes, content_sha256, err);
+    kvq_free(ctx, data);
+    return status;
+}
+
 kvq_status kvq_artifact_unpack(const kvq_context *ctx, const uint8_t *data, size_t bytes, kvq_artifact **out,
                                kvq_error *err) {
     char content[KVQ_SHA256_HEX];

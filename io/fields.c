@@ -41,7 +41,8 @@ kvq_status kvq_fields_read(const kvq_context *ctx, const char *path, kvq_field *
     kvq_field   *list = NULL;
     int64_t      count = 0;
     kvq_status   status = json_parse_file(path, &object, err);
-    if (status == KVQ_ERR_INPUT) status = err->status = KVQ_ERR_INTEGRITY;
+    if (status == KVQ_ERR_INPUT) status = KVQ_ERR_INTEGRITY;
+    if (status == KVQ_ERR_INTEGRITY && err != NULL) err->status = status;
     if (status != KVQ_OK) return status;
     if (!cJSON_IsObject(object)) KVQ_TRY(kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "%s: holds no JSON object", path));
     KVQ_TRY(KVQ_NEW(ctx, cJSON_GetArraySize(object), "list of fields", &list, err));
@@ -65,8 +66,13 @@ const char *kvq_fields_find(const kvq_field *fields, int64_t n, const char *name
 // Appends "name: a, now b" to a text of differences.
 static size_t say_difference(char *text, size_t used, size_t size, const char *name, const char *a, const char *b) {
     if (used >= size) return used;
-    int n = snprintf(text + used, size - used, "%s%s: %.70s, now %.70s", used > 0 ? "; " : "", name,
-                     a != NULL ? a : "(nothing)", b != NULL ? b : "(nothing)");
+    a = a != NULL ? a : "(nothing)";
+    b = b != NULL ? b : "(nothing)";
+    size_t same = 0;
+    while (a[same] != 0 && a[same] == b[same]) same++;
+    size_t skip = same > 40 ? same - 20 : 0; // long texts that differ late: their ends matter
+    int    n = snprintf(text + used, size - used, "%s%s: %s%.70s, now %s%.70s", used > 0 ? "; " : "", name,
+                     skip > 0 ? "..." : "", a + skip, skip > 0 ? "..." : "", b + skip);
     return used + (size_t)n;
 }
 

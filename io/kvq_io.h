@@ -372,6 +372,10 @@ kvq_status kvq_partial_dims(const kvq_partial *partial, const char *name, kvq_ar
 kvq_status kvq_partial_get(const kvq_partial *partial, const char *name, kvq_array_type type, int n_dims,
                            const int64_t *dims, void *data, kvq_error *err);
 
+// The content hash that a file of this artifact will have.
+kvq_status kvq_artifact_hash(const kvq_context *ctx, const kvq_artifact *artifact, char content_sha256[KVQ_SHA256_HEX],
+                             kvq_error *err);
+
 // The same as bytes in memory, to be stored inside something else; *data is released with kvq_free.
 kvq_status kvq_artifact_pack(const kvq_context *ctx, const kvq_artifact *artifact, uint8_t **data, size_t *bytes,
                              kvq_error *err);

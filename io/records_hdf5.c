@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Records as HDF5 and back. It works on files in memory (HDF5's core driver), so the
-// disk is seen by files.c alone: no partial file, no lock, no second reading of a file that changes meanwhile.
+// Records as HDF5 and back. It works on files in memory (HDF5's core driver), so the disk is seen by files.c alone: no
+// partial file, no lock, no second reading of a file that changes meanwhile.
 //
 // Why these settings?  Bounds 1.8 .. 1.8: readable since 2008, and object headers carry checksums, which the older
 //   layout lacks, so damage in HDF5's own structures is found before they are believed. No object times and all

@@ -355,6 +355,10 @@ static void big_endian_attribute(hid_t f) {
     const int64_t value = 3;
     set_attribute(f, "/model", "n_layers", H5Tcopy(H5T_STD_I64BE), &value);
 }
+static void negative_byte(hid_t f) {
+    const int8_t value = -3;
+    set_attribute(f, "/model", "n_layers", H5Tcopy(H5T_STD_I8LE), &value);
+}
 static void reference_attribute(hid_t f) {
     hobj_ref_t value = 0;
     set_attribute(f, "/model", "n_layers", H5Tcopy(H5T_STD_REF_OBJ), &value);
@@ -407,6 +411,7 @@ static const struct spoiled {
     {soft_link, K0 " is missing"},
     {variable_text, "/@kvq_format is a text of variable length"},
     {big_endian_attribute, "/model@n_layers: its type is none of"},
+    {negative_byte, "/model@n_layers is -3, outside of 1 .. 1000"},
     {reference_attribute, "/model@n_layers: its type is none of"},
     {two_values, "/model@n_layers: it does not hold exactly one value"},
     {float_ids, "/dataset/token_ids is stored as f32; it must be i32 or i64"},

@@ -88,7 +88,7 @@ static kvq_blob undisturbed(rig *r) {
     kvq_test_ok(calibrate(r, &sweep, &a, &err), &err);
     kvq_blob blob = bytes_of(r, a);
     kvq_artifact_destroy(&r->ctx, &a);
-    kvq_sweep_forget(&r->ctx, &sweep, &alone);
+    kvq_test_ok(kvq_sweep_forget(&r->ctx, &sweep, &alone, &err), &err);
     ck_assert_int_ne(access(folder, F_OK), 0); // nothing is left behind
     return blob;
 }
@@ -476,12 +476,9 @@ static const struct {
     bool        truncate; // otherwise one byte is changed
     const char *fragment;
 } DAMAGE[] = {
-    {"x.0001", false, "x.0001: is truncated or damaged"},
-    {"x.0001", true, "x.0001: is truncated or damaged"},
-    {"forward.0000", false, "forward.0000: is damaged"},
-    {"forward.0000", true, "forward.0000: is damaged"},
-    {"partial", false, "partial: is damaged"},
-    {"manifest.json", true, "manifest.json"},
+    {"kvq-x.0001", false, "x.0001: is truncated or damaged"}, {"kvq-x.0001", true, "x.0001: is truncated or damaged"},
+    {"kvq-forward.0000", false, "forward.0000: is damaged"},  {"kvq-forward.0000", true, "forward.0000: is damaged"},
+    {"kvq-partial", false, "kvq-partial: is damaged"},        {"kvq-manifest.json", true, "kvq-manifest.json"},
 };
 
 static void hurt(const char *path, bool cut) {

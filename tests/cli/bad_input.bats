@@ -239,7 +239,7 @@ limited() {
   run --separate-stderr limited 4 kvq-calibrate --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" $SMALL -o out.kvq.h5
   show
   [ "$status" -eq 6 ]
-  contains "$stderr" "KVQ-E6002" "out.kvq.h5.work/x.0000" "--work-dir"
+  contains "$stderr" "KVQ-E6002" "out.kvq.h5.work/kvq-x.0000" "--work-dir"
   [ ! -e out.kvq.h5 ]
   succeeds kvq-calibrate --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" $SMALL -o out.kvq.h5
   cmp out.kvq.h5 "$SHARED_DIR/a.kvq.h5"
@@ -307,5 +307,5 @@ limited() {
     flock 9
     fails 2 calibrate -o two.kvq.h5
     contains "$stderr" "KVQ-E2002" "another run (process" "--work-dir"
-  ) 9>wk/lock
+  ) 9>wk/kvq-lock
 }

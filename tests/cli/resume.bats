@@ -18,7 +18,7 @@ stop_after() {
   shift
   kvq-calibrate --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" $LONG --threads 1 "$@" 2>log &
   pid=$!
-  until [ -e out.kvq.h5.work/manifest.json ] || ! kill -0 $pid; do sleep 0.01; done
+  until [ -e out.kvq.h5.work/kvq-manifest.json ] || ! kill -0 $pid; do sleep 0.01; done
   sleep "$seconds"
   kill -TERM $pid || true
   code=0
@@ -92,7 +92,9 @@ stop_after() {
   contains "$stderr" "KVQ-E3004" "other.kvqp" "seed: 0, now 1"
   fails 3 calibrate --shard 0/2 --work-dir w0 --thresholds a0.kvqp -o b0.kvqp
   contains "$stderr" "a0.kvqp"
-  fails 2 calibrate --shard 2/2 -o b0.kvqp
+  fails 2 calibrate --shard 0/2 -o b0.kvqp
+  contains "$stderr" "--work-dir"
+  fails 2 calibrate --shard 2/2 --work-dir w2 -o b0.kvqp
   contains "$stderr" "0 <= I < N"
   fails 2 calibrate --thresholds a0.kvqp -o b0.kvqp
   contains "$stderr" "--shard"
