@@ -299,14 +299,14 @@ static void *run_rank(void *user) {
     return NULL;
 }
 
-static kvq_status run_ranks(const char *path, const kvq_sweep_options *sweep, int n_ranks, int64_t stop_after,
+static kvq_status run_ranks(const char *path, const kvq_sweep_options sweeps[4], int n_ranks, int64_t stop_after,
                             rank_job jobs[4]) {
     meeting   m = {.n_ranks = n_ranks};
     pthread_t threads[4];
     ck_assert_int_eq(pthread_barrier_init(&m.barrier, NULL, (unsigned)n_ranks), 0);
     for (int i = 0; i < n_ranks; i++) {
         jobs[i] = (rank_job){.path = path,
-                             .sweep = sweep,
+                             .sweep = &sweeps[i],
                              .processes = {i, n_ranks, &m, meet_and_agree, meet_and_exchange},
                              .stop = {i == 0 ? stop_after : 0}};
         ck_assert_int_eq(pthread_create(&threads[i], NULL, run_rank, &jobs[i]), 0);
@@ -323,15 +323,49 @@ START_TEST(processes_give_the_same_bytes) {
     rig               r;
     rank_job          jobs[4];
     int               n_ranks = _i + 1, n_stops = 0;
-    kvq_sweep_options sweep = sweep_in(folder, "ranks");
+    kvq_sweep_options sweep = sweep_in(folder, "ranks"), sweeps[4] = {sweep, sweep, sweep, sweep};
     make_model(path);
     rig_open(&r, path);
     kvq_blob expected = undisturbed(&r);
-    while (run_ranks(path, &sweep, n_ranks, 4, jobs) == KVQ_ERR_INTERRUPTED) ck_assert_int_lt(++n_stops, 100);
+    while (run_ranks(path, sweeps, n_ranks, 4, jobs) == KVQ_ERR_INTERRUPTED) ck_assert_int_lt(++n_stops, 100);
     ck_assert_int_ge(n_stops, 2);
     for (int i = 0; i < n_ranks; i++) {
         ck_assert_int_eq(jobs[i].status, KVQ_OK);
         ck_assert_int_eq(jobs[i].bytes.bytes, expected.bytes);
+        ck_assert_mem_eq(jobs[i].bytes.data, expected.data, (size_t)expected.bytes);
+        kvq_blob_free(&r.ctx, &jobs[i].bytes);
+    }
+    kvq_blob_free(&r.ctx, &expected);
+    rig_close(&r);
+}
+END_TEST
+
+// One process with another text, or without a place to work: all of them end, in the same way.
+START_TEST(processes_that_cannot_work_together_end_together) {
+    char              path[256], folder[256], nowhere[256];
+    rank_job          jobs[4];
+    const kvq_field   changed[] = {{"model", "test"}, {"bits", "4"}};
+    kvq_sweep_options sweep = sweep_in(folder, "ranks"), sweeps[4] = {sweep, sweep, sweep, sweep};
+    make_model(path);
+    sweeps[1].fingerprint = changed;
+    ck_assert_int_eq(run_ranks(path, sweeps, 3, 0, jobs), KVQ_ERR_MISMATCH);
+    sweeps[1] = sweep_in(nowhere, "nowhere/at/all");
+    ck_assert_int_eq(run_ranks(path, sweeps, 3, 0, jobs), KVQ_ERR_DISK);
+}
+END_TEST
+
+// Different disks make different plans; the sparsest is taken by all.
+START_TEST(processes_agree_on_the_layers_they_recompute) {
+    char              path[256], folder[256];
+    rig               r;
+    rank_job          jobs[4];
+    kvq_sweep_options sweep = sweep_in(folder, "ranks"), sweeps[4] = {sweep, sweep, sweep, sweep};
+    make_model(path);
+    rig_open(&r, path);
+    kvq_blob expected = undisturbed(&r);
+    sweeps[1].stride = 3;
+    ck_assert_int_eq(run_ranks(path, sweeps, 2, 0, jobs), KVQ_OK);
+    for (int i = 0; i < 2; i++) {
         ck_assert_mem_eq(jobs[i].bytes.data, expected.data, (size_t)expected.bytes);
         kvq_blob_free(&r.ctx, &jobs[i].bytes);
     }
@@ -454,6 +488,57 @@ START_TEST(a_work_directory_of_another_run_is_refused) {
 }
 END_TEST
 
+// Killed while it was being emptied: what is left of another run must not be believed.
+START_TEST(files_without_a_manifest_are_not_believed) {
+    char              path[256], folder[256], manifest[300];
+    rig               r;
+    kvq_error         err = {0};
+    kvq_artifact     *a = NULL;
+    kvq_sweep_options sweep = sweep_in(folder, "leftovers");
+    make_model(path);
+    rig_open(&r, path);
+    ck_assert_int_eq(stop_in_the_middle(&r, &sweep, 2 + 6 * _i), KVQ_ERR_INTERRUPTED);
+    (void)snprintf(manifest, sizeof manifest, "%s/kvq-manifest.json", folder);
+    ck_assert_int_eq(unlink(manifest), 0);
+    for (int i = 0; i < N * S; i++) r.ids[i] = (r.ids[i] + 1) % 256; // another text
+    kvq_blob expected = undisturbed(&r);
+    kvq_test_ok(calibrate(&r, &sweep, &a, &err), &err);
+    expect_artifact(&r, &a, &expected);
+    kvq_blob_free(&r.ctx, &expected);
+    rig_close(&r);
+}
+END_TEST
+
+// Files in the directory that a user put there, with names as a user might give them.
+START_TEST(files_of_others_are_left_alone) {
+    static const char *const NAMES[] = {"x.py", "loss_curve.csv", "lockfile", "partial_results.tsv", "manifest.json"};
+    enum { N_NAMES = sizeof NAMES / sizeof *NAMES };
+    char              path[256], folder[256], file[300];
+    rig               r;
+    kvq_error         err = {0};
+    kvq_artifact     *a = NULL;
+    kvq_sweep_options sweep = sweep_in(folder, "shared");
+    kvq_processes     alone = kvq_processes_single();
+    make_model(path);
+    rig_open(&r, path);
+    ck_assert_int_eq(mkdir(folder, 0777), 0);
+    for (int i = 0; i < N_NAMES; i++) {
+        (void)snprintf(file, sizeof file, "%s/%s", folder, NAMES[i]);
+        ck_assert_int_eq(fclose(fopen(file, "w")), 0);
+    }
+    sweep.restart = true;
+    kvq_test_ok(calibrate(&r, &sweep, &a, &err), &err);
+    kvq_artifact_destroy(&r.ctx, &a);
+    kvq_test_ok(kvq_sweep_forget(&r.ctx, &sweep, &alone, &err), &err);
+    for (int i = 0; i < N_NAMES; i++) {
+        (void)snprintf(file, sizeof file, "%s/%s", folder, NAMES[i]);
+        ck_assert_int_eq(unlink(file), 0);
+    }
+    ck_assert_int_eq(rmdir(folder), 0); // and nothing else is there
+    rig_close(&r);
+}
+END_TEST
+
 START_TEST(a_work_directory_in_use_is_refused) {
     char              path[256], folder[256];
     rig               r;
@@ -520,9 +605,13 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(a_killed_run_ends_in_the_same_bytes),
     KVQ_LOOP(recomputing_layers_changes_no_bit, 2),
     KVQ_LOOP(processes_give_the_same_bytes, 3),
+    KVQ_CASE(processes_that_cannot_work_together_end_together),
+    KVQ_CASE(processes_agree_on_the_layers_they_recompute),
     KVQ_LOOP(shards_merge_into_the_same_bytes, 3),
     KVQ_CASE(shards_that_do_not_belong_together_are_refused),
     KVQ_CASE(a_work_directory_of_another_run_is_refused),
+    KVQ_LOOP(files_without_a_manifest_are_not_believed, 3),
+    KVQ_CASE(files_of_others_are_left_alone),
     KVQ_CASE(a_work_directory_in_use_is_refused),
     KVQ_LOOP(a_damaged_work_directory_is_refused, (int)(sizeof DAMAGE / sizeof *DAMAGE)),
 };

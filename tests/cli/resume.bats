@@ -49,6 +49,24 @@ stop_after() {
   [ ! -e out.kvq.h5.work ]
 }
 
+@test "a run that was killed after writing its artifact ends in a clean-up; another artifact is kept" {
+  stop_after 0.1 -o out.kvq.h5
+  [ "$code" -eq 75 ]
+  cp -r out.kvq.h5.work saved
+  succeeds kvq-calibrate --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" $LONG --threads 1 -o out.kvq.h5
+  hash=$(grep -o 'content sha256 [0-9a-f]*' <<<"$output" | cut -d' ' -f3)
+  cp out.kvq.h5 whole.kvq.h5
+  mv saved out.kvq.h5.work
+  cp out.kvq.h5.work/kvq-manifest.json manifest
+  fails 2 kvq-calibrate --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" $LONG --threads 1 -o out.kvq.h5
+  contains "$stderr" "KVQ-E2002" "already exists"
+  sed "s/\"result\":[[:space:]]*\"\"/\"result\": \"$hash\"/" manifest >out.kvq.h5.work/kvq-manifest.json
+  succeeds kvq-calibrate --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" $LONG --threads 1 -o out.kvq.h5
+  contains "$stderr" "was complete"
+  cmp out.kvq.h5 whole.kvq.h5
+  [ ! -e out.kvq.h5.work ]
+}
+
 @test "less scratch space gives the same artifact, too little is refused" {
   kvq_make_model_tool deep --layers 9
   succeeds kvq-calibrate --model deep --text "$SHARED_DIR/text.txt" $SMALL -o all.kvq.h5
