@@ -187,7 +187,18 @@ static void die_at_some_event(void *user, const kvq_progress *p) {
     if (--((stopper *)user)->calls_left <= 0) (void)raise(SIGKILL);
 }
 
-// Killed at the n-th progress event, for every n, each time after having been killed before.
+static void *die_at_some_allocation(void *user, size_t bytes) {
+    if (--((stopper *)user)->calls_left <= 0) (void)raise(SIGKILL);
+    return aligned_alloc(64, bytes);
+}
+
+static void release_memory(void *user, void *p) {
+    (void)user;
+    free(p);
+}
+
+// Killed again and again, each time a little later than the time before: at a progress event, which is between two
+// windows, or at an allocation, which is also while results are made, written and committed.
 START_TEST(a_killed_run_ends_in_the_same_bytes) {
     char              path[256], folder[256];
     rig               r;
@@ -201,9 +212,11 @@ START_TEST(a_killed_run_ends_in_the_same_bytes) {
     for (;; n_kills++) {
         pid_t child = fork();
         if (child == 0) {
-            stopper s = {.calls_left = 1 + n_kills % 9};
-            r.ctx.progress = die_at_some_event;
+            stopper s = {.calls_left = _i == 0 ? 1 + n_kills % 9 : 20 + 3 * n_kills};
             r.ctx.user = &s;
+            r.ctx.progress = _i == 0 ? die_at_some_event : NULL;
+            r.ctx.alloc = _i == 0 ? r.ctx.alloc : die_at_some_allocation;
+            r.ctx.release = _i == 0 ? r.ctx.release : release_memory;
             _exit(calibrate(&r, &sweep, &a, NULL) == KVQ_OK ? 0 : 1);
         }
         ck_assert_int_eq(waitpid(child, &result, 0), child);
@@ -213,6 +226,40 @@ START_TEST(a_killed_run_ends_in_the_same_bytes) {
     ck_assert_int_eq(result, 0);
     ck_assert_int_ge(n_kills, 5);
     kvq_test_ok(calibrate(&r, &sweep, &a, &err), &err); // all steps are there: only the artifact is made again
+    expect_artifact(&r, &a, &expected);
+    kvq_blob_free(&r.ctx, &expected);
+    rig_close(&r);
+}
+END_TEST
+
+static kvq_status stop_in_the_middle(rig *r, const kvq_sweep_options *sweep, int64_t calls) {
+    stopper       s = {.calls_left = calls};
+    kvq_artifact *a = NULL;
+    r->ctx.stop = stop_after_some_calls;
+    r->ctx.user = &s;
+    kvq_status status = calibrate(r, sweep, &a, NULL);
+    r->ctx.stop = NULL;
+    return status;
+}
+
+// A kill between a commit and the removal of what the finished step had saved leaves the latter behind.
+START_TEST(what_another_step_saw_is_not_believed) {
+    char              path[256], folder[256], partial[300], old[300];
+    rig               r;
+    kvq_error         err = {0};
+    kvq_artifact     *a = NULL;
+    kvq_sweep_options sweep = sweep_in(folder, "outdated");
+    make_model(path);
+    rig_open(&r, path);
+    kvq_blob expected = undisturbed(&r);
+    (void)snprintf(partial, sizeof partial, "%s/kvq-partial", folder);
+    (void)snprintf(old, sizeof old, "%s/old", folder);
+    ck_assert_int_eq(stop_in_the_middle(&r, &sweep, 9), KVQ_ERR_INTERRUPTED); // in the first forward layer
+    ck_assert_int_eq(rename(partial, old), 0);
+    ck_assert_int_eq(stop_in_the_middle(&r, &sweep, 9), KVQ_ERR_INTERRUPTED); // in the second one
+    ck_assert_int_eq(access(partial, F_OK), 0);
+    ck_assert_int_eq(rename(old, partial), 0);
+    kvq_test_ok(calibrate(&r, &sweep, &a, &err), &err);
     expect_artifact(&r, &a, &expected);
     kvq_blob_free(&r.ctx, &expected);
     rig_close(&r);
@@ -454,16 +501,6 @@ END_TEST
 
 // ---------------------------------------------------------------- refusals
 
-static kvq_status stop_in_the_middle(rig *r, const kvq_sweep_options *sweep, int64_t calls) {
-    stopper       s = {.calls_left = calls};
-    kvq_artifact *a = NULL;
-    r->ctx.stop = stop_after_some_calls;
-    r->ctx.user = &s;
-    kvq_status status = calibrate(r, sweep, &a, NULL);
-    r->ctx.stop = NULL;
-    return status;
-}
-
 START_TEST(a_work_directory_of_another_run_is_refused) {
     char              path[256], folder[256];
     rig               r;
@@ -602,7 +639,8 @@ END_TEST
 static const kvq_test_case CASES[] = {
     KVQ_CASE(every_step_finds_what_it_reads),
     KVQ_LOOP(a_stopped_run_ends_in_the_same_bytes, 5),
-    KVQ_CASE(a_killed_run_ends_in_the_same_bytes),
+    KVQ_LOOP(a_killed_run_ends_in_the_same_bytes, 2),
+    KVQ_CASE(what_another_step_saw_is_not_believed),
     KVQ_LOOP(recomputing_layers_changes_no_bit, 2),
     KVQ_LOOP(processes_give_the_same_bytes, 3),
     KVQ_CASE(processes_that_cannot_work_together_end_together),
