@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What a run will cost, before it starts: memory and disk from shapes, time from two windows that are really run.
+#include <math.h>
 #include <time.h>
 
 #include "calib_impl.h"
@@ -9,7 +10,7 @@
 // resident set that is left when everything counted here is taken off.
 #define PROGRAM_BYTES ((int64_t)80 << 20)
 
-#define GIB 1073741824.0
+#define MIB 1048576.0
 
 static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
@@ -33,11 +34,11 @@ static kvq_status fit_memory(const kvq_model *model, int64_t limit, kvq_calib_pl
         if (limit == 0 || plan->memory_bytes <= limit) return KVQ_OK;
         if (plan->prefetch) continue;
         return kvq_fail(err, KVQ_ERR_MEMORY, "use shorter windows or fewer threads, compute in bf16, or allow more",
-                        "a memory limit of %.2f GiB: the least for windows of this length is %.2f GiB (weights of one "
-                        "layer or the head %.2f, activations of one window %.2f, statistics %.2f, program %.2f)",
-                        (double)limit / GIB, (double)plan->memory_bytes / GIB, (double)plan->weight_bytes / GIB,
-                        (double)plan->activation_bytes / GIB, (double)plan->statistics_bytes / GIB,
-                        (double)plan->program_bytes / GIB);
+                        "a memory limit of %.0f MiB: the least for windows of this length is %.0f MiB (weights of one "
+                        "layer or the head %.0f, activations of one window %.0f, statistics %.0f, program %.0f)",
+                        floor((double)limit / MIB), ceil((double)plan->memory_bytes / MIB),
+                        (double)plan->weight_bytes / MIB, (double)plan->activation_bytes / MIB,
+                        (double)plan->statistics_bytes / MIB, (double)plan->program_bytes / MIB);
     }
 }
 
@@ -57,8 +58,8 @@ static kvq_status fit_disk(const step_plan *steps, int64_t state_bytes, int64_t 
         if (bytes < least) least = bytes;
     }
     return kvq_fail(err, KVQ_ERR_DISK, "allow more, use fewer or shorter windows, or another disk with --work-dir",
-                    "%.2f GiB can be used for the work directory, but the least is %.2f GiB", (double)limit / GIB,
-                    (double)least / GIB);
+                    "%.0f MiB can be used for the work directory, but the least is %.0f MiB",
+                    floor((double)limit / MIB), ceil((double)least / MIB));
 }
 
 // Of one layer, forward; attention sees half of the scores.

@@ -80,8 +80,12 @@ static kvq_status take_thresholds(const kvq_context *ctx, const char *path, cons
     kvq_artifact *merged = NULL;
     int64_t       n = 0, unused = 0;
     kvq_status    status = KVQ_OK;
-    KVQ_TRY(kvq_partial_open(ctx, path, &partial, err));
-    KVQ_TRY(kvq_partial_count(partial, "merged_round", KVQ_ROUND_ENDS, KVQ_ROUND_ENDS, &unused, err));
+    status = kvq_partial_open(ctx, path, &partial, err); // names the file itself
+    if (status != KVQ_OK) return status;
+    if (kvq_partial_count(partial, "merged_round", KVQ_ROUND_ENDS, KVQ_ROUND_ENDS, &unused, NULL) != KVQ_OK) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_INPUT, "merge the first round's files of all shards with kvq-merge",
+                         "holds no merged thresholds; it is what a shard wrote"));
+    }
     const kvq_field *fields = kvq_partial_fields(partial, &n);
     KVQ_TRY(kvq_fields_compare(fields, n, sweep->fingerprint, sweep->n_fingerprint, err));
     KVQ_TRY(get_artifact(ctx, partial, &merged, err));
@@ -176,7 +180,8 @@ typedef struct merger {
 static kvq_status open_shard(merger *g, int i, kvq_error *err) {
     int64_t    round = 0, shard = 0, n_shards = 0, n_first = 0, n_mine = 0;
     kvq_status status = KVQ_OK;
-    KVQ_TRY(kvq_partial_open(g->ctx, g->paths[i], &g->partials[i], err));
+    status = kvq_partial_open(g->ctx, g->paths[i], &g->partials[i], err); // names the file itself
+    if (status != KVQ_OK) return status;
     KVQ_TRY(kvq_partial_count(g->partials[i], "round", KVQ_ROUND_ENDS, KVQ_ROUND_HISTOGRAMS, &round, err));
     KVQ_TRY(kvq_partial_count(g->partials[i], "n_shards", 1, INT32_MAX, &n_shards, err));
     KVQ_TRY(kvq_partial_count(g->partials[i], "shard", 0, n_shards - 1, &shard, err));

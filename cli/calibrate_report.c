@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What kvq-calibrate says before and after a run.
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,8 @@ static void print_needs(kvq_cli *cli, const calibration *c) {
     kvq_cli_format_bytes((double)p->activation_bytes, activations, sizeof activations);
     kvq_cli_format_bytes((double)p->statistics_bytes, statistics, sizeof statistics);
     kvq_cli_format_bytes((double)p->scratch_bytes, scratch, sizeof scratch);
+    if (c->processes.n_ranks > 1)
+        kvq_cli_say(cli, "processes  %d; what follows is for each of them", c->processes.n_ranks);
     kvq_cli_say(cli, "memory     peak about %s (weights %s%s, activations %s, statistics %s)", total, weights,
                 p->prefetch ? " with the next layer's" : "", activations, statistics);
     kvq_cli_say(cli, "disk       %s in %s%s", scratch, c->work_dir,
@@ -38,8 +41,7 @@ void print_calibration_plan(kvq_cli *cli, const calibration *c) {
                     (long long)c->windows.n_available, c->tokenizer.kind, c->windows.bos_added ? "added" : "not added");
     } else {
         char writing[32];
-        kvq_cli_format_bytes(4.0 * (double)kvq_decode_floats(c->model, c->o->samples, c->seq_len), writing,
-                             sizeof writing);
+        kvq_cli_format_bytes(c->writing_bytes, writing, sizeof writing);
         kvq_cli_say(cli,
                     "text       the model writes its own, which keeps all of it in memory: about %s before the sweeps",
                     writing);
@@ -91,7 +93,7 @@ static void print_memory(kvq_cli *cli, const calibration *c) {
     char    was[32], planned[32], allowed[32];
     if (peak < 0 || c->plan.memory_bytes == 0) return; // a fit from a capture has no plan
     kvq_cli_format_bytes((double)peak, was, sizeof was);
-    kvq_cli_format_bytes((double)c->plan.memory_bytes, planned, sizeof planned);
+    kvq_cli_format_bytes(fmax((double)c->plan.memory_bytes, c->writing_bytes), planned, sizeof planned);
     kvq_cli_format_bytes((double)limit, allowed, sizeof allowed);
     kvq_cli_say(cli, "memory: peak %s, planned %s", was, planned);
     if (limit > 0 && peak > limit)
@@ -123,7 +125,8 @@ kvq_status print_calibration_summary(kvq_cli *cli, const calibration *c, kvq_err
 
 void print_shard_summary(kvq_cli *cli, const calibration *c) {
     print_memory(cli, c);
-    printf("wrote %s  shard %lld of %lld\n", c->o->output, (long long)c->sweep.shard, (long long)c->sweep.n_shards);
+    printf("wrote %s  shard %lld of %lld, round %d of 2\n", c->o->output, (long long)c->sweep.shard,
+           (long long)c->sweep.n_shards, c->o->thresholds == NULL ? 1 : 2);
     kvq_cli_next(cli, "kvq-merge", "-o", c->o->thresholds == NULL ? "THRESHOLDS.kvqp" : "OUT.kvq.h5", c->o->output,
                  "AND_THE_OTHER_SHARDS.kvqp", NULL);
 }

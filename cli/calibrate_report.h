@@ -25,6 +25,7 @@ typedef struct calibration {
     const calibrate_options *o;
     kvq_calib_options        options;
     kvq_calib_plan           plan;
+    double                   writing_bytes; // memory while the model writes its own text, 0 = it does not
     kvq_sweep_options        sweep;
     kvq_processes            processes;
     bool                     finished; // the output is what this run wrote before it was killed

@@ -6,6 +6,8 @@
 
 #include "calibrate_report.h"
 
+#define USUAL_SAMPLES 16
+
 #define AT(field) offsetof(calibrate_options, field)
 static const kvq_cli_option OPTIONS[] = {
     {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file"},
@@ -41,7 +43,8 @@ static const kvq_cli_option OPTIONS[] = {
     {"scratch-limit", 0, CLI_BYTES, AT(scratch_limit), "SIZE",
      .help = "disk to use there; what does not fit is recomputed (what is free)"},
     {"restart", 0, CLI_FLAG, AT(restart), NULL, .help = "begin anew instead of continuing an interrupted run"},
-    {"shard", 0, CLI_TEXT, AT(shard), "I/N", .help = "only every N-th window, for kvq-merge; I from 0"},
+    {"shard", 0, CLI_TEXT, AT(shard), "I/N",
+     .help = "only every N-th window (I from 0, N to 32), for kvq-merge; needs --work-dir"},
     {"thresholds", 0, CLI_TEXT, AT(thresholds), "FILE", .help = "second round of a shard: what kvq-merge wrote"},
     {"dry-run", 'n', CLI_FLAG, AT(dry_run), NULL, .help = "print the plan, write nothing"},
     {"force", 'f', CLI_FLAG, AT(force), NULL, .help = "replace an existing output"},
@@ -51,30 +54,59 @@ static const kvq_cli_option OPTIONS[] = {
 
 // ---------------------------------------------------------------- options
 
-static kvq_status check_options(const calibrate_options *o, int n_ranks, kvq_error *err) {
-    if (o->capture != NULL && (o->model != NULL || o->source.texts.count > 0 || o->source.tokens != NULL ||
-                               o->shard != NULL || n_ranks > 1)) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "leave --model, --text, --tokens and --shard out",
-                        "--capture %s brings model and text along", o->capture);
-    }
-    if (o->model == NULL && o->capture == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--model is missing");
-    if (o->output == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--output (-o) is missing");
+static kvq_status check_bits_options(const calibrate_options *o, kvq_error *err) {
     if (o->bits > 0 && (o->k_bits > 0 || o->v_bits > 0)) {
         return kvq_fail(err, KVQ_ERR_USAGE, "give --bits, or --k-bits and --v-bits",
                         "--bits %lld and --k-bits or --v-bits contradict each other", (long long)o->bits);
     }
+    return KVQ_OK;
+}
+
+// A capture fixes all that concerns model, text and sweeps; an option that could have no effect is a misunderstanding.
+static kvq_status check_capture_options(const calibrate_options *o, int n_ranks, kvq_error *err) {
+    const struct {
+        const char *name;
+        bool        given;
+    } useless[] = {
+        {"--model", o->model != NULL},
+        {"--text", o->source.texts.count > 0},
+        {"--tokens", o->source.tokens != NULL},
+        {"--samples", o->samples != USUAL_SAMPLES},
+        {"--seq-len", o->seq_len > 0},
+        {"--seed", o->seed.given},
+        {"--bos", o->source.bos != KVQ_BOS_AUTO},
+        {"--compute", o->compute != KVQ_COMPUTE_F32},
+        {"--memory-limit", o->memory_limit > 0},
+        {"--scratch-limit", o->scratch_limit > 0},
+        {"--work-dir", o->work_dir != NULL},
+        {"--restart", o->restart},
+        {"--shard", o->shard != NULL},
+        {"--thresholds", o->thresholds != NULL},
+        {"mpirun", n_ranks > 1},
+    };
+    for (int i = 0; i < CLI_COUNT_OF(useless); i++) {
+        if (!useless[i].given) continue;
+        return kvq_fail(err, KVQ_ERR_USAGE, "leave it out; the capture brings model, text and windows along",
+                        "--capture %s: %s has no meaning here", o->capture, useless[i].name);
+    }
+    if (o->output == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--output (-o) is missing");
+    return check_bits_options(o, err);
+}
+
+static kvq_status check_options(const calibrate_options *o, int n_ranks, kvq_error *err) {
+    if (o->capture != NULL) return check_capture_options(o, n_ranks, err);
+    if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--model is missing");
+    if (o->output == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--output (-o) is missing");
+    kvq_status status = check_bits_options(o, err);
+    if (status != KVQ_OK) return status;
     if (o->shard != NULL && n_ranks > 1) {
         return kvq_fail(err, KVQ_ERR_USAGE, "use one of them", "--shard %s and %d processes contradict each other",
                         o->shard, n_ranks);
     }
-    if (o->shard != NULL && o->work_dir == NULL) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "give each shard a folder of its own, the same in both rounds",
-                        "--shard %s needs --work-dir: the second round goes on where the first one ended", o->shard);
-    }
     if (o->thresholds != NULL && o->shard == NULL) {
         return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--thresholds belongs to the second round of a --shard");
     }
-    return o->capture != NULL ? KVQ_OK : kvq_cli_source_check(&o->source, err);
+    return kvq_cli_source_check(&o->source, err);
 }
 
 // "I/N"
@@ -107,7 +139,10 @@ static kvq_status resolve_options(calibration *c, kvq_error *err) {
                         sizeof c->work_dir - 6);
     }
     c->sweep = (kvq_sweep_options){.work_dir = c->work_dir, .restart = o->restart};
-    return read_shard(o->shard, &c->sweep, err);
+    kvq_status status = read_shard(o->shard, &c->sweep, err);
+    if (status != KVQ_OK || o->shard == NULL || o->work_dir != NULL) return status;
+    return kvq_fail(err, KVQ_ERR_USAGE, "give each shard a folder of its own, the same in both rounds",
+                    "--shard %s needs --work-dir: the second round goes on where the first one ended", o->shard);
 }
 
 // ---------------------------------------------------------------- preparations
@@ -130,11 +165,12 @@ static kvq_status check_output(kvq_cli *cli, calibration *c, kvq_error *err) {
 }
 
 // Writing text keeps the whole model and a cache in memory, which no plan of the sweeps counts.
-static kvq_status check_writing_memory(const calibration *c, kvq_error *err) {
-    double needed = 4.0 * (double)kvq_decode_floats(c->model, c->o->samples, c->seq_len);
-    char   text[32], limit[32];
-    if (c->o->memory_limit == 0 || needed <= (double)c->o->memory_limit) return KVQ_OK;
-    kvq_cli_format_bytes(needed, text, sizeof text);
+static kvq_status check_writing_memory(calibration *c, kvq_error *err) {
+    char text[32], limit[32];
+    c->writing_bytes =
+        4.0 * (double)kvq_decode_floats(c->model, c->o->samples, c->seq_len) + (double)c->plan.program_bytes;
+    if (c->o->memory_limit == 0 || c->writing_bytes <= (double)c->o->memory_limit) return KVQ_OK;
+    kvq_cli_format_bytes(c->writing_bytes, text, sizeof text);
     kvq_cli_format_bytes((double)c->o->memory_limit, limit, sizeof limit);
     return kvq_fail(err, KVQ_ERR_MEMORY, "give a text file, or fewer or shorter windows",
                     "--memory-limit %s: a model that writes its own text needs about %s", limit, text);
@@ -142,10 +178,6 @@ static kvq_status check_writing_memory(const calibration *c, kvq_error *err) {
 
 // What the disk has sets the limit when the user does not; a run that goes on has its files already.
 static kvq_status make_plan(kvq_cli *cli, calibration *c, kvq_error *err) {
-    if (kvq_cli_is_self(&c->o->source)) {
-        kvq_status fits = check_writing_memory(c, err);
-        if (fits != KVQ_OK) return fits;
-    }
     kvq_calib_limits limits = {c->o->memory_limit, c->o->scratch_limit};
     double           free_bytes = kvq_cli_free_bytes(c->work_dir);
     bool             begun = kvq_sweep_has_begun(&c->sweep, &c->processes) && !c->o->restart;
@@ -156,7 +188,7 @@ static kvq_status make_plan(kvq_cli *cli, calibration *c, kvq_error *err) {
     if (status == KVQ_ERR_DISK) kvq_error_prefix(err, "%s: ", c->work_dir);
     c->sweep.stride = c->plan.stride;
     c->sweep.prefetch = c->plan.prefetch;
-    return status;
+    return status == KVQ_OK && kvq_cli_is_self(&c->o->source) ? check_writing_memory(c, err) : status;
 }
 
 static kvq_status find_windows(kvq_cli *cli, calibration *c, kvq_error *err) {
@@ -220,6 +252,8 @@ static kvq_status dry_run(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_cli_format_seconds(seconds, text, sizeof text);
     kvq_cli_say(cli, "time       about %s on %d threads (2 windows of random tokens were timed in layer 0)", text,
                 cli->ctx.n_threads);
+    if (kvq_sweep_has_begun(&c->sweep, &c->processes) && !c->o->restart)
+        kvq_cli_say(cli, "%s holds a run that was interrupted; the same command would continue it", c->work_dir);
     kvq_cli_say(cli, "would write %s; nothing was written", c->o->output);
     return KVQ_OK;
 }
@@ -286,6 +320,7 @@ static kvq_status run_capture(kvq_cli *cli, calibration *c, kvq_error *err) {
                 kvq_file_name(o->capture), info->model.name, (long long)info->model.n_layers,
                 (long long)info->model.n_kv_heads, (long long)info->model.head_dim, (long long)info->dataset.n_windows,
                 (long long)info->dataset.seq_len);
+    if (o->dry_run) kvq_cli_say(cli, "would write %s; nothing was written", o->output);
     if (o->dry_run) goto done;
     KVQ_TRY(kvq_calibrate_capture(&cli->ctx, capture, kvq_file_name(o->capture), &c->options, &c->artifact, err));
     KVQ_TRY(record_provenance(cli, c, err));
@@ -354,7 +389,7 @@ static const kvq_cli_program PROGRAM = {
 
 int main(int argc, char **argv) {
     kvq_calib_options usual = kvq_calib_options_default();
-    calibrate_options options = {.samples = 16,
+    calibrate_options options = {.samples = USUAL_SAMPLES,
                                  .outliers = usual.outlier_fraction,
                                  .sink_tokens = usual.sink_tokens,
                                  .weighting = (int)usual.weighting};

@@ -32,8 +32,8 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     KVQ_TRY(kvq_merge(&cli->ctx, o->shards.items, o->shards.count, o->output, o->force, &round, content_sha256, err));
     if (round == KVQ_ROUND_ENDS) {
         printf("wrote %s  thresholds of %d shards\n", o->output, o->shards.count);
-        kvq_cli_next(cli, "kvq-calibrate", "THE_SAME_OPTIONS", "--shard", "I/N", "--thresholds", o->output, "-o",
-                     "SHARD_I.round2.kvqp", NULL);
+        kvq_cli_next(cli, "kvq-calibrate", "THE_SAME_OPTIONS", "--shard", "I/N", "--work-dir", "THE_SAME",
+                     "--thresholds", o->output, "-o", "SHARD_I.round2.kvqp", NULL);
     } else {
         printf("wrote %s  from %d shards  content sha256 %s\n", o->output, o->shards.count, content_sha256);
         kvq_cli_next(cli, "kvq-validate", "--model", "MODEL", "--artifact", o->output, "--text", "HELD_OUT.txt", NULL);

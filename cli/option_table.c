@@ -10,6 +10,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 #include "option_table.h"
 
@@ -190,7 +191,7 @@ static kvq_status set_bytes(const kvq_cli_option *option, const char *text, void
     double value = strtod(text, &end);
     bool   is_number = digits > 0 && end == text + digits; // strtod also takes exponents and hexadecimal numbers
     for (int i = 0; is_number && i < CLI_COUNT_OF(SIZE_UNITS); i++) {
-        if (strcmp(text + digits, SIZE_UNITS[i].name) != 0) continue;
+        if (strcasecmp(text + digits, SIZE_UNITS[i].name) != 0) continue;
         value *= SIZE_UNITS[i].bytes;
         if (!(value >= 1 && value < 0x1p60)) break;
         *(int64_t *)field = (int64_t)value;

@@ -217,8 +217,9 @@ done:
 
 // ---------------------------------------------------------------- belonging together
 
+// What an artifact does not know (0 or "", from a capture that somebody else wrote) cannot differ.
 static kvq_status compare_size(const char *what, int64_t artifact, int64_t model, kvq_error *err) {
-    if (artifact == model) return KVQ_OK;
+    if (artifact == model || artifact == 0) return KVQ_OK;
     return kvq_fail(err, KVQ_ERR_MISMATCH, NULL, "%s: the artifact was made for a model with %lld, this one has %lld",
                     what, (long long)artifact, (long long)model);
 }
@@ -226,7 +227,7 @@ static kvq_status compare_size(const char *what, int64_t artifact, int64_t model
 kvq_status kvq_artifact_matches(const kvq_artifact *artifact, const kvq_model_config *c,
                                 const kvq_checkpoint_identity *identity, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    if (strcmp(artifact->model.architecture, c->architecture) != 0) {
+    if (artifact->model.architecture[0] != 0 && strcmp(artifact->model.architecture, c->architecture) != 0) {
         return kvq_fail(err, KVQ_ERR_MISMATCH, NULL, "architecture: the artifact was made for '%s', this model is '%s'",
                         artifact->model.architecture, c->architecture);
     }

@@ -5,7 +5,8 @@
 #include "container.h"
 
 static const uint8_t HDF5_SIGNATURE[8] = {0x89, 'H', 'D', 'F', '\r', '\n', 0x1a, '\n'};
-static const char    NO_SEAL[] = "fetch it again; after a rewrite by another program append its seal (docs/format.md)";
+static const char NO_SEAL[] = "fetch it again; a capture (.kvqc.h5) is for kvq-calibrate --capture; a rewritten file "
+                              "lost its seal (docs/format.md)";
 
 kvq_status container_is_hdf5(const uint8_t *image, size_t bytes, container_kind kind, kvq_error *err) {
     char advice[200];

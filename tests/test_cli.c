@@ -127,10 +127,18 @@ static const struct {
     const char *text;
     int64_t     bytes;
 } SIZES[] = {
-    {"1", 1},           {"1500", 1500},         {"7B", 7},
-    {"2K", 2048},       {"2KiB", 2048},         {"2KB", 2000},
-    {"1.5M", 1572864},  {"1.5MB", 1500000},     {"16GiB", 17179869184},
-    {"3G", 3221225472}, {"2TB", 2000000000000},
+    {"1", 1},
+    {"1500", 1500},
+    {"7B", 7},
+    {"2K", 2048},
+    {"2KiB", 2048},
+    {"2KB", 2000},
+    {"1.5M", 1572864},
+    {"1.5MB", 1500000},
+    {"16GiB", 17179869184},
+    {"16gib", (int64_t)16 << 30},
+    {"3G", 3221225472},
+    {"2TB", 2000000000000},
 };
 
 START_TEST(sizes_have_units) {
@@ -204,7 +212,7 @@ static const struct {
     {"--memory-limit", "0", "--memory-limit: '0' is not a size"},
     {"--memory-limit", "-5G", "'-5G' is not a size"},
     {"--memory-limit", "5 G", "'5 G' is not a size"},
-    {"--memory-limit", "5g", "'5g' is not a size like 16GiB or 500MB"},
+    {"--memory-limit", "5q", "'5q' is not a size like 16GiB or 500MB"},
     {"--memory-limit", "1e3", "'1e3' is not a size"},
     {"--memory-limit", "1..5G", "'1..5G' is not a size"},
     {"--memory-limit", "0x10", "'0x10' is not a size"},
@@ -512,7 +520,7 @@ START_TEST(with_events_every_line_is_json) {
     has_text(event, "code", "KVQ-E6002");
     has_number(event, "exit_code", 6, 6);
     has_text(event, "message", "the disk is full");
-    has_text(event, "why", "writing failed");
+    has_text(event, "why", "the disk does not take it");
     has_text(event, "next", "buy one");
     cJSON_Delete(event);
 }

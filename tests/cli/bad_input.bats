@@ -261,7 +261,7 @@ limited() {
 @test "a disk that is too small for the scratch files is found before the run" {
   # 2^24 windows of 512 tokens, four times 64 floats each: 8 TiB
   fails 6 kvq-calibrate --model "$SHARED_DIR/model" --text self --samples 16777216 --seq-len 512 -o out.kvq.h5
-  contains "$stderr" "KVQ-E6002" "out.kvq.h5.work" "the least is 8192.00 GiB" "--work-dir"
+  contains "$stderr" "KVQ-E6002" "out.kvq.h5.work" "the least is 8388608 MiB" "--work-dir"
 }
 
 @test "an output folder that does not exist is found before the run" {
