@@ -275,7 +275,26 @@ START_TEST(a_gate_on_nothing_fails) {
 }
 END_TEST
 
+// What an artifact knows of its model must be true; what it does not know (from a capture) is not held against it.
+START_TEST(artifacts_match_models_by_what_they_know) {
+    char             architecture[] = "qwen3", unknown[] = "";
+    kvq_artifact     a = {.model = {.architecture = architecture, .n_layers = 2, .n_kv_heads = 2, .head_dim = 8}};
+    kvq_model_config c = {.n_layers = 2, .n_kv_heads = 2, .head_dim = 8, .hidden_size = 64, .n_heads = 4};
+    kvq_error        err = {0};
+    (void)snprintf(c.architecture, sizeof c.architecture, "llama");
+    kvq_test_failed(kvq_artifact_matches(&a, &c, NULL, &err), KVQ_ERR_MISMATCH, &err, "'qwen3', this model is 'llama'");
+    a.model.architecture = unknown;
+    kvq_test_ok(kvq_artifact_matches(&a, &c, NULL, &err), &err);
+    a.model.hidden_size = 65;
+    kvq_test_failed(kvq_artifact_matches(&a, &c, NULL, &err), KVQ_ERR_MISMATCH, &err, "hidden_size");
+    a.model.hidden_size = 64;
+    a.model.head_dim = 16;
+    kvq_test_failed(kvq_artifact_matches(&a, &c, NULL, &err), KVQ_ERR_MISMATCH, &err, "head_dim");
+}
+END_TEST
+
 static const kvq_test_case CASES[] = {
+    KVQ_CASE(artifacts_match_models_by_what_they_know),
     KVQ_LOOP(cache_equals_the_codec_for_any_pieces, (int)(sizeof LENGTHS / sizeof *LENGTHS)),
     KVQ_CASE(numbers_beyond_f16_are_located),
     KVQ_CASE(mean_and_standard_error_by_hand),

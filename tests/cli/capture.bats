@@ -72,6 +72,14 @@ numbers() {
   contains "$stderr" "no squared gradients" "--weighting none"
 }
 
+@test "options that a capture leaves no room for are refused" {
+  capture --with-fisher -o a.kvqc.h5
+  for option in "--samples 4" "--seq-len 16" "--seed 9" "--bos always" "--memory-limit 1GiB" "--restart" "--work-dir w"; do
+    fails 2 kvq-calibrate --capture a.kvqc.h5 $option -o a.kvq.h5
+    contains "$stderr" "${option%% *} has no meaning here"
+  done
+}
+
 @test "an existing output is kept unless --force is given" {
   echo precious >out.kvqc.h5
   fails 2 capture -o out.kvqc.h5
