@@ -2,7 +2,6 @@
 //
 // What a run will cost, before it starts: memory and disk from shapes, time from two windows that are really run.
 #include <math.h>
-#include <time.h>
 
 #include "calib_impl.h"
 
@@ -93,12 +92,6 @@ kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, c
 
 // ---------------------------------------------------------------- time
 
-static double now_s(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
 typedef struct probe {
     const kvq_context *ctx;
     const kvq_backend *be;
@@ -139,21 +132,21 @@ static kvq_status pass_once(probe *p, kvq_error *err) {
     kvq_status   status = KVQ_OK;
     KVQ_TRY(o.begin(o.user, KVQ_PASS_FORWARD, 0, err));
     KVQ_TRY(kvq_model_embed(p->model, p->ids, S, p->x, err));
-    double start = now_s();
+    double start = kvq_now_s();
     p->be->copy(p->be, p->y, p->x, n);
     KVQ_TRY(kvq_layer_forward(p->model, p->layer, p->ws, S, p->y, see_forward, p->m, err));
-    p->forward_s = now_s() - start;
-    start = now_s();
+    p->forward_s = kvq_now_s() - start;
+    start = kvq_now_s();
     KVQ_TRY(kvq_head_loss(p->model, p->head, p->ws, p->ids, S, p->y, p->gradients ? p->dx : NULL, p->nll, err));
-    p->loss_s = now_s() - start;
+    p->loss_s = kvq_now_s() - start;
     p->backward_s = p->forward_s; // without gradients the second pass is another forward one
     if (!p->gradients) goto done;
     KVQ_TRY(o.finish(o.user, KVQ_PASS_FORWARD, 0, &result, err)); // the histograms need thresholds
     KVQ_TRY(o.begin(o.user, KVQ_PASS_BACKWARD, 0, err));
-    start = now_s();
+    start = kvq_now_s();
     KVQ_TRY(kvq_layer_backward(p->model, p->layer, p->ws, S, p->x, p->dx, err));
     KVQ_TRY(see_backward(p, err));
-    p->backward_s = now_s() - start;
+    p->backward_s = kvq_now_s() - start;
 done:
     kvq_blob_free(p->ctx, &result);
     return status;
@@ -173,9 +166,9 @@ static kvq_status prepare_probe(probe *p, const kvq_calib_options *options, kvq_
     KVQ_TRY(KVQ_NEW(p->ctx, S, "losses", &p->nll, err));
     for (int64_t t = 0; t < S; t++)
         p->ids[t] = (int32_t)kvq_rng_below(0, KVQ_RNG_WINDOWS, 1, (uint64_t)t, (uint64_t)c->vocab_size);
-    double start = now_s();
+    double start = kvq_now_s();
     KVQ_TRY(kvq_layer_load(p->model, 0, &p->layer, err));
-    p->load_s = now_s() - start;
+    p->load_s = kvq_now_s() - start;
     KVQ_TRY(kvq_head_load(p->model, &p->head, err));
 done:
     return status;

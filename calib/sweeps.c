@@ -8,7 +8,6 @@
 // all of them at the same place.
 #include <stdio.h>
 #include <string.h>
-#include <time.h>
 
 #include "calib_impl.h"
 
@@ -41,12 +40,6 @@ typedef struct sweep {
     double                   saved_at_s;
 } sweep;
 
-static double now_s(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
-
 static const char *boundary_name(char name[MAX_NAME], const char *what, int64_t index) {
     (void)snprintf(name, MAX_NAME, "kvq-%s.%04lld", what, (long long)index);
     return name;
@@ -78,24 +71,25 @@ static void drop_state(sweep *s, const char *what, int64_t index) {
 
 // ---------------------------------------------------------------- one window of a step
 
-static kvq_status observe(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
-    sweep   *s = user;
+// A forward pass shows what enters attention: in the forward step, and in the backward one when no gradients are
+// wanted.
+static kvq_status observe(sweep *s, kvq_pass pass, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
     kvq_seen seen = {.window = s->window, .k = s->k, .v = s->v};
-    if (s->q != NULL) {
+    if (s->q != NULL && pass == KVQ_PASS_FORWARD) {
         s->be->download(s->be, s->q, x.q, n_tokens * s->q_width);
         seen.q = s->q;
     }
     s->be->download(s->be, s->k, x.k, n_tokens * s->d);
     s->be->download(s->be, s->v, x.v, n_tokens * s->d);
-    return s->observer->window(s->observer->user, KVQ_PASS_FORWARD, layer, &seen, err);
+    return s->observer->window(s->observer->user, pass, layer, &seen, err);
+}
+
+static kvq_status observe_forward(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+    return observe(user, KVQ_PASS_FORWARD, layer, x, n_tokens, err);
 }
 
 static kvq_status observe_again(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
-    sweep   *s = user;
-    kvq_seen seen = {.window = s->window, .k = s->k, .v = s->v};
-    s->be->download(s->be, s->k, x.k, n_tokens * s->d);
-    s->be->download(s->be, s->v, x.v, n_tokens * s->d);
-    return s->observer->window(s->observer->user, KVQ_PASS_BACKWARD, layer, &seen, err);
+    return observe(user, KVQ_PASS_BACKWARD, layer, x, n_tokens, err);
 }
 
 static kvq_status forward_window(sweep *s, int64_t l, kvq_qkv_hook hook, bool store, kvq_error *err) {
@@ -144,7 +138,8 @@ static kvq_status run_window(sweep *s, step at, kvq_error *err) {
         status = name_window(s, kvq_model_embed(s->model, ids, s->windows->seq_len, s->x, err), err);
         return status == KVQ_OK ? store_state(s, "x", 0, s->x, err) : status;
     case STEP_FORWARD:
-        return forward_window(s, at.layer, observe, s->plan.second_pass || at.layer + 1 < s->config->n_layers, err);
+        return forward_window(s, at.layer, observe_forward, s->plan.second_pass || at.layer + 1 < s->config->n_layers,
+                              err);
     case STEP_REFILL:
         return forward_window(s, at.layer, NULL, true, err);
     case STEP_LOSS:
@@ -212,7 +207,7 @@ static kvq_status save_partial(sweep *s, int64_t index, int64_t n_done, kvq_erro
     KVQ_TRY(kvq_blob_append(s->ctx, &blob, &header, sizeof header, err));
     KVQ_TRY(save_accumulated(s, step_at(&s->plan, index), &blob, err));
     KVQ_TRY(work_put(s->ctx, s->work, PARTIAL, &blob, err));
-    s->saved_at_s = now_s();
+    s->saved_at_s = kvq_now_s();
 done:
     kvq_blob_free(s->ctx, &blob);
     return status;
@@ -262,7 +257,7 @@ static kvq_status run_windows(sweep *s, int64_t index, kvq_error *err) {
         KVQ_TRY(run_window(s, at, err));
         report(s, at, s->local + 1);
         bool stop = kvq_stop_requested(s->ctx), last = s->local + 1 == s->n_windows;
-        if (last || (!stop && now_s() < s->saved_at_s + SAVE_INTERVAL_S)) continue;
+        if (last || (!stop && kvq_now_s() < s->saved_at_s + SAVE_INTERVAL_S)) continue;
         KVQ_TRY(save_partial(s, index, s->local + 1, err));
         if (stop) KVQ_TRY(stopped(s, err));
     }
@@ -528,7 +523,7 @@ kvq_status kvq_sweep(const kvq_context *ctx, const kvq_backend *be, kvq_model *m
                                  .d = (int64_t)c->n_kv_heads * c->head_dim,
                                  .q_width = (int64_t)c->n_heads * c->head_dim,
                                  .n_windows = (windows->n_windows - part + n_parts - 1) / n_parts,
-                                 .saved_at_s = now_s()};
+                                 .saved_at_s = kvq_now_s()};
     kvq_status              status = allocate(&s, err);
     if (status == KVQ_OK) status = open_work(&s, err);
     KVQ_TRY(agree(&s, -1, status, err));

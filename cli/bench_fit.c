@@ -63,10 +63,10 @@ static kvq_status measure_counting(bench_report *r, fit_data *f, bool is_k, kvq_
     }
     for (int i = 0; i < rate.n; i++) {
         kvq_histogram_clear(f->h);
-        double     start = kvq_cli_now_s();
+        double     start = kvq_now_s();
         kvq_status status = kvq_histogram_count_rows(f->h, &spec, f->x, f->w, ROWS, options, err);
         if (status != KVQ_OK) return status;
-        rate.values[i] = (double)ROWS * WIDTH / (kvq_cli_now_s() - start) * 1e-6;
+        rate.values[i] = (double)ROWS * WIDTH / (kvq_now_s() - start) * 1e-6;
     }
     return bench_add(r, &rate, "Melements/s", err, "count %s, one thread", is_k ? "K" : "V");
 }
@@ -89,13 +89,13 @@ static kvq_status measure_codebook(bench_report *r, fit_data *f, int bits, kvq_e
     bench_series       exact = {.n = (int)r->options->repeats}, lloyd = exact, cost = exact;
     kvq_status         status = KVQ_OK;
     for (int i = 0; i < exact.n; i++) {
-        double start = kvq_cli_now_s();
+        double start = kvq_now_s();
         KVQ_TRY(kvq_kmeans_exact(ctx, f->points, f->n_points, 1 << bits, levels, &exact_cost, err));
-        exact.values[i] = kvq_cli_now_s() - start;
-        start = kvq_cli_now_s();
+        exact.values[i] = kvq_now_s() - start;
+        start = kvq_now_s();
         KVQ_TRY(kvq_kmeans_lloyd(ctx, f->points, f->n_points, 1 << bits, (uint64_t)i, LLOYD_STARTS, LLOYD_ROUNDS,
                                  levels, &lloyd_cost, err));
-        lloyd.values[i] = kvq_cli_now_s() - start;
+        lloyd.values[i] = kvq_now_s() - start;
         cost.values[i] = lloyd_cost / exact_cost;
     }
     bench_series ratio = bench_ratio(&exact, &lloyd, 1);

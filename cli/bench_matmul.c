@@ -65,7 +65,7 @@ static void free_arrays(const kvq_backend *be, arrays *a) {
 }
 
 static double run(const kvq_backend *be, const problem *p, const arrays *a, direction d, int64_t times) {
-    double start = kvq_cli_now_s();
+    double start = kvq_now_s();
     for (int64_t i = 0; i < times; i++) {
         if (d == FORWARD) {
             be->linear(be, a->x, a->w, NULL, a->y, p->rows, p->n_out, p->n_in);
@@ -73,7 +73,7 @@ static double run(const kvq_backend *be, const problem *p, const arrays *a, dire
             be->linear_backward(be, a->y, a->w, a->x, p->rows, p->n_out, p->n_in, false);
         }
     }
-    return kvq_cli_now_s() - start;
+    return kvq_now_s() - start;
 }
 
 // FLOP/s of one measurement.

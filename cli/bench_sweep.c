@@ -75,8 +75,8 @@ typedef struct sweep {
     int                     repeat;
 } sweep;
 
-static void start(sweep *s) { s->started_s = kvq_cli_now_s(); }
-static void stop(sweep *s, stage at) { s->times[at].values[s->repeat] += kvq_cli_now_s() - s->started_s; }
+static void start(sweep *s) { s->started_s = kvq_now_s(); }
+static void stop(sweep *s, stage at) { s->times[at].values[s->repeat] += kvq_now_s() - s->started_s; }
 
 // ---------------------------------------------------------------- counting, as the backward sweep does it
 

@@ -13,10 +13,10 @@ typedef struct tokenizer_run {
 
 static kvq_status encode(const kvq_context *ctx, tokenizer_run *t, double *seconds, kvq_error *err) {
     t->ids.count = 0; // the memory stays
-    double     start = kvq_cli_now_s();
+    double     start = kvq_now_s();
     kvq_status status =
         kvq_tokenizer_encode(ctx, t->tokenizer, (const char *)t->text.data, t->text.bytes, true, &t->ids, err);
-    *seconds = kvq_cli_now_s() - start;
+    *seconds = kvq_now_s() - start;
     return status;
 }
 
@@ -27,9 +27,9 @@ static kvq_status measure(bench_report *r, tokenizer_run *t, kvq_error *err) {
     kvq_status           status = KVQ_OK;
     for (int i = 0; i < open.n; i++) {
         kvq_tokenizer_close(&r->cli->ctx, &t->tokenizer);
-        double start = kvq_cli_now_s();
+        double start = kvq_now_s();
         KVQ_TRY(kvq_tokenizer_open(&r->cli->ctx, o->model, &t->tokenizer, err));
-        open.values[i] = kvq_cli_now_s() - start;
+        open.values[i] = kvq_now_s() - start;
     }
     KVQ_TRY(encode(&r->cli->ctx, t, &unmeasured, err));
     for (int i = 0; i < seconds.n; i++) KVQ_TRY(encode(&r->cli->ctx, t, &seconds.values[i], err));

@@ -108,7 +108,7 @@ kvq_status print_calibration_summary(kvq_cli *cli, const calibration *c, kvq_err
     if (status != KVQ_OK) return status;
     kvq_cli_format_bytes((double)file.bytes, size, sizeof size);
     kvq_unmap_file(&file);
-    kvq_cli_format_seconds(kvq_cli_now_s() - c->start_s, seconds, sizeof seconds);
+    kvq_cli_format_seconds(kvq_now_s() - c->start_s, seconds, sizeof seconds);
     kvq_cache_size cache = kvq_artifact_cache_size(c->artifact, c->seq_len);
 
     kvq_cli_say(cli, "cache: %.3f bits per element at %lld tokens, everything counted",

@@ -8,7 +8,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "kvq_cli.h"
@@ -23,12 +22,6 @@
 #define PLAIN_LINE_S       30.0 // a plain line at the latest after this long, ...
 #define PLAIN_LINE_PERCENT 5    // ... or after this much more, ...
 #define PLAIN_PAUSE_S      2.0  // ... but a run of a few seconds is not worth a line
-
-double kvq_cli_now_s(void) {
-    struct timespec t;
-    (void)clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
-}
 
 void kvq_cli_format_bytes(double bytes, char *out, size_t n) {
     static const char *const UNITS[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB"};
@@ -330,7 +323,7 @@ static bool is_due(const kvq_cli *cli, const moment *m, double pause_s, bool fir
 
 static void on_progress(void *user, const kvq_progress *p) {
     kvq_cli *cli = user;
-    double   now = kvq_cli_now_s();
+    double   now = kvq_now_s();
     bool     first = strcmp(cli->stage, p->stage) != 0;
     if (cli->silent || p->total <= 0) return;
     moment m = {p, (double)p->done / (double)p->total * 100, now - cli->start_s, (double)NAN};
@@ -362,7 +355,7 @@ void kvq_cli_console_init(kvq_cli *cli, const char *program, const kvq_cli_commo
                      .ctx = kvq_context_default(),
                      .quiet = common->quiet,
                      .verbose = common->verbose,
-                     .start_s = kvq_cli_now_s()};
+                     .start_s = kvq_now_s()};
     *cli = empty;
     const char *terminal = getenv("TERM");
     bool        can_animate = isatty(STDERR_FILENO) != 0 && terminal != NULL && strcmp(terminal, "dumb") != 0;

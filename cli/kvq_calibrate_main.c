@@ -347,7 +347,7 @@ static kvq_status run_prepared(kvq_cli *cli, calibration *c, kvq_error *err) {
 
 static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
     kvq_status  status = KVQ_OK;
-    calibration c = {.o = options, .start_s = kvq_cli_now_s(), .processes = kvq_processes_single()};
+    calibration c = {.o = options, .start_s = kvq_now_s(), .processes = kvq_processes_single()};
     bool        several = kvq_cli_under_mpirun();
     (void)exit_code; // a calibration has no negative verdict
     if (several) KVQ_TRY(kvq_processes_start(&c.processes, err));

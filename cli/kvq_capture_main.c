@@ -317,7 +317,7 @@ static kvq_status print_summary(kvq_cli *cli, const capture_run *r, kvq_error *e
     if (status != KVQ_OK) return status;
     kvq_cli_format_bytes((double)file.bytes, size, sizeof size);
     kvq_unmap_file(&file);
-    kvq_cli_format_seconds(kvq_cli_now_s() - r->start_s, seconds, sizeof seconds);
+    kvq_cli_format_seconds(kvq_now_s() - r->start_s, seconds, sizeof seconds);
     printf("wrote %s  %s  %s\n", r->o->output, size, seconds);
     if (r->o->with_fisher) {
         kvq_cli_next(cli, "kvq-calibrate", "--capture", r->o->output, "-o", "OUT.kvq.h5", NULL);
@@ -329,7 +329,7 @@ static kvq_status print_summary(kvq_cli *cli, const capture_run *r, kvq_error *e
 
 static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
     kvq_status  status = KVQ_OK;
-    capture_run r = {.o = options, .start_s = kvq_cli_now_s()};
+    capture_run r = {.o = options, .start_s = kvq_now_s()};
     (void)exit_code; // a capture has no negative verdict
     KVQ_TRY(check_options(r.o, err));
     KVQ_TRY(find_work_dir(&r, err));

@@ -125,10 +125,9 @@ void kvq_cli_next(kvq_cli *cli, const char *first, ...); // "next: ..." of words
 void kvq_cli_end_progress(kvq_cli *cli);                 // leaves the line of a bar, if there is one
 // Three lines, also when quiet. KVQ_ERR_INTERRUPTED is no failure: two lines, the second with the command that
 // continues.
-void   kvq_cli_print_error(kvq_cli *cli, const kvq_error *err);
-double kvq_cli_now_s(void);                                     // monotonic
-void   kvq_cli_format_bytes(double bytes, char *out, size_t n); // "6.8 GiB"
-void   kvq_cli_format_seconds(double s, char *out, size_t n);   // "37m52s"
+void kvq_cli_print_error(kvq_cli *cli, const kvq_error *err);
+void kvq_cli_format_bytes(double bytes, char *out, size_t n); // "6.8 GiB"
+void kvq_cli_format_seconds(double s, char *out, size_t n);   // "37m52s"
 
 // Processor model and the instruction sets that can change a matrix product's last bits; "unknown" when not readable.
 void   kvq_cli_describe_cpu(char *out, size_t n); // machine.c

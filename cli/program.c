@@ -44,10 +44,10 @@ static void *await_requests(void *argument) {
     double      first_s = 0;
     while (sigwait(&watch->awaited, &number) == 0 && !atomic_load(&watch->over)) {
         if (!atomic_load(&watch->cli->stop)) {
-            first_s = kvq_cli_now_s();
+            first_s = kvq_now_s();
             atomic_store(&watch->cli->stop, true);
             answer_request(watch->cli);
-        } else if (kvq_cli_now_s() - first_s > SAME_REQUEST_S) {
+        } else if (kvq_now_s() - first_s > SAME_REQUEST_S) {
             (void)signal(number, SIG_DFL);
             (void)pthread_sigmask(SIG_UNBLOCK, &watch->awaited, NULL);
             (void)raise(number);

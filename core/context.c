@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "kvq_core.h"
 
@@ -64,6 +65,12 @@ void kvq_log(const kvq_context *ctx, kvq_log_level level, const char *format, ..
 void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t layer, int64_t done, int64_t total) {
     kvq_progress p = {stage, layer, done, total};
     if (ctx->progress != NULL) ctx->progress(ctx->user, &p);
+}
+
+double kvq_now_s(void) {
+    struct timespec t;
+    (void)clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + (double)t.tv_nsec * 1e-9;
 }
 
 bool kvq_stop_requested(const kvq_context *ctx) { return ctx->stop != NULL && ctx->stop(ctx->user); }

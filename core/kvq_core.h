@@ -45,9 +45,9 @@ extern "C" {
     X(ERR_NUMERICAL, 5001, 5, "a value is not finite or a computation left its range",                                 \
       "check the weights; a damaged checkpoint is the usual cause")                                                    \
     X(ERR_MEMORY, 6001, 6, "not enough memory", "use fewer or shorter windows, or a machine with more memory")         \
-    X(ERR_DISK, 6002, 6, "the disk does not take it", "free some disk space or choose another folder")                            \
+    X(ERR_DISK, 6002, 6, "the disk does not take it", "free some disk space or choose another folder")                 \
     X(ERR_INTERRUPTED, 7501, 75, "the run was stopped on request", "run the same command again to continue")           \
-    X(ERR_EXISTS, 2002, 2, "the place is already taken", "choose another name or pass --force")                         \
+    X(ERR_EXISTS, 2002, 2, "the place is already taken", "choose another name or pass --force")                        \
     X(ERR_INTERNAL, 9001, 70, "a defect in kvq", "please report it with the command line")
 
 typedef enum kvq_status {
@@ -111,6 +111,8 @@ kvq_context kvq_context_default(void); // malloc, one thread per available core,
 void kvq_log(const kvq_context *ctx, kvq_log_level level, const char *format, ...) KVQ_PRINTF(3, 4);
 void kvq_report_progress(const kvq_context *ctx, const char *stage, int64_t layer, int64_t done, int64_t total);
 bool kvq_stop_requested(const kvq_context *ctx);
+
+double kvq_now_s(void); // monotonic clock, for durations
 
 // ---------------------------------------------------------------- memory
 
