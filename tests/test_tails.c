@@ -172,7 +172,7 @@ START_TEST(thresholds_refuse_bad_input) {
     kvq_context ctx = kvq_test_context();
     kvq_error   err = {0};
     kvq_tails  *t = NULL;
-    float       x[6] = {1, 2, 3, 4, NAN, 6}, lower[2] = {8, 8}, upper[2] = {9, 9};
+    float       x[8] = {1, 2, 3, 4, NAN, 6, 7, 8}, lower[2] = {8, 8}, upper[2] = {9, 9};
     kvq_test_ok(kvq_tails_create(&ctx, 2, 3, &t, &err), &err);
     kvq_test_failed(kvq_tails_push(&ctx, t, x, 3, &err), KVQ_ERR_NUMERICAL, &err, "row 2, channel 0 is nan");
     x[4] = -INFINITY;
