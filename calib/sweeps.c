@@ -411,6 +411,7 @@ done:
 }
 
 static void release(sweep *s) {
+    kvq_prefetch_drop(s->model); // a run that was stopped does not take what it asked for
     kvq_workspace_destroy(s->model, &s->ws);
     s->be->release(s->be, s->x);
     s->be->release(s->be, s->dx);

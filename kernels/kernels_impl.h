@@ -34,6 +34,19 @@ static inline tiling cut_into_tiles(int64_t m, int64_t n, int64_t rows, int64_t 
     return t;
 }
 
+// Columns of a tile when n are cut into as few equal parts as `widest` allows; a multiple of 16.
+static inline int64_t equal_columns(int64_t n, int64_t widest) {
+    int64_t parts = (n + widest - 1) / widest;
+    return ((n + parts - 1) / parts + 15) / 16 * 16;
+}
+
+// Few rows (a decode step, a block of logits) make one row of tiles: columns that give several threads work.
+#define FEW_ROWS 128
+static inline int64_t columns_for_few_rows(int64_t n) {
+    int64_t quarter = n / 4;
+    return equal_columns(n, quarter < 144 ? 144 : quarter > 512 ? 512 : quarter);
+}
+
 static inline tile tile_of(const tiling *t, int64_t m, int64_t n, int64_t item) {
     int64_t row = item / t->n_column_tiles * t->rows, column = item % t->n_column_tiles * t->columns;
     tile    x = {row, column, smaller(t->rows, m - row), smaller(t->columns, n - column)};

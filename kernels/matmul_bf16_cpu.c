@@ -23,8 +23,6 @@
 
 #define TILE_ROWS    256
 #define TILE_COLUMNS 4096
-#define FEW_ROWS     128 // up to here a tile is narrow, or a single thread would have all the work
-#define FEW_COLUMNS  512
 #define MAX_DEPTH    16384 // a longer sum is cut into DEPTH_STEP, which bounds the scratch of a tile
 #define DEPTH_STEP   8192
 
@@ -287,9 +285,9 @@ static void bf16_tile(void *user, int64_t item, int worker) {
 // ---------------------------------------------------------------- the table's entries
 
 static void run_product(const kvq_backend *be, bf16_job *job) {
-    bool few = job->m <= FEW_ROWS;
+    int64_t columns = job->m <= FEW_ROWS ? columns_for_few_rows(job->n) : equal_columns(job->n, TILE_COLUMNS);
     job->bf16 = ((const cpu_backend *)be)->bf16;
-    job->tiles = cut_into_tiles(job->m, job->n, TILE_ROWS, few ? FEW_COLUMNS : TILE_COLUMNS);
+    job->tiles = cut_into_tiles(job->m, job->n, TILE_ROWS, columns);
     kvq_parallel_for(be->ctx, job->tiles.n_tiles, bf16_tile, job);
 }
 

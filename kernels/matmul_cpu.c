@@ -33,9 +33,12 @@ const char *kvq_gemm_prepare(void) {
 }
 #endif
 
-// Many rows: tall tiles amortise the packing of w. Few rows (a decode step, a block of logits): cut the columns, or a
-// single thread would have all the work.
-static tiling tiles_for(int64_t m, int64_t n) { return cut_into_tiles(m, n, 256, m > 128 ? 4096 : 512); }
+// Tall tiles amortise the packing of w, as long as there are enough of them.
+static tiling tiles_for(int64_t m, int64_t n) {
+    if (m <= FEW_ROWS) return cut_into_tiles(m, n, FEW_ROWS, columns_for_few_rows(n));
+    tiling tall = cut_into_tiles(m, n, 512, equal_columns(n, 1024));
+    return tall.n_tiles >= 8 ? tall : cut_into_tiles(m, n, 256, equal_columns(n, 4096));
+}
 
 typedef struct linear_job {
     const float *x, *w, *bias;

@@ -41,7 +41,9 @@ void       kvq_layer_release(kvq_model *model, kvq_layer **layer);
 // Starts to expand a layer on one thread in the background; kvq_layer_load of the same layer waits for it and takes it,
 // of another one drops it. Until then it takes the memory of one more layer (without its experts). Never fails: what
 // goes wrong is reported by kvq_layer_load.
-void       kvq_layer_prefetch(kvq_model *model, int64_t index);
+void kvq_layer_prefetch(kvq_model *model, int64_t index);
+// Ends what was started and not asked for. Until then the context is in use: whoever starts to prefetch ends it too.
+void       kvq_prefetch_drop(kvq_model *model);
 kvq_status kvq_head_load(kvq_model *model, kvq_head **out, kvq_error *err);
 void       kvq_head_release(kvq_model *model, kvq_head **head);
 

@@ -74,7 +74,6 @@ struct kvq_model {
 kvq_status kvq_layer_expand(const kvq_model *model, const kvq_context *ctx, int64_t index, kvq_layer **out,
                             kvq_error *err);
 void       kvq_layer_destroy(const kvq_model *model, kvq_layer *layer);
-void       kvq_prefetch_drop(kvq_model *model); // joins, and forgets what came
 // The weights of one expert, valid until the next call.
 kvq_status kvq_expert_load(kvq_model *model, const kvq_layer *layer, int64_t expert, const mlp_weights **out,
                            kvq_error *err);

@@ -147,7 +147,7 @@ END_TEST
 // ---------------------------------------------------------------- stopping
 
 typedef struct stopper {
-    int64_t calls_left;
+    _Atomic int64_t calls_left; // allocations come from the thread that prefetches, too
 } stopper;
 
 static bool stop_after_some_calls(void *user) { return ((stopper *)user)->calls_left-- <= 0; }

@@ -7,7 +7,7 @@ bats_require_minimum_version 1.5.0
 KVQ_BUILD=${KVQ_BUILD:-$BATS_TEST_DIRNAME/../../build}
 PATH=$KVQ_BUILD/bin:$KVQ_BUILD/tests:$PATH
 SOURCE=$BATS_TEST_DIRNAME/../..
-PROGRAMS="kvq-calibrate kvq-capture kvq-export kvq-inspect kvq-merge kvq-validate"
+PROGRAMS="kvq-bench kvq-calibrate kvq-capture kvq-export kvq-inspect kvq-merge kvq-validate"
 
 # A window length and sample count that keep a run at a fraction of a second.
 SMALL="--samples 4 --seq-len 32 --threads 1"

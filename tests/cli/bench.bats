@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+# kvq-bench: every case runs and reports what it promises. How fast a machine is, is no test.
+load common
+
+MODEL="--model m --repeats 2 --threads 1"
+
+make_model() {
+  kvq_make_model_tool m
+  words 200 >text.txt
+}
+
+# numbers_are_sane: the CSV in $output has a median between its minimum and maximum in every row, and all are positive.
+numbers_are_sane() {
+  [ "$(head -n 1 <<<"$output")" = "case,name,unit,median,min,max,repeats" ]
+  [ "$(wc -l <<<"$output")" -gt 1 ]
+  # names are quoted and may hold commas
+  tail -n +2 <<<"$output" | sed 's/"[^"]*"/name/' | awk -F, '
+    NF != 7 || !($5 > 0 && $5 <= $4 && $4 <= $6) { print "wrong row: " $0; bad = 1 }
+    END { exit bad }'
+}
+
+@test "matmul measures both directions of square and of given products" {
+  succeeds kvq-bench matmul --repeats 2 --threads 1 --csv --shape 48x32 --shape 100x64x7
+  numbers_are_sane
+  contains "$output" 'matmul,"f32 512x512 forward",GFLOP/s' 'matmul,"f32 best",GFLOP/s' \
+    'matmul,"f32 48x32 backward, 2048 rows",of best' 'matmul,"f32 100x64 forward, 7 rows",GFLOP/s'
+  # one or the other, on every machine
+  [[ $output == *'"bf16 best / f32 best",x'* || $stderr == *"without bf16: "* ]]
+}
+
+@test "sweep reports every stage of a calibration" {
+  make_model
+  succeeds kvq-bench sweep $MODEL --seq-len 32 --windows 2 --csv
+  numbers_are_sane
+  for stage in "load weights" embed forward thresholds backward count fit loss "attention in forward" \
+    "attention in backward" total; do
+    contains "$output" "sweep,\"$stage\",s,"
+  done
+  contains "$output" 'sweep,"forward",of best,' 'sweep,"total",GFLOP/s,' 'sweep,"peak memory of the process until then",MiB,'
+  contains "$stderr" "next: kvq-calibrate --model m "
+}
+
+@test "sweep stops after the layers that are asked for, and takes the model's window when it is short" {
+  kvq_make_model_tool m --layers 3 --positions 24
+  succeeds kvq-bench sweep $MODEL --layers 1 --csv
+  numbers_are_sane
+  contains "$stderr" "windows of 24 tokens"
+  fails 2 kvq-bench sweep $MODEL --seq-len 25
+  contains "$stderr" "--seq-len 25: the model has 24 positions"
+}
+
+@test "the shares of the stages make the whole" {
+  make_model
+  succeeds kvq-bench sweep --model m --repeats 1 --threads 1 --seq-len 32 --csv
+  grep '^sweep,"[a-z ]*",of total,' <<<"$output" | grep -v attention |
+    awk -F, '{ sum += $4 } END { exit !(sum > 0.9999 && sum < 1.0001) }'
+}
+
+@test "fit compares the exact codebook with Lloyd's, which is never better" {
+  succeeds kvq-bench fit --repeats 2 --csv
+  numbers_are_sane
+  for bits in 2 3 4; do
+    contains "$output" "fit,\"exact k-means, $bits bits\",s," "fit,\"exact / Lloyd time, $bits bits\",x,"
+  done
+  # error of Lloyd over that of the optimum: the minimum over the repeats is 1 or more, up to rounding
+  grep '"Lloyd / exact error' <<<"$output" | sed 's/"[^"]*"/name/' | awk -F, '$5 < 1 - 1e-12 { exit 1 }'
+}
+
+@test "tokenizer says how much text and how many tokens" {
+  make_model
+  succeeds kvq-bench tokenizer --model m --text text.txt --repeats 2 --csv
+  numbers_are_sane
+  contains "$output" "encode, $(wc -c <text.txt) bytes\",MB/s" "Mtokens/s" 'open bpe-'
+  gzip -c text.txt >text.gz
+  succeeds kvq-bench tokenizer --model m --text text.gz --repeats 1 --csv
+  contains "$output" "encode, $(wc -c <text.txt) bytes\",MB/s"
+}
+
+@test "the table, CSV and JSON tell the same" {
+  make_model
+  succeeds kvq-bench fit sweep $MODEL --seq-len 16 --json
+  [ "$(json schema)" = kvq.bench/1 ]
+  [ "$(json threads)" = 1 ]
+  [ "$(json results 0 case)" = fit ]
+  [ "$(json results 0 unit)" = Melements/s ]
+  [ -n "$(json results 0 values 1)" ]
+  [[ $output == *'"sweep"'* ]]
+  succeeds kvq-bench fit --repeats 1
+  contains "$output" "threads  1 repeats" "median" "Lloyd, 2 bits"
+  succeeds kvq bench fit --repeats 1 --csv
+  numbers_are_sane
+}
+
+@test "what is missing or wrong is named" {
+  fails 2 kvq-bench
+  contains "$stderr" "the case to measure is missing" "matmul, sweep, fit, tokenizer"
+  fails 2 kvq-bench fiit
+  contains "$stderr" "unknown case 'fiit'" "did you mean fit?"
+  fails 2 kvq-bench fit nonsense
+  contains "$stderr" "unknown case 'nonsense'"
+  fails 2 kvq-bench sweep
+  contains "$stderr" "sweep: --model is missing"
+  fails 2 kvq-bench tokenizer --model m
+  contains "$stderr" "tokenizer: --text is missing"
+  fails 2 kvq-bench fit --csv --json
+  for shape in 4096 4096x x4096 0x5 5x0 5x5x5x5 5x5x 5y5 -5x5 99999999x2 99999999999999999999x2; do
+    fails 2 kvq-bench matmul --shape "$shape"
+    contains "$stderr" "--shape: '$shape' is not OUTxIN or OUTxINxROWS"
+  done
+  fails 3 kvq-bench sweep --model nowhere
+  : >empty.txt
+  make_model
+  fails 3 kvq-bench tokenizer --model m --text empty.txt
+  contains "$stderr" "empty.txt: the text is empty"
+}
+
+@test "bf16 is used or refused, in every program that offers it" {
+  make_model
+  export DNNL_MAX_CPU_ISA=AVX2
+  for command in "kvq-bench sweep $MODEL" "kvq-bench matmul --repeats 1" "kvq-calibrate --model m --text text.txt $SMALL -o m.kvq.h5" \
+    "kvq-validate --model m --text text.txt --seq-len 16"; do
+    # shellcheck disable=SC2086
+    fails 3 $command --compute bf16
+    contains "$stderr" "KVQ-E3003" "bf16: " "--compute f32"
+  done
+}
