@@ -58,7 +58,6 @@ void       bench_free(bench_report *report);
 
 // ---------------------------------------------------------------- cases
 
-// KVQ_ERR_USAGE when an option is missing or contradicts another one; nothing large is opened before.
 kvq_status bench_matmul(bench_report *report, kvq_error *err);
 kvq_status bench_sweep(bench_report *report, kvq_error *err);
 kvq_status bench_fit(bench_report *report, kvq_error *err);

@@ -222,12 +222,12 @@ kvq_status bench_matmul(bench_report *r, kvq_error *err) {
     for (int i = 0; i < r->options->shapes.count; i++) KVQ_TRY(parse_shape(r->options->shapes.items[i], 1, &p, err));
     bool has_bf16 = kvq_backend_cpu(&r->cli->ctx, KVQ_COMPUTE_BF16, &be, &why) == KVQ_OK;
     if (be != NULL) be->destroy(&be);
+    if (!has_bf16 && r->options->compute == KVQ_COMPUTE_BF16) {
+        *err = why;
+        return why.status;
+    }
     KVQ_TRY(measure_type(r, KVQ_COMPUTE_F32, &best[0], err));
     if (!has_bf16) {
-        if (r->options->compute == KVQ_COMPUTE_BF16) {
-            *err = why;
-            return why.status;
-        }
         kvq_cli_say(r->cli, "matmul     without bf16: %s", why.message);
         return KVQ_OK;
     }

@@ -425,7 +425,6 @@ static void free_sweep(sweep *s) {
 kvq_status bench_sweep(bench_report *r, kvq_error *err) {
     kvq_status status = KVQ_OK;
     sweep     *s = NULL;
-    if (r->options->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "sweep: --model is missing");
     KVQ_TRY(KVQ_NEW(&r->cli->ctx, 1, "benchmark", &s, err));
     s->report = r;
     s->ctx = &r->cli->ctx;

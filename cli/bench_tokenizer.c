@@ -40,7 +40,7 @@ static kvq_status read_text(const kvq_context *ctx, const char *path, tokenizer_
     while (t->bytes < MAX_BYTES) {
         KVQ_TRY(kvq_text_next(text, &part, &found, err));
         if (!found) break;
-        KVQ_TRY(append(ctx, t, part.data, (int64_t)part.bytes, err));
+        KVQ_TRY(append(ctx, t, part.data, (int64_t)part.n, err));
     }
     if (t->bytes == 0)
         status = kvq_fail(err, KVQ_ERR_INPUT, "give a text of some kilobytes", "%s: the text is empty", path);
@@ -83,12 +83,9 @@ done:
 }
 
 kvq_status bench_tokenizer(bench_report *r, kvq_error *err) {
-    const bench_options *o = r->options;
-    kvq_status           status = KVQ_OK;
-    tokenizer_run        t = {.tokenizer = NULL};
-    if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "tokenizer: --model is missing");
-    if (o->text == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "tokenizer: --text is missing");
-    KVQ_TRY(read_text(&r->cli->ctx, o->text, &t, err));
+    kvq_status    status = KVQ_OK;
+    tokenizer_run t = {.tokenizer = NULL};
+    KVQ_TRY(read_text(&r->cli->ctx, r->options->text, &t, err));
     KVQ_TRY(measure(r, &t, err));
 
 done:

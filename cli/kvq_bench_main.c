@@ -31,7 +31,11 @@ static const kvq_cli_option OPTIONS[] = {
 static const struct {
     const char *name;
     kvq_status (*run)(bench_report *report, kvq_error *err);
-} CASES[] = {{"matmul", bench_matmul}, {"sweep", bench_sweep}, {"fit", bench_fit}, {"tokenizer", bench_tokenizer}};
+    bool needs_model, needs_text;
+} CASES[] = {{"matmul", bench_matmul, false, false},
+             {"sweep", bench_sweep, true, false},
+             {"fit", bench_fit, false, false},
+             {"tokenizer", bench_tokenizer, true, true}};
 
 // Index of a case.
 static kvq_status find_case(const char *word, int *index, kvq_error *err) {
@@ -59,6 +63,11 @@ static kvq_status check_options(const bench_options *o, kvq_error *err) {
     for (int i = 0; i < o->cases.count; i++) {
         kvq_status status = find_case(o->cases.items[i], &index, err);
         if (status != KVQ_OK) return status;
+        bool lacks_model = CASES[index].needs_model && o->model == NULL;
+        if (lacks_model || (CASES[index].needs_text && o->text == NULL)) {
+            return kvq_fail(err, KVQ_ERR_USAGE, NULL, "%s: %s is missing", CASES[index].name,
+                            lacks_model ? "--model" : "--text");
+        }
     }
     return KVQ_OK;
 }
