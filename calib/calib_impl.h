@@ -76,9 +76,9 @@ bool step_keeps_boundary(const step_plan *plan, int64_t layer);
 // The most boundaries and gradients on disk at once.
 int64_t step_peak_states(const step_plan *plan);
 
-// What a finished step of a run of one process left in the work directory.
-kvq_status sweep_result(const kvq_context *ctx, const kvq_sweep_options *options, step_kind kind, int64_t layer,
-                        kvq_blob *out, kvq_error *err);
+// What the finished steps of a run of one process left in its work directory; close it with work_close.
+kvq_status sweep_open_results(const kvq_context *ctx, const kvq_sweep_options *options, work_dir **out, kvq_error *err);
+kvq_status sweep_get_result(const kvq_context *ctx, work_dir *work, step at, kvq_blob *out, kvq_error *err);
 
 // An artifact whose tensors are described but not yet measured: model shape, quantizer, bits, axes.
 kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config *config,

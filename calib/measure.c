@@ -8,8 +8,6 @@
 #include "calib_impl.h"
 #include "kvq_fisher.h"
 
-#define ROWS_PER_ITEM 256 // of one window, counted by one thread
-
 struct measure {
     const kvq_context       *ctx;
     const kvq_calib_options *options;
@@ -22,7 +20,6 @@ struct measure {
     float                   *w_k, *w_v;       // [S, d]
     float                   *z_and_r;         // [2 d]
     kvq_block_spec           specs[2];        // K, V
-    kvq_status              *statuses;        // per item of one window
 };
 
 static const char *const TENSOR_NAMES[] = {"K", "V"};
@@ -113,48 +110,17 @@ done:
     return status;
 }
 
-// Rows of one tensor of one window are cut into items; each thread counts into histograms of its own.
-typedef struct count_job {
-    measure     *m;
-    const float *x[2], *w[2]; // K, V; w NULL = unweighted
-    int64_t      n_blocks;
-} count_job;
-
-static kvq_status count_block(const count_job *job, int64_t item, int worker, kvq_error *err) {
-    const measure    *m = job->m;
-    int               tensor = (int)(item / job->n_blocks);
-    int64_t           first = item % job->n_blocks * ROWS_PER_ITEM, sinks = m->options->sink_tokens - first;
-    int64_t           n = m->seq_len - first < ROWS_PER_ITEM ? m->seq_len - first : ROWS_PER_ITEM;
-    kvq_count_options options = {.range_squared = m->options->weighting == KVQ_WEIGHT_FISHER_SCALED,
-                                 .n_skip = sinks <= 0  ? 0
-                                           : sinks < n ? sinks
-                                                       : n};
-    const float      *w = job->w[tensor];
-    return kvq_histogram_count_rows(m->histograms[2 * worker + tensor], &m->specs[tensor],
-                                    job->x[tensor] + first * m->d, w != NULL ? w + first * m->d : NULL, n, options,
-                                    err);
-}
-
-static void count_item(void *user, int64_t item, int worker) {
-    const count_job *job = user;
-    job->m->statuses[item] = count_block(job, item, worker, NULL);
-}
-
 kvq_status measure_count(measure *m, int64_t layer, const float *k, const float *v, const float *w_k, const float *w_v,
                          kvq_error *err) {
-    kvq_context counters = *m->ctx;
-    count_job   job = {
-          .m = m, .x = {k, v}, .w = {w_k, w_v}, .n_blocks = (m->seq_len + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM};
+    kvq_context            counters = *m->ctx;
+    const kvq_count_tensor tensors[] = {{TENSOR_NAMES[0], &m->specs[0], k, w_k},
+                                        {TENSOR_NAMES[1], &m->specs[1], v, w_v}};
+    kvq_count_options      options = {.range_squared = m->options->weighting == KVQ_WEIGHT_FISHER_SCALED,
+                                      .n_skip = m->options->sink_tokens};
     counters.n_threads = m->n_counters;
-    kvq_parallel_for(&counters, 2 * job.n_blocks, count_item, &job);
-    for (int64_t item = 0; item < 2 * job.n_blocks; item++) {
-        if (m->statuses[item] == KVQ_OK) continue;
-        (void)count_block(&job, item, 0, err); // again, for its message
-        kvq_error_prefix(err, "layer %lld, %s, positions from %lld: ", (long long)layer,
-                         TENSOR_NAMES[item / job.n_blocks], (long long)(item % job.n_blocks * ROWS_PER_ITEM));
-        return m->statuses[item];
-    }
-    return KVQ_OK;
+    kvq_status status = kvq_histograms_count(&counters, m->histograms, tensors, 2, m->seq_len, options, err);
+    if (status != KVQ_OK) kvq_error_prefix(err, "layer %lld, ", (long long)layer);
+    return status;
 }
 
 static kvq_status count_seen(measure *m, int64_t layer, const kvq_seen *seen, kvq_error *err) {
@@ -164,18 +130,10 @@ static kvq_status count_seen(measure *m, int64_t layer, const kvq_seen *seen, kv
     return measure_count(m, layer, seen->k, seen->v, m->w_k, m->w_v, err);
 }
 
-// All that was counted ends up in the first pair; the others begin anew.
-static void gather_counters(measure *m) {
-    for (int i = 2; i < 2 * m->n_counters; i++) {
-        kvq_histogram_merge(m->histograms[i % 2], m->histograms[i]);
-        kvq_histogram_clear(m->histograms[i]);
-    }
-}
-
 static kvq_status save_histograms(measure *m, kvq_blob *out, kvq_error *err) {
     uint8_t   *at = NULL;
     kvq_status status = KVQ_OK;
-    gather_counters(m);
+    kvq_histograms_gather(m->histograms, m->n_counters, 2);
     for (int tensor = 0; tensor < 2; tensor++) {
         int64_t bytes = kvq_histogram_packed_bytes(m->histograms[tensor]);
         KVQ_TRY(kvq_blob_append(m->ctx, out, &bytes, sizeof bytes, err));
@@ -281,7 +239,7 @@ static kvq_status finish(void *user, kvq_pass pass, int64_t layer, kvq_blob *res
     kvq_layer_quant *quant = &m->artifact->layers[layer];
     if (m->raw) return save(user, pass, layer, result, err);
     if (pass == KVQ_PASS_FORWARD) return find_thresholds(m, layer, result, err);
-    gather_counters(m);
+    kvq_histograms_gather(m->histograms, m->n_counters, 2);
     kvq_status status = fit_tensor(m, layer, 0, &quant->k, result, err);
     return status == KVQ_OK ? fit_tensor(m, layer, 1, &quant->v, result, err) : status;
 }
@@ -320,7 +278,7 @@ int64_t measure_bytes(const kvq_context *ctx, const kvq_calib_options *options, 
 kvq_status measure_create(const kvq_context *ctx, const kvq_calib_options *options, int d, int64_t seq_len,
                           int64_t n_windows, kvq_artifact *artifact, measure **out, kvq_error *err) {
     measure   *m = NULL;
-    int64_t    n = seq_len * d, n_blocks = (seq_len + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM;
+    int64_t    n = seq_len * d;
     kvq_status status = KVQ_OK;
     KVQ_TRY(KVQ_NEW(ctx, 1, "measurement", &m, err));
     m->ctx = ctx;
@@ -333,7 +291,6 @@ kvq_status measure_create(const kvq_context *ctx, const kvq_calib_options *optio
     KVQ_TRY(KVQ_NEW(ctx, n, "weights of K", &m->w_k, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "weights of V", &m->w_v, err));
     KVQ_TRY(KVQ_NEW(ctx, 2 * d, "offsets and ranges", &m->z_and_r, err));
-    KVQ_TRY(KVQ_NEW(ctx, 2 * n_blocks, "block statuses", &m->statuses, err));
     KVQ_TRY(KVQ_NEW(ctx, 2 * m->n_counters, "histograms", &m->histograms, err));
     *out = m;
     m = NULL;
@@ -350,7 +307,6 @@ void measure_destroy(const kvq_context *ctx, measure **m) {
     kvq_free(ctx, (*m)->w_k);
     kvq_free(ctx, (*m)->w_v);
     kvq_free(ctx, (*m)->z_and_r);
-    kvq_free(ctx, (*m)->statuses);
     kvq_free(ctx, *m);
     *m = NULL;
 }

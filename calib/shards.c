@@ -141,24 +141,27 @@ kvq_status kvq_shard_write(const kvq_context *ctx, const kvq_artifact *artifact,
                            kvq_round round, const char *path, bool force, kvq_error *err) {
     kvq_count           counts[] = {{"round", round}, {"shard", sweep->shard}, {"n_shards", sweep->n_shards}};
     kvq_partial_writer *writer = NULL;
+    work_dir           *work = NULL;
     kvq_blob            blob = {0};
     char                name[64];
     kvq_status          status = KVQ_OK;
+    KVQ_TRY(sweep_open_results(ctx, sweep, &work, err));
     KVQ_TRY(kvq_partial_create(ctx, path, force, sweep->fingerprint, sweep->n_fingerprint, counts, 3, &writer, err));
     KVQ_TRY(put_artifact(ctx, writer, artifact, err));
     if (round == KVQ_ROUND_HISTOGRAMS) {
-        KVQ_TRY(sweep_result(ctx, sweep, STEP_LOSS, artifact->model.n_layers, &blob, err));
+        KVQ_TRY(sweep_get_result(ctx, work, (step){STEP_LOSS, artifact->model.n_layers}, &blob, err));
         KVQ_TRY(put_bytes(writer, LOSS_NAME, blob.data, blob.bytes, err));
     }
     step_kind kind = round == KVQ_ROUND_ENDS ? STEP_FORWARD : STEP_BACKWARD;
     for (int64_t l = 0; l < artifact->model.n_layers; l++) {
         blob.bytes = 0;
-        KVQ_TRY(sweep_result(ctx, sweep, kind, l, &blob, err));
+        KVQ_TRY(sweep_get_result(ctx, work, (step){kind, l}, &blob, err));
         KVQ_TRY(put_bytes(writer, layer_name(name, pass_of(round), l), blob.data, blob.bytes, err));
     }
     KVQ_TRY(kvq_partial_commit(ctx, &writer, err));
 done:
     kvq_partial_discard(ctx, &writer);
+    work_close(ctx, &work, false);
     kvq_blob_free(ctx, &blob);
     return status;
 }

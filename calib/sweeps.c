@@ -364,7 +364,7 @@ done:
 
 // ---------------------------------------------------------------- the whole run
 
-static kvq_status get_result(const kvq_context *ctx, work_dir *work, step at, kvq_blob *out, kvq_error *err) {
+kvq_status sweep_get_result(const kvq_context *ctx, work_dir *work, step at, kvq_blob *out, kvq_error *err) {
     char       name[MAX_NAME];
     kvq_status status = work_get(ctx, work, result_name(name, at), out, err);
     if (status != KVQ_OK || out->bytes > 0) return status;
@@ -380,7 +380,7 @@ static kvq_status restore(sweep *s, int64_t n_steps, kvq_error *err) {
         step at = step_at(&s->plan, index);
         if (!accumulates(at)) continue;
         blob.bytes = 0;
-        KVQ_TRY(get_result(s->ctx, s->work, at, &blob, err));
+        KVQ_TRY(sweep_get_result(s->ctx, s->work, at, &blob, err));
         if (at.kind == STEP_LOSS) {
             blob_reader in = {blob.data, blob.bytes};
             KVQ_TRY(blob_take(&in, &s->loss, sizeof s->loss, err));
@@ -446,8 +446,7 @@ static kvq_status refuse_other_layout(const kvq_sweep_options *options, const kv
                     p->n_ranks == 1 ? "several processes" : "one process");
 }
 
-// Which part of the windows a directory
-// belongs to is as much part of its identity as the settings.
+// Which part of the windows a directory belongs to is as much part of its identity as the settings.
 static kvq_status open_work_dir(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *p,
                                 bool restart, work_dir **out, kvq_error *err) {
     char       path[MAX_PATH];
@@ -544,14 +543,10 @@ done:
     return status;
 }
 
-kvq_status sweep_result(const kvq_context *ctx, const kvq_sweep_options *options, step_kind kind, int64_t layer,
-                        kvq_blob *out, kvq_error *err) {
+kvq_status sweep_open_results(const kvq_context *ctx, const kvq_sweep_options *options, work_dir **out,
+                              kvq_error *err) {
     kvq_processes alone = kvq_processes_single();
-    work_dir     *work = NULL;
-    kvq_status    status = open_work_dir(ctx, options, &alone, false, &work, err);
-    if (status == KVQ_OK) status = get_result(ctx, work, (step){kind, layer}, out, err);
-    work_close(ctx, &work, false);
-    return status;
+    return open_work_dir(ctx, options, &alone, false, out, err);
 }
 
 kvq_status kvq_sweep_set_result(const kvq_context *ctx, const kvq_sweep_options *options,

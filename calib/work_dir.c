@@ -168,10 +168,15 @@ static void remove_files(const work_dir *w) {
     (void)unlink(path);
 }
 
+// Of a directory that need not exist; false when it has no manifest.
+static bool find_manifest(const char *path, char manifest[4096]) {
+    (void)snprintf(manifest, 4096, "%.4000s/" MANIFEST, path);
+    return access(manifest, F_OK) == 0;
+}
+
 bool work_exists(const char *path) {
     char manifest[4096];
-    (void)snprintf(manifest, sizeof manifest, "%.4000s/" MANIFEST, path);
-    return access(manifest, F_OK) == 0;
+    return find_manifest(path, manifest);
 }
 
 kvq_status work_make_folder(const char *path, kvq_error *err) {
@@ -186,8 +191,7 @@ kvq_status work_peek_result(const kvq_context *ctx, const char *path, char resul
     int64_t    n = 0;
     kvq_status status = KVQ_OK;
     result[0] = 0;
-    (void)snprintf(manifest, sizeof manifest, "%.4000s/" MANIFEST, path);
-    if (access(manifest, F_OK) != 0) return KVQ_OK;
+    if (!find_manifest(path, manifest)) return KVQ_OK;
     KVQ_TRY(kvq_fields_read(ctx, manifest, &fields, &n, err));
     const char *found = kvq_fields_find(fields, n, RESULT_FIELD);
     if (found != NULL) (void)snprintf(result, KVQ_SHA256_HEX, "%s", found);

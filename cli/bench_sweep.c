@@ -12,7 +12,6 @@
 #define USUAL_SEQ_LEN 512
 #define OUTLIERS      0.01
 #define BITS          3
-#define ROWS_PER_ITEM 256
 
 typedef enum stage {
     LOAD,
@@ -80,30 +79,11 @@ static void stop(sweep *s, stage at) { s->times[at].values[s->repeat] += kvq_now
 
 // ---------------------------------------------------------------- counting, as the backward sweep does it
 
-typedef struct count_job {
-    sweep      *s;
-    int64_t     n_blocks;
-    kvq_status *statuses; // [2 * n_blocks]
-} count_job;
-
-static void count_item(void *user, int64_t item, int worker) {
-    const count_job  *job = user;
-    const sweep      *s = job->s;
-    bool              is_v = item >= job->n_blocks;
-    int64_t           first = item % job->n_blocks * ROWS_PER_ITEM;
-    int64_t           n = s->S - first < ROWS_PER_ITEM ? s->S - first : ROWS_PER_ITEM;
-    kvq_count_options options = {.range_squared = true, .n_skip = first == 0};
-    job->statuses[item] =
-        kvq_histogram_count_rows(s->histograms[2 * worker + is_v], &s->specs[is_v], (is_v ? s->v : s->k) + first * s->d,
-                                 (is_v ? s->w_v : s->w_k) + first * s->d, n, options, NULL);
-}
-
 static kvq_status count_window(sweep *s, kvq_error *err) {
-    count_job   job = {.s = s, .n_blocks = (s->S + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM};
-    kvq_kv_view view = kvq_workspace_kv(s->ws);
-    int64_t     n = s->S * s->d;
-    kvq_status  status = KVQ_NEW(s->ctx, 2 * job.n_blocks, "results of counting", &job.statuses, err);
-    if (status != KVQ_OK) return status;
+    const kvq_count_tensor tensors[] = {{"K", &s->specs[0], s->k, s->w_k}, {"V", &s->specs[1], s->v, s->w_v}};
+    kvq_count_options      options = {.range_squared = true, .n_skip = 1};
+    kvq_kv_view            view = kvq_workspace_kv(s->ws);
+    int64_t                n = s->S * s->d;
     start(s);
     s->be->download(s->be, s->k, view.k, n);
     s->be->download(s->be, s->v, view.v, n);
@@ -111,12 +91,9 @@ static kvq_status count_window(sweep *s, kvq_error *err) {
     s->be->download(s->be, s->w_v, view.dv, n);
     kvq_fisher_diagonal(s->w_k, n, s->w_k);
     kvq_fisher_diagonal(s->w_v, n, s->w_v);
-    kvq_parallel_for(s->ctx, 2 * job.n_blocks, count_item, &job);
+    kvq_status status = kvq_histograms_count(s->ctx, s->histograms, tensors, 2, s->S, options, err);
     stop(s, COUNT);
-    for (int64_t i = 0; i < 2 * job.n_blocks && status == KVQ_OK; i++) status = job.statuses[i];
-    kvq_free(s->ctx, job.statuses);
-    return status == KVQ_OK ? KVQ_OK
-                            : kvq_fail(err, status, NULL, "counting: K, V or their gradients are out of range");
+    return status;
 }
 
 // ---------------------------------------------------------------- one layer
@@ -174,14 +151,12 @@ done:
 static kvq_status fit_layer(sweep *s, kvq_error *err) {
     kvq_status status = KVQ_OK;
     start(s);
-    for (int i = 0; i < 2 * s->ctx->n_threads; i++) {
-        if (i >= 2) kvq_histogram_merge(s->histograms[i % 2], s->histograms[i]);
-    }
+    kvq_histograms_gather(s->histograms, s->ctx->n_threads, 2);
     for (int i = 0; i < 2; i++) {
         kvq_fit_report fit;
         KVQ_TRY(kvq_fit_histogram(s->ctx, s->histograms[i], BITS, s->levels, &fit, err));
     }
-    for (int i = 0; i < 2 * s->ctx->n_threads; i++) kvq_histogram_clear(s->histograms[i]);
+    for (int i = 0; i < 2; i++) kvq_histogram_clear(s->histograms[i]);
     stop(s, FIT);
 
 done:

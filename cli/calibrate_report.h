@@ -29,7 +29,7 @@ typedef struct calibration {
     kvq_sweep_options        sweep;
     kvq_processes            processes;
     bool                     finished; // the output is what this run wrote before it was killed
-    char                     work_dir[4096];
+    char                     work_dir[CLI_MAX_PATH];
     kvq_field                fingerprint[MAX_FINGERPRINT];
     int64_t                  n_fingerprint;
     int64_t                  seq_len;

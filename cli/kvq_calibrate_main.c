@@ -6,23 +6,13 @@
 
 #include "calibrate_report.h"
 
-#define USUAL_SAMPLES 16
-
 #define AT(field) offsetof(calibrate_options, field)
 static const kvq_cli_option OPTIONS[] = {
     {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file"},
     CLI_TEXT_ROWS,
     {"capture", 0, CLI_TEXT, AT(capture), "FILE",
      .help = "K and V from kvq-capture or another program, instead of a model and a text"},
-    {"tokens", 0, CLI_TEXT, AT(source.tokens), "FILE.npy", .help = "token ids instead of --text; no tokenizer is used"},
-    {"samples", 0, CLI_COUNT, AT(samples), "N", .help = "windows drawn from the text (16)", .min = 1,
-     .max = CLI_MAX_TOKENS},
-    {"seq-len", 0, CLI_COUNT, AT(seq_len), "S", .help = "tokens per window (2048, or all positions of the model)",
-     .min = 2, .max = CLI_MAX_TOKENS},
-    {"seed", 0, CLI_SEED, AT(seed), "X", .help = "decides which windows are drawn (0)"},
-    {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW",
-     .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",
-     .choices = kvq_cli_bos_names},
+    CLI_WINDOW_ROWS,
     {"bits", 0, CLI_COUNT, AT(bits), "B", .help = "bits per element of K and V, 2 to 4 (3)", .min = 2, .max = 4},
     {"k-bits", 0, CLI_COUNT, AT(k_bits), "B", .help = "bits of K alone", .min = 2, .max = 4},
     {"v-bits", 0, CLI_COUNT, AT(v_bits), "B", .help = "bits of V alone", .min = 2, .max = 4},
@@ -71,7 +61,7 @@ static kvq_status check_capture_options(const calibrate_options *o, int n_ranks,
         {"--model", o->model != NULL},
         {"--text", o->source.texts.count > 0},
         {"--tokens", o->source.tokens != NULL},
-        {"--samples", o->samples != USUAL_SAMPLES},
+        {"--samples", o->samples != CLI_USUAL_SAMPLES},
         {"--seq-len", o->seq_len > 0},
         {"--seed", o->seed.given},
         {"--bos", o->source.bos != KVQ_BOS_AUTO},
@@ -132,14 +122,10 @@ static kvq_status resolve_options(calibration *c, kvq_error *err) {
     c->options.outlier_fraction = o->outliers;
     c->options.sink_tokens = o->sink_tokens;
     c->options.weighting = (kvq_weighting)o->weighting;
-    const char *base = o->work_dir != NULL ? o->work_dir : o->output;
-    int         length = snprintf(c->work_dir, sizeof c->work_dir, o->work_dir != NULL ? "%s" : "%s.work", base);
-    if (length >= (int)sizeof c->work_dir) {
-        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--work-dir: the path is longer than %zu characters",
-                        sizeof c->work_dir - 6);
-    }
+    kvq_status status = kvq_cli_work_dir(o->work_dir, o->output, c->work_dir, err);
+    if (status != KVQ_OK) return status;
     c->sweep = (kvq_sweep_options){.work_dir = c->work_dir, .restart = o->restart};
-    kvq_status status = read_shard(o->shard, &c->sweep, err);
+    status = read_shard(o->shard, &c->sweep, err);
     if (status != KVQ_OK || o->shard == NULL || o->work_dir != NULL) return status;
     return kvq_fail(err, KVQ_ERR_USAGE, "give each shard a folder of its own, the same in both rounds",
                     "--shard %s needs --work-dir: the second round goes on where the first one ended", o->shard);
@@ -158,11 +144,15 @@ static kvq_status check_output(kvq_cli *cli, calibration *c, kvq_error *err) {
     if (result[0] != 0 && !o->restart && kvq_artifact_read(&cli->ctx, o->output, &existing, found, NULL) == KVQ_OK)
         c->finished = strcmp(result, found) == 0;
     kvq_artifact_destroy(&cli->ctx, &existing);
-    const char *inputs[3 + CLI_MAX_LIST] = {o->model, o->source.tokens, o->thresholds};
-    for (int i = 0; i < o->source.texts.count && !kvq_cli_is_self(&o->source); i++)
-        inputs[3 + i] = o->source.texts.items[i];
+    const char *inputs[CLI_SOURCE_FILES + 2] = {NULL};
+    kvq_cli_source_files(&o->source, inputs);
+    inputs[CLI_SOURCE_FILES] = o->model;
+    inputs[CLI_SOURCE_FILES + 1] = o->thresholds;
     return kvq_cli_check_output(cli, o->output, o->force || c->finished, inputs, CLI_COUNT_OF(inputs), err);
 }
+
+// Does the work directory hold a run that this one would continue?
+static bool continues(const calibration *c) { return !c->o->restart && kvq_sweep_has_begun(&c->sweep, &c->processes); }
 
 // Writing text keeps the whole model and a cache in memory, which no plan of the sweeps counts.
 static kvq_status check_writing_memory(calibration *c, kvq_error *err) {
@@ -180,8 +170,7 @@ static kvq_status check_writing_memory(calibration *c, kvq_error *err) {
 static kvq_status make_plan(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_calib_limits limits = {c->o->memory_limit, c->o->scratch_limit};
     double           free_bytes = kvq_cli_free_bytes(c->work_dir);
-    bool             begun = kvq_sweep_has_begun(&c->sweep, &c->processes) && !c->o->restart;
-    if (limits.scratch_bytes == 0 && free_bytes > 0 && !begun)
+    if (limits.scratch_bytes == 0 && free_bytes > 0 && !continues(c))
         limits.scratch_bytes = (int64_t)free_bytes / c->processes.n_ranks;
     kvq_status status = kvq_calib_plan_make(&cli->ctx, c->model, &c->options, c->o->samples, c->seq_len,
                                             c->sweep.n_shards * c->processes.n_ranks, limits, &c->plan, err);
@@ -215,8 +204,7 @@ done:
 
 // Once per calibration: not in every process, shard and continuation.
 static kvq_status check_bos(kvq_cli *cli, calibration *c, kvq_error *err) {
-    bool begun = kvq_sweep_has_begun(&c->sweep, &c->processes) && !c->o->restart;
-    if (c->processes.rank > 0 || c->sweep.shard > 0 || c->o->thresholds != NULL || begun) return KVQ_OK;
+    if (c->processes.rank > 0 || c->sweep.shard > 0 || c->o->thresholds != NULL || continues(c)) return KVQ_OK;
     return kvq_cli_check_bos(cli, c->be, c->model, &c->o->source, &c->windows, &c->tokenizer, c->o->dry_run, err);
 }
 
@@ -252,7 +240,7 @@ static kvq_status dry_run(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_cli_format_seconds(seconds, text, sizeof text);
     kvq_cli_say(cli, "time       about %s on %d threads (2 windows of random tokens were timed in layer 0)", text,
                 cli->ctx.n_threads);
-    if (kvq_sweep_has_begun(&c->sweep, &c->processes) && !c->o->restart)
+    if (continues(c))
         kvq_cli_say(cli, "%s holds a run that was interrupted; the same command would continue it", c->work_dir);
     kvq_cli_say(cli, "would write %s; nothing was written", c->o->output);
     return KVQ_OK;
@@ -389,7 +377,7 @@ static const kvq_cli_program PROGRAM = {
 
 int main(int argc, char **argv) {
     kvq_calib_options usual = kvq_calib_options_default();
-    calibrate_options options = {.samples = USUAL_SAMPLES,
+    calibrate_options options = {.samples = CLI_USUAL_SAMPLES,
                                  .outliers = usual.outlier_fraction,
                                  .sink_tokens = usual.sink_tokens,
                                  .weighting = (int)usual.weighting};

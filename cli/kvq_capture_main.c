@@ -7,8 +7,6 @@
 #include "kvq_cli.h"
 #include "kvq_fisher.h"
 
-#define MAX_PATH 4096
-
 static const char *const    DTYPE_NAMES[] = {"f32", "f16", NULL};
 static const kvq_array_type DTYPES[] = {KVQ_ARRAY_F32, KVQ_ARRAY_F16};
 
@@ -26,15 +24,7 @@ typedef struct capture_options {
 static const kvq_cli_option OPTIONS[] = {
     {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file"},
     CLI_TEXT_ROWS,
-    {"tokens", 0, CLI_TEXT, AT(source.tokens), "FILE.npy", .help = "token ids instead of --text; no tokenizer is used"},
-    {"samples", 0, CLI_COUNT, AT(samples), "N", .help = "windows drawn from the text (16)", .min = 1,
-     .max = CLI_MAX_TOKENS},
-    {"seq-len", 0, CLI_COUNT, AT(seq_len), "S", .help = "tokens per window (2048, or all positions of the model)",
-     .min = 2, .max = CLI_MAX_TOKENS},
-    {"seed", 0, CLI_SEED, AT(seed), "X", .help = "decides which windows are drawn (0)"},
-    {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW",
-     .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",
-     .choices = kvq_cli_bos_names},
+    CLI_WINDOW_ROWS,
     {"layers", 0, CLI_TEXT, AT(layers), "LIST", .help = "which layers, from 0, as 0-3,7 (all)"},
     {"with-query", 0, CLI_FLAG, AT(with_query), NULL, .help = "also the queries before RoPE"},
     {"with-fisher", 0, CLI_FLAG, AT(with_fisher), NULL,
@@ -56,7 +46,7 @@ static const kvq_cli_option OPTIONS[] = {
 
 typedef struct capture_run {
     const capture_options  *o;
-    char                    work_dir[MAX_PATH];
+    char                    work_dir[CLI_MAX_PATH];
     kvq_checkpoint         *checkpoint;
     kvq_checkpoint_identity identity;
     kvq_backend            *be;
@@ -100,13 +90,6 @@ static kvq_status read_layers(const char *list, int64_t n_layers, kvq_capture_in
         at = at[end] == ',' ? at + end + 1 : NULL;
     }
     return KVQ_OK;
-}
-
-static kvq_status find_work_dir(capture_run *r, kvq_error *err) {
-    const char *base = r->o->work_dir != NULL ? r->o->work_dir : r->o->output;
-    int         length = snprintf(r->work_dir, sizeof r->work_dir, r->o->work_dir != NULL ? "%s" : "%s.work", base);
-    if (length < MAX_PATH) return KVQ_OK;
-    return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--work-dir: the path is longer than %d characters", MAX_PATH - 6);
 }
 
 // ---------------------------------------------------------------- preparations
@@ -226,8 +209,9 @@ static kvq_status prepare(kvq_cli *cli, capture_run *r, kvq_error *err) {
     kvq_status             status = KVQ_OK;
     const capture_options *o = r->o;
     bool                   self = kvq_cli_is_self(&o->source);
-    const char            *inputs[2 + CLI_MAX_LIST] = {o->model, o->source.tokens};
-    for (int i = 0; i < o->source.texts.count && !self; i++) inputs[2 + i] = o->source.texts.items[i];
+    const char            *inputs[CLI_SOURCE_FILES + 1] = {NULL};
+    kvq_cli_source_files(&o->source, inputs);
+    inputs[CLI_SOURCE_FILES] = o->model;
     KVQ_TRY(kvq_cli_check_output(cli, o->output, o->force, inputs, CLI_COUNT_OF(inputs), err));
     KVQ_TRY(check_work_dir(r, err));
     KVQ_TRY(open_model(cli, r, err));
@@ -332,7 +316,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     capture_run r = {.o = options, .start_s = kvq_now_s()};
     (void)exit_code; // a capture has no negative verdict
     KVQ_TRY(check_options(r.o, err));
-    KVQ_TRY(find_work_dir(&r, err));
+    KVQ_TRY(kvq_cli_work_dir(r.o->work_dir, r.o->output, r.work_dir, err));
     KVQ_TRY(prepare(cli, &r, err));
     if (r.o->dry_run) {
         kvq_cli_say(cli, "would write %s; nothing was written", r.o->output);
@@ -373,6 +357,6 @@ static const kvq_cli_program PROGRAM = {
 };
 
 int main(int argc, char **argv) {
-    capture_options options = {.samples = 16};
+    capture_options options = {.samples = CLI_USUAL_SAMPLES};
     return kvq_cli_main(&PROGRAM, argc, argv, &options);
 }

@@ -145,6 +145,10 @@ int64_t kvq_peak_memory(void);     // the most it ever was
 kvq_status kvq_cli_check_output(kvq_cli *cli, const char *output, bool force, const char *const *inputs, int n_inputs,
                                 kvq_error *err);
 
+// The work directory: `wanted`, or OUTPUT.work when that is NULL. KVQ_ERR_USAGE when the path is too long.
+#define CLI_MAX_PATH 4096
+kvq_status kvq_cli_work_dir(const char *wanted, const char *output, char out[CLI_MAX_PATH], kvq_error *err);
+
 // ---------------------------------------------------------------- tokens (tokens.c, texts.c, self_text.c)
 
 extern const char *const kvq_cli_bos_names[];         // in the order of kvq_bos_policy
@@ -175,9 +179,26 @@ typedef struct kvq_cli_source {
      .help = "member of a jsonl object that holds its text (text)"},                                                   \
     {"documents", 0, CLI_CHOICE, AT(source.documents), "HOW",                                                          \
      .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names}
+
+// Rows for the windows that are drawn from it, or from given ids: samples, seq_len and seed beside the source.
+#define CLI_WINDOW_ROWS                                                                                                \
+    {"tokens", 0, CLI_TEXT, AT(source.tokens), "FILE.npy",                                                             \
+     .help = "token ids instead of --text; no tokenizer is used"},                                                     \
+    {"samples", 0, CLI_COUNT, AT(samples), "N", .help = "windows drawn from the text (16)", .min = 1,                  \
+     .max = CLI_MAX_TOKENS},                                                                                           \
+    {"seq-len", 0, CLI_COUNT, AT(seq_len), "S", .help = "tokens per window (2048, or all positions of the model)",     \
+     .min = 2, .max = CLI_MAX_TOKENS},                                                                                 \
+    {"seed", 0, CLI_SEED, AT(seed), "X", .help = "decides which windows are drawn (0)"},                               \
+    {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW",                                                                      \
+     .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",                            \
+     .choices = kvq_cli_bos_names}
+#define CLI_USUAL_SAMPLES 16
 // clang-format on
 
+#define CLI_SOURCE_FILES (CLI_MAX_LIST + 1)
 bool kvq_cli_is_self(const kvq_cli_source *source);
+// The files of a source (none for self), for kvq_cli_check_output, [CLI_SOURCE_FILES], unused ones NULL.
+void kvq_cli_source_files(const kvq_cli_source *source, const char **inputs);
 // Cheap checks before anything large is opened: one kind of source, its files can be read, weights belong to files.
 kvq_status kvq_cli_source_check(const kvq_cli_source *source, kvq_error *err);
 // The window length: `wanted`, or when that is 0 `usual` limited to what the model can do. KVQ_ERR_USAGE beyond it.

@@ -47,3 +47,9 @@ kvq_status kvq_cli_check_output(kvq_cli *cli, const char *output, bool force, co
     if (status == KVQ_OK) kvq_output_discard(&cli->ctx, &trial);
     return status;
 }
+
+kvq_status kvq_cli_work_dir(const char *wanted, const char *output, char out[CLI_MAX_PATH], kvq_error *err) {
+    int length = snprintf(out, CLI_MAX_PATH, wanted != NULL ? "%s" : "%s.work", wanted != NULL ? wanted : output);
+    if (length < CLI_MAX_PATH) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--work-dir: the path is longer than %d characters", CLI_MAX_PATH - 6);
+}

@@ -41,6 +41,13 @@ static kvq_status check_options(const kvq_cli_source *source, kvq_error *err) {
     return source->mix != NULL ? kvq_cli_parse_mix(source->mix, &source->texts, weights, err) : KVQ_OK;
 }
 
+void kvq_cli_source_files(const kvq_cli_source *source, const char **inputs) {
+    bool self = kvq_cli_is_self(source);
+    inputs[0] = source->tokens;
+    for (int i = 0; i < CLI_MAX_LIST; i++)
+        inputs[1 + i] = i < source->texts.count && !self ? source->texts.items[i] : NULL;
+}
+
 kvq_status kvq_cli_source_check(const kvq_cli_source *source, kvq_error *err) {
     kvq_context     silent = kvq_context_default();
     kvq_mapped_file file = {NULL, 0};

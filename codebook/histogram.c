@@ -3,6 +3,7 @@
 // Weighted histograms of normalised elements. Everything is added in fixed point, so threads, windows and processes may
 // count in any order and the fit still sees the same bits.
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "kvq_codebook.h"
@@ -261,4 +262,57 @@ kvq_status kvq_histogram_count_rows(kvq_histogram *h, const kvq_block_spec *spec
         if (status == KVQ_OK) status = select_and_count(&rc, x + row * spec->d, row_weights, row, err);
     }
     return status;
+}
+
+// ---------------------------------------------------------------- several tensors, in parallel
+
+#define ROWS_PER_ITEM 256 // counted by one thread
+
+typedef struct count_job {
+    kvq_histogram         **histograms;
+    const kvq_count_tensor *tensors;
+    int                     n_tensors;
+    int64_t                 n_rows, n_blocks; // blocks of rows of one tensor
+    kvq_count_options       options;
+    _Atomic int64_t         first_failed; // item, or the number of items
+} count_job;
+
+static kvq_status count_item(const count_job *job, int64_t item, int worker, kvq_error *err) {
+    int64_t                 tensor = item / job->n_blocks, first = item % job->n_blocks * ROWS_PER_ITEM;
+    int64_t                 n = job->n_rows - first < ROWS_PER_ITEM ? job->n_rows - first : ROWS_PER_ITEM;
+    int64_t                 skip = job->options.n_skip - first;
+    const kvq_count_tensor *t = &job->tensors[tensor];
+    kvq_count_options       options = job->options;
+    options.n_skip = skip < 0 ? 0 : skip < n ? skip : n;
+    return kvq_histogram_count_rows(job->histograms[worker * job->n_tensors + tensor], t->spec,
+                                    t->x + first * t->spec->d,
+                                    t->weights != NULL ? t->weights + first * t->spec->d : NULL, n, options, err);
+}
+
+static void try_item(void *user, int64_t item, int worker) {
+    count_job *job = user;
+    if (count_item(job, item, worker, NULL) == KVQ_OK) return;
+    int64_t known = atomic_load(&job->first_failed);
+    while (item < known && !atomic_compare_exchange_weak(&job->first_failed, &known, item)) {
+    }
+}
+
+kvq_status kvq_histograms_count(const kvq_context *ctx, kvq_histogram **histograms, const kvq_count_tensor *tensors,
+                                int n_tensors, int64_t n_rows, kvq_count_options options, kvq_error *err) {
+    int64_t   n_blocks = (n_rows + ROWS_PER_ITEM - 1) / ROWS_PER_ITEM, n_items = n_tensors * n_blocks;
+    count_job job = {histograms, tensors, n_tensors, n_rows, n_blocks, options, n_items};
+    kvq_parallel_for(ctx, n_items, try_item, &job);
+    int64_t failed = atomic_load(&job.first_failed);
+    if (failed == n_items) return KVQ_OK;
+    kvq_status status = count_item(&job, failed, 0, err); // again, for its message
+    kvq_error_prefix(err, "%s, positions from %lld: ", tensors[failed / n_blocks].name,
+                     (long long)(failed % n_blocks * ROWS_PER_ITEM));
+    return status;
+}
+
+void kvq_histograms_gather(kvq_histogram **histograms, int n_threads, int n_tensors) {
+    for (int i = n_tensors; i < n_threads * n_tensors; i++) {
+        kvq_histogram_merge(histograms[i % n_tensors], histograms[i]);
+        kvq_histogram_clear(histograms[i]);
+    }
 }

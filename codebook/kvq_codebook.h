@@ -105,6 +105,18 @@ typedef struct kvq_count_options {
 kvq_status kvq_histogram_count_rows(kvq_histogram *h, const kvq_block_spec *spec, const float *x, const float *weights,
                                     int64_t n_rows, kvq_count_options options, kvq_error *err);
 
+// The same for several tensors with the same rows, on all threads of ctx: histograms [n_threads, n_tensors], each
+// thread counts into its own. Errors name tensor and position. Which thread counts what leaves no trace once
+// kvq_histograms_gather has added all of them to the first n_tensors and cleared the others.
+typedef struct kvq_count_tensor {
+    const char           *name; // "K"
+    const kvq_block_spec *spec;
+    const float          *x, *weights; // [n_rows, spec->d]; weights NULL = 1
+} kvq_count_tensor;
+kvq_status kvq_histograms_count(const kvq_context *ctx, kvq_histogram **histograms, const kvq_count_tensor *tensors,
+                                int n_tensors, int64_t n_rows, kvq_count_options options, kvq_error *err);
+void       kvq_histograms_gather(kvq_histogram **histograms, int n_threads, int n_tensors);
+
 // ---------------------------------------------------------------- exact k-means
 
 // One point or bin of a sorted weighted sample.

@@ -3,20 +3,8 @@
 // damage gets through.
 #include <hdf5.h>
 
+#include "hdf5_leaks.h"
 #include "sample_capture.h"
-
-// HDF5 1.10.8 loses memory when it meets damage. It says so at exit unless its printing is off by then, and a leak
-// checker would say so too, but asks the second function before.
-static bool expect_leaks;
-
-__attribute__((visibility("default"))) int __lsan_is_turned_off(void);
-
-int __lsan_is_turned_off(void) { return expect_leaks; }
-
-static void expect_hdf5_leaks(void) {
-    (void)H5Eset_auto2(H5E_DEFAULT, NULL, NULL);
-    expect_leaks = true; // in this test's process
-}
 
 // ---------------------------------------------------------------- files of other programs
 
