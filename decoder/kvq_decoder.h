@@ -16,8 +16,9 @@ extern "C" {
 
 // ---------------------------------------------------------------- packed cache
 
-// K and V of one layer and one sequence as an engine would store them: the first sink_tokens tokens in f16, the rest as
-// rows of kvq_block_hd.h. Keys are stored before RoPE.
+// K and V of one layer and one sequence as an engine would store them: the first sink_tokens and the last recent_tokens
+// tokens in f16, the rest as rows of kvq_block_hd.h. A recent token is encoded, from its f16 values, when it leaves that
+// window. Keys are given and stored before or after RoPE, as the artifact's key domain says.
 typedef struct kvq_packed_layer kvq_packed_layer;
 kvq_status kvq_packed_layer_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t layer,
                                    int64_t capacity, kvq_packed_layer **out, kvq_error *err);
@@ -31,6 +32,15 @@ kvq_status kvq_packed_layer_append(const kvq_backend *be, kvq_packed_layer *cach
 void    kvq_packed_layer_decode(const kvq_backend *be, const kvq_packed_layer *cache, float *k, float *v);
 int64_t kvq_packed_layer_length(const kvq_packed_layer *cache);
 int64_t kvq_packed_layer_bytes(const kvq_packed_layer *cache); // stored for the current length, tables excluded
+
+// ---------------------------------------------------------------- held-out errors
+
+// Fills the held-out reports of every layer: the windows pass through the model in full precision, and beside it each
+// layer's K and V go through the packed cache and its attention is computed from K alone, V alone, and both quantised.
+// Sink tokens are left out of the element errors. Memory: one layer of weights and the hidden states of a group of
+// windows.
+kvq_status kvq_measure_heldout(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, kvq_artifact *artifact,
+                               const kvq_windows *windows, kvq_error *err);
 
 // ---------------------------------------------------------------- validation
 
@@ -58,7 +68,8 @@ typedef struct kvq_validation {
 void kvq_validation_free(const kvq_context *ctx, kvq_validation *validation);
 
 // Scores every window with full precision and, when artifact is not NULL, with every K and V of the window replaced by
-// what the packed cache gives back (KVQuant's protocol). Both passes run over the same windows side by side; memory is
+// what the packed cache gives back (KVQuant's protocol); with a recent window each query sees the last recent_tokens
+// keys and values, its own included, as f16, which is what it would see if the tokens came one by one. Both passes run over the same windows side by side; memory is
 // one layer of weights plus the hidden states of a group of windows.
 kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
                         const kvq_windows *windows, kvq_validation *out, kvq_error *err);

@@ -12,6 +12,9 @@
 //     outlier   { u16 channel, f16 residual }; first the n_side slots of the upper side, then those of the lower side;
 //               an unused slot (K only) has channel 0xFFFF and residual 0
 //
+// "K row" is short for a tensor whose ranges are fixed per channel, "V row" for one whose ranges are found per token;
+// which of the two a tensor is, is a choice of its artifact.
+//
 // Decoded value: level[code] * r + z in f32, each operation rounded; where an outlier names the channel its residual is
 // added. The rules (docs/format.md has them in prose):
 //   * Normalised value x' = (x - z) / r in f32; code = nearest level by |x' - level| in f32, the lower index on a tie.
@@ -20,6 +23,10 @@
 //   * V: per token, the n_side smallest and n_side largest elements in (value, channel) order are outliers; z and r are
 //     the middle and half width of the range of the rest, rounded to f16 before anything is coded with them.
 //   * r = 0 (a constant channel or token): every code is 0 and decodes to z.
+//   * Several tables: the channels of a KV head have a table of their own.
+//   * Q-Norm: codes are chosen by `levels` and decode by `decoded`.
+//   * Clamped zero point: z is moved to where one of the evenly spaced levels decodes to 0, after the outliers are
+//     chosen and before r and z are rounded (kvq_block_clamped_middle).
 #ifndef KVQ_BLOCK_HD_H
 #define KVQ_BLOCK_HD_H
 
@@ -45,8 +52,12 @@ typedef struct kvq_block_spec {
     int          d;      // row width, 1 .. 65535 - 1
     int          bits;   // 1 .. KVQ_MAX_BITS
     int          n_side; // outliers per side and token; 0 = none; 2 * n_side < d, at most KVQ_BLOCK_MAX_SIDE
-    const float *levels; // [2^bits] ascending, normalised
+    const float *levels; // [n_groups, 2^bits] ascending in each group, normalised
     const float *z, *r;  // K: [d] offset and half range of each channel, r >= 0.  V: NULL, found per token
+    int          n_groups;   // tables; divides d, channel c has table c / (d / n_groups). 0 = one
+    const float *decoded;    // [n_groups, 2^bits] what codes decode to; NULL = levels
+    const float *grid_z;     // K with a clamped zero point: [d] the offset of codes; NULL = z
+    int          clamp_zero; // V: whether each token's zero point is clamped
 } kvq_block_spec;
 
 KVQ_HD int kvq_block_code_bytes(int d, int bits) { return (d * bits + 31) / 32 * 4; }
@@ -58,6 +69,16 @@ KVQ_HD int kvq_block_row_bytes(const kvq_block_spec *s) {
 // Outliers per side for a two-sided fraction o of d channels: floor(o/2 * d) + 1, and none for o = 0. The small
 // constant keeps products such as 0.005 * 200 from falling below the integer they stand for.
 KVQ_HD int kvq_block_n_side(double fraction, int d) { return fraction > 0 ? (int)(fraction / 2 * d + 1e-9) + 1 : 0; }
+
+// The middle of a grid of n evenly spaced levels over [z - r, z + r], moved by less than half a step so that a level
+// decodes to 0; where 0 lies outside of the range the nearest end becomes 0, which may move it by more (the integer
+// zero point of common quantisers, clamped to 0 .. n - 1, halves rounded to even). r = 0 keeps z.
+KVQ_HD float kvq_block_clamped_middle(float z, float r, int n) {
+    if (!(r > 0)) return z;
+    float step = 2.0f * r / (float)(n - 1), zero = rintf((r - z) / step);
+    zero = zero < 0 ? 0.0f : zero > (float)(n - 1) ? (float)(n - 1) : zero;
+    return r - zero * step;
+}
 
 // (x - z) / r; `constant` where r = 0. The division is done in either case, for a branch would keep loops from
 // vectorising.
