@@ -1,14 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Datatypes that need no fit, and the names of everything a user may choose.
+// Datatypes that need no fit.
 #include <math.h>
 
 #include "kvq_codebook.h"
 
 const char *const kvq_datatype_names[] = {"nuq", "nf", "int", "int-clamped", NULL};
-const char *const kvq_axis_names[] = {"channel", "token", NULL};
-const char *const kvq_key_domain_names[] = {"pre_rope", "post_rope", NULL};
-const char *const kvq_scope_names[] = {"channel", "matrix", NULL};
 
 // ---------------------------------------------------------------- NormalFloat
 
