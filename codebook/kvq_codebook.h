@@ -166,7 +166,7 @@ typedef struct kvq_count_options {
     double          fraction; // of the percentiles
 } kvq_count_options;
 // On all threads of ctx; each histogram is filled by one of them, so the count of threads leaves no trace. scratch:
-// kvq_count_scratch_floats(n_rows, widest d). KVQ_ERR_NUMERICAL, naming tensor, row and channel, for a non-finite
+// kvq_count_scratch_floats for every tensor, one behind the other. KVQ_ERR_NUMERICAL, naming tensor, row and channel, for a non-finite
 // element, or a squared gradient that is negative, not finite, or beyond the range of the sums; the histograms then
 // hold a part of the rows. KVQ_ERR_USAGE when the outliers leave nothing of a row.
 int64_t    kvq_count_scratch_floats(int64_t n_rows, int64_t d);
@@ -178,18 +178,23 @@ kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensor
 // What a fit needs of a histogram, in the precision in which it is stored: a fit from a file and a fit right after
 // counting see the same numbers.
 typedef struct kvq_weighted_bins {
-    float *w, *x;     // [KVQ_HISTOGRAM_BINS] weight, and weighted mean of the normalised values; NULL = not counted
-    double wxx, w2;   // sums over elements of w x'^2 and w^2
+    float *w, *x; // [KVQ_HISTOGRAM_BINS] weight, and weighted mean of the normalised values; NULL = not counted
 } kvq_weighted_bins;
+typedef struct kvq_distribution_sums { // doubles only, so that an array of them is one of doubles
+    double energy, beyond[2], beyond_squared; // as in kvq_histogram
+    double scatter[KVQ_N_WEIGHTINGS];         // sum of w (x' - mean of its bin)^2
+    double w2[KVQ_N_WEIGHTINGS];              // sum of w^2
+} kvq_distribution_sums;
 typedef struct kvq_distribution {
-    kvq_weighted_bins  by[KVQ_N_WEIGHTINGS];
-    kvq_element_counts counts;
-    double             energy, beyond[2], beyond_squared; // as in kvq_histogram
+    kvq_weighted_bins      by[KVQ_N_WEIGHTINGS];
+    kvq_element_counts    *counts;
+    kvq_distribution_sums *sums;
 } kvq_distribution;
-kvq_status kvq_distribution_create(const kvq_context *ctx, kvq_weighting_set weightings, kvq_distribution *out,
-                                   kvq_error *err);
-void       kvq_distribution_free(const kvq_context *ctx, kvq_distribution *d);
-// KVQ_ERR_NUMERICAL when a sum left the range of fixed point.
+// Of n KV heads: arrays of all heads lie behind each other. Free with kvq_distributions_free, which takes NULL.
+kvq_status kvq_distributions_create(const kvq_context *ctx, kvq_weighting_set weightings, int n,
+                                    kvq_distribution **out, kvq_error *err);
+void       kvq_distributions_free(const kvq_context *ctx, kvq_distribution **distributions);
+// Fills one of them from a histogram of the same weightings. KVQ_ERR_NUMERICAL when a sum left the range of fixed point.
 kvq_status kvq_distribution_take(const kvq_histogram *h, kvq_distribution *out, kvq_error *err);
 
 // ---------------------------------------------------------------- exact k-means
@@ -347,7 +352,7 @@ typedef struct kvq_measure_options {
     bool              moments;     // second moments of Q, K and V
 } kvq_measure_options;
 int kvq_measured_k_side(const kvq_measure_options *options, double fraction, int d); // outliers of K per side
-int kvq_measured_v_side(const kvq_measure_options *options, double fraction, int d);
+int kvq_measured_v_side(double fraction, int d);
 // Index of a fraction, -1 when it was not measured.
 int kvq_measured_fraction(const kvq_measure_options *options, double fraction);
 
