@@ -349,7 +349,7 @@ typedef struct kvq_measure_options {
     kvq_scope         threshold_scope;
     int64_t           k_slots;     // outliers of K per side and token; 0 = kvq_block_n_side, -1 = as many as there can be
     kvq_token_range   token_range; // of V (and of K per token)
-    bool              moments;     // second moments of Q, K and V
+    bool              moments;     // second moments of Q, K and V; of keys before RoPE only
 } kvq_measure_options;
 int kvq_measured_k_side(const kvq_measure_options *options, double fraction, int d); // outliers of K per side
 int kvq_measured_v_side(double fraction, int d);
@@ -376,7 +376,7 @@ typedef struct kvq_measured_tensor {
 
 // Second moments, uncentred: mean over tokens (sinks left out) of x x^T of each head.
 typedef struct kvq_moments {
-    double *q, *k, *v; // [H, D, D], [Hkv, D, D], [Hkv, D, D]; K and Q in the key domain of the measurement
+    double *q, *k, *v; // [H, D, D], [Hkv, D, D], [Hkv, D, D]; Q and K before RoPE
 } kvq_moments;
 
 // All that was measured of one layer. Arrays [n_fractions].
@@ -400,6 +400,14 @@ typedef struct kvq_measured_part {
     void         *data;
 } kvq_measured_part;
 int kvq_measured_layer_parts(const kvq_measured_layer *layer, int index, kvq_measured_part *out); // 0 behind the last
+
+// Adds the mean over rows of x x^T of every head to sums [n_heads, D, D], of which the triangle i >= j is used.
+// x [n_rows, n_heads * D]; scratch: kvq_moments_scratch_doubles. Then moments [n_heads, D, D] = sums / n_windows, both
+// triangles. |x| is below 2^14, so that the sums of 8 windows stay in range; more need smaller x in proportion.
+int64_t kvq_moments_scratch_doubles(int n_heads, int head_dim);
+void    kvq_moments_add(const kvq_context *ctx, const float *x, int64_t n_rows, int n_heads, int head_dim,
+                        kvq_fixed *sums, double *scratch);
+void    kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_heads, int head_dim, double *moments);
 
 // Eigenvalues of second moments [n_heads, D, D], descending [n_heads, D], by LAPACK's dsyevd; eigenvectors (NULL = not
 // wanted) [n_heads, D, D], row i belongs to value i, signs made unique: the component of largest magnitude is positive

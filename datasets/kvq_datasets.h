@@ -71,9 +71,9 @@ typedef struct kvq_window_rule {
     bool     keep_documents; // no window holds tokens of two documents; those of fewer than M tokens are left out
     int32_t  joint[2];       // otherwise: ids that stand between two documents that are not empty, [n_joint]
     int      n_joint;
-    bool     python_draw; // drawn starts are random.Random(seed).randint(0, T - M - 1) of Python, T tokens in one joined
-                          // source, in ascending order; they may overlap. For comparison with the code of KVQuant
-    int64_t  n_heldout;   // of drawn windows: as many more, where the gaps between the others leave room
+    bool python_draw;  // drawn starts are random.Random(seed).randint(0, T - M - 1) of Python, T tokens in one joined
+                       // source, in ascending order; they may overlap. For comparison with the code of KVQuant
+    int64_t n_heldout; // of drawn windows: as many more, where the gaps between the others leave room
 } kvq_window_rule;
 
 // What a source had, as far as it was read, and what was taken from it.
@@ -103,8 +103,11 @@ typedef struct kvq_source_use {
 // overlaps. uses [n_sources] may be NULL.
 //
 // Held-out windows lie in the middle of the widest gaps between the others (the ends of the text are gaps too; the
-// earlier one on a tie, no gap holds two), of joined sources whose windows do not overlap. They do not change which
-// windows are drawn. out->n_heldout says how many there was room for.
+// earlier one on a tie, no gap holds two), of joined sources that give windows, none of which overlap; never beside a
+// python_draw. They stand in the order of sources and text, do not change which windows are drawn, and are read with
+// them. out->n_heldout says how many there was room for.
+//
+// KVQ_ERR_USAGE for a python_draw of several sources or of documents that are kept.
 kvq_status kvq_windows_draw(const kvq_context *ctx, const kvq_token_source *sources, const double *weights,
                             int n_sources, const kvq_window_rule *rule, kvq_source_use *uses, kvq_windows *out,
                             kvq_error *err);
