@@ -118,11 +118,17 @@ kvq_status kvq_artifact_unpack(const kvq_context *ctx, const uint8_t *data, size
 kvq_status kvq_artifact_read(const kvq_context *ctx, const char *path, kvq_artifact **out,
                              char content_sha256[KVQ_SHA256_HEX], kvq_error *err) {
     kvq_mapped_file file = {0};
+    char            format[KVQ_FORMAT_NAME];
     kvq_status      status = kvq_map_file(path, &file, err);
     if (status != KVQ_OK) return status;
     status = artifact_from_image(ctx, file.data, file.bytes, out, content_sha256, err);
-    if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", path);
     kvq_unmap_file(&file);
+    // a sound file of another kind fails in many ways, none of which says so
+    if (status != KVQ_OK && status != KVQ_ERR_MEMORY && kvq_file_format(ctx, path, format, NULL) == KVQ_OK &&
+        strcmp(format, ARTIFACT_FORMAT) != 0) {
+        status = container_check_format(format, ARTIFACT_FORMAT, err);
+    }
+    if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", path);
     return status;
 }
 
