@@ -25,6 +25,7 @@ typedef enum kvq_cli_kind {
     CLI_COUNT,    // int64_t in [min, max]
     CLI_SEED,     // kvq_cli_seed
     CLI_FRACTION, // double in [min, max]; "1%" or "0.01"
+    CLI_FRACTIONS, // kvq_cli_fractions; some of them with commas between, "0,0.25%,1%"
     CLI_BYTES,    // int64_t above 0; "16GiB", "500MB", "1000000"
     CLI_CHOICE,   // int, index into choices
     CLI_OPERAND,  // const char *; the one argument without a dash; `name` is its word in help
@@ -37,6 +38,11 @@ typedef struct kvq_cli_list {
     const char *items[CLI_MAX_LIST];
     int         count;
 } kvq_cli_list;
+
+typedef struct kvq_cli_fractions {
+    double values[KVQ_MAX_FRACTIONS];
+    int    count;
+} kvq_cli_fractions;
 
 typedef struct kvq_cli_seed {
     bool     given;
@@ -51,7 +57,7 @@ typedef struct kvq_cli_option {
     size_t             at;       // offsetof the field in the program's options struct
     const char        *value;    // word for the value in help, NULL for flags
     const char        *help;     // one line
-    double             min, max; // CLI_COUNT, CLI_FRACTION
+    double             min, max; // CLI_COUNT, CLI_FRACTION, CLI_FRACTIONS
     const char *const *choices;  // CLI_CHOICE, ends with NULL
 } kvq_cli_option;
 
@@ -208,7 +214,9 @@ kvq_status kvq_cli_seq_len(kvq_cli *cli, const kvq_model_config *config, int64_t
 typedef struct kvq_cli_window_request {
     int64_t  seq_len, n_windows; // n_windows 0 = all, for consecutive windows only
     uint64_t seed;
-    bool     drawn; // windows drawn from the whole text, otherwise consecutive ones
+    bool     drawn;       // windows drawn from the whole text, otherwise consecutive ones
+    bool     python_draw; // as kvq_window_rule
+    int64_t  n_heldout;   // likewise; of files only
 } kvq_cli_window_request;
 
 // What turned text into ids; kind "none" when token ids were given or the model wrote them.

@@ -164,6 +164,26 @@ static kvq_status set_fraction(const kvq_cli_option *option, const char *text, v
     return KVQ_OK;
 }
 
+static kvq_status set_fractions(const kvq_cli_option *option, const char *text, void *field, kvq_error *err) {
+    kvq_cli_fractions list = {.count = 0};
+    for (const char *at = text; at != NULL;) {
+        char        one[32];
+        const char *comma = strchr(at, ',');
+        size_t      length = comma != NULL ? (size_t)(comma - at) : strlen(at);
+        if (length >= sizeof one || list.count == KVQ_MAX_FRACTIONS) {
+            return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--%s: '%s' is not a list of up to %d shares like 0,0.25%%,1%%",
+                            option->name, text, KVQ_MAX_FRACTIONS);
+        }
+        memcpy(one, at, length);
+        one[length] = 0;
+        kvq_status status = set_fraction(option, one, &list.values[list.count++], err);
+        if (status != KVQ_OK) return status;
+        at = comma != NULL ? comma + 1 : NULL;
+    }
+    *(kvq_cli_fractions *)field = list;
+    return KVQ_OK;
+}
+
 static kvq_status set_choice(const kvq_cli_option *option, const char *text, void *field, kvq_error *err) {
     char list[256] = "";
     for (int i = 0; option->choices[i] != NULL; i++) {
@@ -204,7 +224,7 @@ typedef kvq_status (*setter)(const kvq_cli_option *option, const char *text, voi
 static const setter SETTERS[] = {
     [CLI_FLAG] = set_flag,   [CLI_TEXT] = set_text,         [CLI_LIST] = set_list,     [CLI_COUNT] = set_count,
     [CLI_SEED] = set_seed,   [CLI_FRACTION] = set_fraction, [CLI_CHOICE] = set_choice, [CLI_OPERAND] = set_text,
-    [CLI_BYTES] = set_bytes, [CLI_OPERANDS] = set_list,
+    [CLI_BYTES] = set_bytes, [CLI_OPERANDS] = set_list,     [CLI_FRACTIONS] = set_fractions,
 };
 
 static kvq_status set_value(const kvq_cli_option *option, const char *text, void *options, kvq_error *err) {

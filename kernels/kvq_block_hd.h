@@ -242,27 +242,36 @@ KVQ_HD const uint8_t *kvq_block_find_ranges(const kvq_block_spec *s, const uint8
 // Channels of a table. Tables need not begin where groups do.
 KVQ_HD int kvq_block_table_width(const kvq_block_spec *s) { return s->n_groups > 1 ? s->d / s->n_groups : s->d; }
 
-// Codes of the whole row. A constant channel or token takes code 0: its x' is put on level 0 itself. Where tables meet
-// inside a group, each is searched for a whole group from its first channel there on, and the next one's codes replace
-// what lies beyond its end; hence the double length. What is beyond the last channel is computed for nothing.
+// Codes of `count` channels from `first` on, at most a group, all of one table; those of a whole group are written. A
+// constant channel or token takes code 0: its x' is put on level 0 itself.
+KVQ_HD void kvq_block_code_span(const float *x, const kvq_block_ranges *ranges, const float *levels, int n_levels,
+                                int first, int count, int *codes) {
+    float        xn[KVQ_BLOCK_GROUP];
+    const float *z = ranges->z, *r = ranges->r;
+    int          step = ranges->step;
+    for (int j = count; j < KVQ_BLOCK_GROUP; j++) xn[j] = 0; // computed for nothing
+    for (int j = 0; j < count; j++)
+        xn[j] = kvq_block_normalise(x[first + j], z[(first + j) * step], r[(first + j) * step], levels[0]);
+    kvq_block_nearest_group(xn, levels, n_levels, codes);
+}
+
+// Codes of the whole row. Where tables meet inside a group, the codes of each are written for a whole group from its
+// first channel there on, and the next one's replace what lies beyond its end; hence the double length.
 KVQ_HD void kvq_block_encode_dense(const kvq_block_spec *s, const float *x, const kvq_block_ranges *ranges,
                                    uint8_t *row) {
-    float        xn[2 * KVQ_BLOCK_GROUP];
     int          codes[2 * KVQ_BLOCK_GROUP];
-    int          width = kvq_block_table_width(s), table_end = width, step = ranges->step;
-    const float *levels = s->levels, *z = ranges->z, *r = ranges->r;
-    for (int j = 0; j < 2 * KVQ_BLOCK_GROUP; j++) xn[j] = 0;
+    int          width = kvq_block_table_width(s), table_end = width, n = 1 << s->bits;
+    const float *levels = s->levels;
     for (int first = 0; first < s->d; first += KVQ_BLOCK_GROUP) {
         int end = s->d - first < KVQ_BLOCK_GROUP ? s->d : first + KVQ_BLOCK_GROUP;
-        for (int from = first, to; from < end; from = to) {
-            if (from == table_end) {
-                levels += 1 << s->bits;
-                table_end += width;
+        if (end <= table_end) { // the rule, and faster than the loop
+            kvq_block_code_span(x, ranges, levels, n, first, end - first, codes);
+        } else {
+            for (int from = first, to; from < end; from = to) {
+                if (from == table_end) levels += n, table_end += width;
+                to = table_end < end ? table_end : end;
+                kvq_block_code_span(x, ranges, levels, n, from, to - from, codes + (from - first));
             }
-            to = table_end < end ? table_end : end;
-            for (int c = from; c < to; c++)
-                xn[c - first] = kvq_block_normalise(x[c], z[c * step], r[c * step], levels[0]);
-            kvq_block_nearest_group(xn + (from - first), levels, 1 << s->bits, codes + (from - first));
         }
         kvq_block_pack_group(codes, end - first, s->bits, row);
         row += s->bits * (KVQ_BLOCK_GROUP / 8);

@@ -86,6 +86,13 @@ typedef enum kvq_rotation { KVQ_ROTATE_FORWARD, KVQ_ROTATE_BACK, KVQ_ROTATE_GRAD
 void kvq_rotate_keys(const kvq_model *model, const kvq_workspace *ws, int64_t layer, kvq_rotation rotation,
                      int64_t n_tokens, float *k);
 
+// The same for queries [n_tokens, H * D]; they have no other use than forward.
+void kvq_rotate_queries(const kvq_model *model, const kvq_workspace *ws, int64_t layer, int64_t n_tokens, float *q);
+// Attention of a layer over what was rotated already, out [n_tokens, H * D]. A hook may call it: it changes nothing of
+// what the hook is shown.
+void kvq_layer_attention(const kvq_model *model, const kvq_workspace *ws, int64_t layer, const kvq_qkv *rotated,
+                         int64_t n_tokens, float *out);
+
 typedef struct kvq_kv_view { // backend memory, [S, Hkv * D], valid until the workspace is used again
     const float *k, *v, *dk, *dv;
 } kvq_kv_view;
