@@ -359,6 +359,7 @@ static kvq_status write_thresholds(merger *g, const char *path, bool force, kvq_
     const kvq_field    *fields = kvq_partial_fields(g->partials[0], &n);
     copy_thresholds(g->m, g->artifact, INTO_ARTIFACT);
     KVQ_TRY(kvq_partial_create(g->ctx, path, force, fields, n, &count, 1, &writer, err));
+    KVQ_TRY(put_artifact(g->ctx, writer, g->artifact, err));
     KVQ_TRY(kvq_partial_commit(g->ctx, &writer, err));
 done:
     kvq_partial_discard(g->ctx, &writer);
