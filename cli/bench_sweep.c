@@ -275,7 +275,7 @@ static void run_attention(sweep *s) {
     for (int64_t i = 0; i < s->n_layers * s->n_windows; i++) {
         kvq_attention_shape shape = shape_of(s, i / s->n_windows);
         start(s);
-        s->be->attention(s->be, &shape, a->q, a->k, a->v, a->out, a->scratch);
+        s->be->attention(s->be, &shape, a->q, a->k, a->v, NULL, NULL, a->out, a->scratch);
         stop(s, ATTENTION_FORWARD);
         start(s);
         s->be->attention_backward(s->be, &shape, a->q, a->k, a->v, a->out, a->q, a->dq, a->dk, a->dv, a->scratch);
