@@ -81,9 +81,9 @@ kvq_status sweep_open_results(const kvq_context *ctx, const kvq_sweep_options *o
                               work_dir **out, kvq_error *err);
 kvq_status sweep_get_result(const kvq_context *ctx, work_dir *work, step at, kvq_blob *out, kvq_error *err);
 
-// An artifact that knows its model's shape and how it will be quantised, without tensors. measure and fit may be NULL.
+// An artifact that knows its model's shape and, unless fit is NULL, how it will be quantised; without tensors.
 kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config *config,
-                                 const kvq_measure_options *measure, const kvq_fit_options *fit, kvq_artifact **out,
+                                 const kvq_measure_options *measured, const kvq_fit_options *fit, kvq_artifact **out,
                                  kvq_error *err);
 
 kvq_status calib_describe_windows(const kvq_context *ctx, const kvq_windows *windows, kvq_artifact *artifact,

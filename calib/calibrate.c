@@ -5,7 +5,7 @@
 
 #include "calib_impl.h"
 
-kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config *c, const kvq_measure_options *measure,
+kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config *c, const kvq_measure_options *measured,
                                  const kvq_fit_options *fit, kvq_artifact **out, kvq_error *err) {
     kvq_artifact *a = NULL;
     kvq_status    status = KVQ_OK;
@@ -17,7 +17,7 @@ kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config 
     a->model.head_dim = c->head_dim;
     a->model.vocab_size = c->vocab_size;
     a->model.rope_theta = c->rope.theta;
-    if (fit != NULL) kvq_artifact_describe_quantizer(a, measure, fit);
+    if (fit != NULL) kvq_artifact_describe_quantizer(a, measured, fit);
     KVQ_TRY(kvq_artifact_set_text(ctx, &a->model.architecture, c->architecture, err));
     KVQ_TRY(kvq_artifact_set_text(ctx, &a->model.rope_type, kvq_rope_type_name(c->rope.type), err));
     KVQ_TRY(kvq_artifact_set_text(ctx, &a->quantizer.scheme, "nuq", err));
@@ -45,14 +45,14 @@ double calib_mean_loss(kvq_loss_sum loss) {
 // What is done with each layer's measurement, when something is.
 typedef struct fitting {
     const kvq_context         *ctx;
-    const kvq_measure_options *measure;
+    const kvq_measure_options *measured;
     const kvq_fit_options     *fit;
     kvq_artifact              *artifact;
 } fitting;
 
 static kvq_status fit_layer(void *user, int64_t layer, const kvq_measured_layer *measured, kvq_error *err) {
     const fitting *f = user;
-    return kvq_fit_layer(f->ctx, measured, f->measure, f->fit, f->artifact, layer, err);
+    return kvq_fit_layer(f->ctx, measured, f->measured, f->fit, f->artifact, layer, err);
 }
 
 // The sweeps with a measurement that watches them, and with fit NULL nothing else.
@@ -61,7 +61,7 @@ static kvq_status sweep_and_fit(const kvq_context *ctx, const kvq_backend *be, k
                                 const kvq_fit_options *fit, const kvq_sweep_options *sweep,
                                 const kvq_processes *processes, kvq_artifact **out, kvq_error *err) {
     const kvq_model_config *c = kvq_model_describe(model);
-    fitting                 f = {.ctx = ctx, .measure = options, .fit = fit};
+    fitting                 f = {.ctx = ctx, .measured = options, .fit = fit};
     measure                *m = NULL;
     kvq_loss_sum            loss = {0};
     int64_t                 all = 0;

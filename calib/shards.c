@@ -7,7 +7,7 @@
 
 #include "calib_impl.h"
 
-static const char ARTIFACT_NAME[] = "artifact", LOSS_NAME[] = "loss", THRESHOLDS_NAME[] = "thresholds";
+static const char ARTIFACT_NAME[] = "artifact", LOSS_NAME[] = "loss";
 
 static const char *layer_name(char name[64], kvq_pass pass, int64_t layer) {
     (void)snprintf(name, 64, "layers/%04lld/%s", (long long)layer, pass == KVQ_PASS_FORWARD ? "ends" : "histograms");
@@ -57,6 +57,8 @@ static kvq_status fill_tensor(const kvq_context *ctx, int64_t d, bool q_norm, kv
     int64_t    n = (int64_t)t->n_groups * t->n_levels;
     kvq_status status = KVQ_OK;
     KVQ_TRY(KVQ_NEW(ctx, n, "codebook", &t->codebook, err));
+    for (int g = 0; g < t->n_groups && t->datatype != KVQ_NUQ; g++)
+        KVQ_TRY(kvq_fixed_levels(t->datatype, t->bits, t->codebook + g * t->n_levels, err));
     if (q_norm) KVQ_TRY(KVQ_NEW(ctx, n, "levels that codes decode to", &t->decode_levels, err));
     if (t->axis != KVQ_AXIS_CHANNEL) goto done;
     KVQ_TRY(KVQ_NEW(ctx, d, "lower thresholds", &t->lower, err));
@@ -65,14 +67,30 @@ done:
     return status;
 }
 
+// Thresholds between a measurement, which has them for one fraction here, and the artifact that travels.
+typedef enum direction { INTO_ARTIFACT, FROM_ARTIFACT } direction;
+static void copy_thresholds(measure *m, kvq_artifact *a, direction way) {
+    int64_t d = a->model.n_kv_heads * a->model.head_dim;
+    float  *of_measure = measure_thresholds(m);
+    for (int64_t l = 0; l < a->model.n_layers && measure_thresholds_count(m) > 0; l++) {
+        float *of_artifact[] = {a->layers[l].k.lower, a->layers[l].k.upper};
+        for (int i = 0; i < 2; i++, of_measure += d) {
+            size_t bytes = (size_t)d * sizeof *of_measure;
+            memcpy(way == INTO_ARTIFACT ? of_artifact[i] : of_measure,
+                   way == INTO_ARTIFACT ? of_measure : of_artifact[i], bytes);
+        }
+    }
+}
+
 // What only all shards together know is zero in a template, which keeps it a valid artifact.
-static kvq_status fill_template(const kvq_context *ctx, bool q_norm, kvq_artifact *a, kvq_error *err) {
+static kvq_status fill_template(const kvq_context *ctx, measure *m, bool q_norm, kvq_artifact *a, kvq_error *err) {
     int64_t    d = a->model.n_kv_heads * a->model.head_dim;
     kvq_status status = KVQ_OK;
     for (int64_t l = 0; l < a->model.n_layers; l++) {
         KVQ_TRY(fill_tensor(ctx, d, q_norm, &a->layers[l].k, err));
         KVQ_TRY(fill_tensor(ctx, d, q_norm, &a->layers[l].v, err));
     }
+    copy_thresholds(m, a, INTO_ARTIFACT);
 done:
     return status;
 }
@@ -125,11 +143,12 @@ static kvq_status read_options(const kvq_partial *partial, const kvq_artifact *a
     return KVQ_OK;
 }
 
-static kvq_status take_thresholds(const kvq_context *ctx, const char *path, const kvq_sweep_options *sweep, measure *m,
-                                  kvq_error *err) {
-    kvq_partial *partial = NULL;
-    int64_t      n = 0, unused = 0, n_thresholds = measure_thresholds_count(m);
-    kvq_status   status = KVQ_OK;
+static kvq_status take_thresholds(const kvq_context *ctx, const char *path, const kvq_sweep_options *sweep,
+                                  const kvq_artifact *mine, measure *m, kvq_error *err) {
+    kvq_partial  *partial = NULL;
+    kvq_artifact *merged = NULL;
+    int64_t       n = 0, unused = 0;
+    kvq_status    status = KVQ_OK;
     status = kvq_partial_open(ctx, path, &partial, err); // names the file itself
     if (status != KVQ_OK) return status;
     if (kvq_partial_count(partial, "merged_round", KVQ_ROUND_ENDS, KVQ_ROUND_ENDS, &unused, NULL) != KVQ_OK) {
@@ -138,11 +157,20 @@ static kvq_status take_thresholds(const kvq_context *ctx, const char *path, cons
     }
     const kvq_field *fields = kvq_partial_fields(partial, &n);
     KVQ_TRY(kvq_fields_compare(fields, n, sweep->fingerprint, sweep->n_fingerprint, err));
-    KVQ_TRY(kvq_partial_get(partial, THRESHOLDS_NAME, KVQ_ARRAY_F32, 1, &n_thresholds, measure_thresholds(m), err));
-    int64_t bad = kvq_find_nonfinite(measure_thresholds(m), n_thresholds);
-    if (bad >= 0) KVQ_TRY(kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "threshold %lld is not finite", (long long)bad));
+    KVQ_TRY(get_artifact(ctx, partial, &merged, err));
+    bool same_shape = merged->model.n_layers == mine->model.n_layers &&
+                      merged->model.n_kv_heads == mine->model.n_kv_heads &&
+                      merged->model.head_dim == mine->model.head_dim && merged->layers[0].k.axis == mine->layers[0].k.axis;
+    if (!same_shape) {
+        KVQ_TRY(kvq_fail(
+            err, KVQ_ERR_MISMATCH, NULL, "%lld layers of %lld x %lld channels instead of %lld of %lld x %lld",
+            (long long)merged->model.n_layers, (long long)merged->model.n_kv_heads, (long long)merged->model.head_dim,
+            (long long)mine->model.n_layers, (long long)mine->model.n_kv_heads, (long long)mine->model.head_dim));
+    }
+    copy_thresholds(m, merged, FROM_ARTIFACT);
 done:
     if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", path);
+    kvq_artifact_destroy(ctx, &merged);
     kvq_partial_close(ctx, &partial);
     return status;
 }
@@ -167,10 +195,10 @@ kvq_status kvq_calibrate_shard(const kvq_context *ctx, const kvq_backend *be, kv
     KVQ_TRY(measure_create(ctx, &measured, measure_shape_of(c, windows->seq_len, windows->n_windows), NULL, NULL, &m,
                            err));
     measure_keep_raw(m);
-    if (thresholds != NULL) KVQ_TRY(take_thresholds(ctx, thresholds, sweep, m, err));
+    if (thresholds != NULL) KVQ_TRY(take_thresholds(ctx, thresholds, sweep, artifact, m, err));
     kvq_observer observer = measure_observer(m);
     KVQ_TRY(kvq_sweep(ctx, be, model, windows, &mine, &alone, &observer, &loss, err));
-    KVQ_TRY(fill_template(ctx, options->fit.q_norm, artifact, err));
+    KVQ_TRY(fill_template(ctx, m, options->fit.q_norm, artifact, err));
     *out = artifact;
     artifact = NULL;
 done:
@@ -280,7 +308,9 @@ static kvq_status prepare_merge(merger *g, kvq_error *err) {
     measure_shape       shape = {a->model.n_layers,     a->dataset.seq_len,         a->dataset.n_samples,
                                  (int)a->model.n_heads, (int)a->model.n_kv_heads, (int)a->model.head_dim};
     g->measured = kvq_measure_for_fit(&g->options);
-    return measure_create(g->ctx, &g->measured, shape, fit_merged, g, &g->m, err);
+    status = measure_create(g->ctx, &g->measured, shape, fit_merged, g, &g->m, err);
+    if (status == KVQ_OK && g->round == KVQ_ROUND_HISTOGRAMS) copy_thresholds(g->m, g->artifact, FROM_ARTIFACT);
+    return status;
 }
 
 static kvq_status merge_layer(merger *g, int64_t l, kvq_error *err) {
@@ -327,9 +357,9 @@ static kvq_status write_thresholds(merger *g, const char *path, bool force, kvq_
     int64_t             n = 0;
     kvq_status          status = KVQ_OK;
     const kvq_field    *fields = kvq_partial_fields(g->partials[0], &n);
+    copy_thresholds(g->m, g->artifact, INTO_ARTIFACT);
     KVQ_TRY(kvq_partial_create(g->ctx, path, force, fields, n, &count, 1, &writer, err));
-    n = measure_thresholds_count(g->m);
-    KVQ_TRY(kvq_partial_put(writer, THRESHOLDS_NAME, KVQ_ARRAY_F32, 1, &n, measure_thresholds(g->m), err));
+    KVQ_TRY(put_artifact(g->ctx, writer, g->artifact, err));
     KVQ_TRY(kvq_partial_commit(g->ctx, &writer, err));
 done:
     kvq_partial_discard(g->ctx, &writer);

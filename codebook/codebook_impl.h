@@ -9,14 +9,20 @@
 #define CODEBOOK_BIN_WIDTH (2.0 / KVQ_HISTOGRAM_BINS)
 static inline double codebook_bin_edge(int64_t bin) { return (double)bin * CODEBOOK_BIN_WIDTH - 1; }
 
+// What sums are in units of, and where squares of weights go.
+#define CODEBOOK_SMALL_WEIGHT      0x1p-27 // squares of smaller ones go to w2_small, scaled ...
+#define CODEBOOK_SMALL_SQUARE_UNIT 0x1p-45 // ... so that 2^40 of them still fit and 2^-60 is resolved to six digits
+#define CODEBOOK_SQUARE_UNIT       0x1p-20 // of r^2 and x^2: keys of some models reach hundreds, and they add up
+static inline double codebook_weight_unit(kvq_weighting w) { return w == KVQ_WEIGHT_RANGE ? CODEBOOK_SQUARE_UNIT : 1; }
+
 // sum w (x - nearest level)^2 over n ascending points and k ascending levels.
 double codebook_cost(const kvq_weighted_point *points, int64_t n, const double *levels, int k);
 
-// What kvq_histogram_add leaves to the one who counts: whether all weights are in the range of the sums (if not, *bad is
-// the first that is not), the square of an element whatever became of it, and how far beyond the range of half width
-// sqrt(r2) a clipped one lies, in units of that.
-bool histogram_weights_fit(const kvq_histogram *h, const double weights[KVQ_N_WEIGHTINGS], double *bad);
-void histogram_add_energy(kvq_histogram *h, double x);
+// What kvq_histogram_add_many leaves to the one who counts: whether a weight is in the range of the sums, the squares
+// of elements x [n] whatever became of them, and how far beyond the range of half width sqrt(r2) a clipped one lies, in
+// units of that.
+bool histogram_weight_fits(kvq_weighting by, double weight);
+void histogram_add_energy(kvq_histogram *h, const float *x, int64_t n);
 void histogram_add_clipped(kvq_histogram *h, bool above, double beyond, double r2);
 
 #endif

@@ -11,7 +11,8 @@
 
 #include "codebook_impl.h"
 
-#define ROWS_PER_ITEM 64 // normalised by one thread at a time
+#define ROWS_PER_ITEM 64  // normalised by one thread at a time
+#define GATHERED      512 // elements of a head that are added together
 
 // What a normalised element can be besides a finite number.
 #define APART    HUGE_VALF    // an outlier
@@ -63,8 +64,7 @@ static float finite_quotient(float x, float z, float r) {
 
 // step 1: z, r [d] of the channels; 0: one of each for all.
 static void normalise(const float *x, int d, const float *z, const float *r, int step, float *out) {
-    for (int c = 0; c < d; c++)
-        out[c] = r[c * step] > 0 ? finite_quotient(x[c], z[c * step], r[c * step]) : CONSTANT;
+    for (int c = 0; c < d; c++) out[c] = r[c * step] > 0 ? finite_quotient(x[c], z[c * step], r[c * step]) : CONSTANT;
 }
 
 static void mark_outliers(const kvq_block_scratch *w, float *out) {
@@ -133,8 +133,8 @@ static kvq_status normalise_item(const count_job *job, int64_t item, kvq_error *
     row_work                w;
     w.scratch = (kvq_block_scratch){w.upper_key, w.lower_key, w.upper_channel, w.lower_channel, 0, 0};
     for (int64_t row = first > job->options.n_skip ? first : job->options.n_skip; row < end; row++) {
-        kvq_status status = normalise_row(&w, job, t->spec, t->x + row * t->spec->d, to.x + row * t->spec->d,
-                                          &to.r[row], err);
+        kvq_status status =
+            normalise_row(&w, job, t->spec, t->x + row * t->spec->d, to.x + row * t->spec->d, &to.r[row], err);
         if (status == KVQ_OK) continue;
         kvq_error_prefix(err, "%s, position %lld: ", t->name, (long long)row);
         return status;
@@ -144,17 +144,39 @@ static kvq_status normalise_item(const count_job *job, int64_t item, kvq_error *
 
 // ---------------------------------------------------------------- heads
 
-typedef struct element {
-    double x, normalised, gradient, r; // gradient: squared
-} element;
+// Elements of one head on their way into its histogram. Energy is that of all elements, the rest of those in the bins.
+typedef struct gathered {
+    kvq_histogram *h;
+    int            n_all, n;
+    float          all[GATHERED], normalised[GATHERED];
+    double         gradient[GATHERED], scaled[GATHERED], r2[GATHERED]; // squared gradient, times r^2, r^2
+} gathered;
 
-static kvq_status add_element(kvq_histogram *h, element e, double *bad) {
-    const double weights[KVQ_N_WEIGHTINGS] = {1, e.gradient, e.gradient * e.r * e.r, e.r * e.r};
-    if (!histogram_weights_fit(h, weights, bad)) return KVQ_ERR_NUMERICAL;
-    kvq_histogram_add(h, (float)e.normalised, weights);
-    if (fabs(e.normalised) > 1)
-        histogram_add_clipped(h, e.normalised > 0, fabs(e.normalised) - 1, weights[KVQ_WEIGHT_RANGE]);
-    return KVQ_OK;
+static void flush(gathered *g) {
+    const double *const weights[KVQ_N_WEIGHTINGS] = {NULL, g->gradient, g->scaled, g->r2};
+    kvq_histogram_add_many(g->h, g->normalised, weights, g->n);
+    histogram_add_energy(g->h, g->all, g->n_all);
+    g->n = g->n_all = 0;
+}
+
+static void add_element(gathered *g, float x, double gradient, double r) {
+    g->normalised[g->n] = x;
+    g->gradient[g->n] = gradient;
+    g->scaled[g->n] = gradient * r * r;
+    g->r2[g->n] = r * r;
+    g->n++;
+    if (fabsf(x) > 1) histogram_add_clipped(g->h, x > 0, fabs((double)x) - 1, r * r);
+}
+
+// Whether all weights of what was gathered last can be added; if not, *bad is one of those that cannot.
+static bool weights_fit(const gathered *g, double *bad) {
+    const double weights[] = {1, g->gradient[g->n - 1], g->scaled[g->n - 1], g->r2[g->n - 1]};
+    for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
+        if (g->h->by[w].bins == NULL || histogram_weight_fits((kvq_weighting)w, weights[w])) continue;
+        *bad = weights[w];
+        return false;
+    }
+    return true;
 }
 
 static kvq_status bad_weight(const kvq_count_tensor *t, int64_t row, int64_t channel, double weight, kvq_error *err) {
@@ -167,27 +189,45 @@ static kvq_status bad_weight(const kvq_count_tensor *t, int64_t row, int64_t cha
                     (long long)row, (long long)channel, weight);
 }
 
+// One head's channels of one row; r [width] of the channels, or of the row with step 0.
+static kvq_status count_row(gathered *g, const float *x, const float *scaled, const float *gradients, const float *r,
+                            int step, int64_t width, int64_t *channel, double *bad) {
+    for (int64_t c = 0; c < width; c++) {
+        double gradient = gradients != NULL ? (double)gradients[c] : 0;
+        *channel = c;
+        *bad = gradient;
+        if (!(gradient >= 0 && gradient <= (double)FLT_MAX)) return KVQ_ERR_NUMERICAL;
+        if (g->n_all == GATHERED) flush(g);
+        g->all[g->n_all++] = x[c];
+        if (scaled[c] == APART) {
+            g->h->counts.n_outliers++;
+        } else if (scaled[c] == CONSTANT) {
+            g->h->counts.n_constant++;
+        } else {
+            add_element(g, scaled[c], gradient, (double)r[c * step]);
+            if (!weights_fit(g, bad)) return KVQ_ERR_NUMERICAL;
+        }
+    }
+    return KVQ_OK;
+}
+
 static kvq_status count_head(const count_job *job, int64_t item, kvq_error *err) {
     int                     n_heads = job->options.n_heads;
     const kvq_count_tensor *t = &job->tensors[item / n_heads];
     normalised              from = scratch_of(job, item / n_heads);
-    int64_t                 d = t->spec->d, width = d / n_heads, first = item % n_heads * width;
-    kvq_histogram          *h = t->heads[item % n_heads];
+    int64_t                 d = t->spec->d, width = d / n_heads, first = item % n_heads * width, channel = 0;
+    gathered                g;
+    double                  bad = 0;
+    g.h = t->heads[item % n_heads];
+    g.n = g.n_all = 0;
     for (int64_t row = job->options.n_skip; row < job->n_rows; row++) {
-        for (int64_t c = first; c < first + width; c++) {
-            double  gradient = t->gradients != NULL ? (double)t->gradients[row * d + c] : 0, bad = gradient;
-            element e = {(double)t->x[row * d + c], (double)from.x[row * d + c], gradient,
-                         t->spec->r != NULL ? (double)t->spec->r[c] : (double)from.r[row]};
-            if (!(gradient >= 0 && gradient <= (double)FLT_MAX)) return bad_weight(t, row, c, gradient, err);
-            histogram_add_energy(h, e.x);
-            if (from.x[row * d + c] == APART)
-                h->counts.n_outliers++;
-            else if (from.x[row * d + c] == CONSTANT)
-                h->counts.n_constant++;
-            else if (add_element(h, e, &bad) != KVQ_OK)
-                return bad_weight(t, row, c, bad, err);
-        }
+        int64_t      at = row * d + first;
+        const float *r = t->spec->r != NULL ? t->spec->r + first : &from.r[row];
+        kvq_status   status = count_row(&g, t->x + at, from.x + at, t->gradients != NULL ? t->gradients + at : NULL, r,
+                                        t->spec->r != NULL, width, &channel, &bad);
+        if (status != KVQ_OK) return bad_weight(t, row, first + channel, bad, err);
     }
+    flush(&g);
     return KVQ_OK;
 }
 

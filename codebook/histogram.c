@@ -7,13 +7,6 @@
 
 #include "codebook_impl.h"
 
-#define WEIGHT_LIMIT      0x1p15  // a bin then holds 2^16 of the largest weights
-#define SMALL_WEIGHT      0x1p-27 // squares of smaller ones go to w2_small, scaled ...
-#define SMALL_SQUARE_UNIT 0x1p-45 // ... so that 2^40 of them still fit and 2^-60 is resolved to six digits
-#define SQUARE_UNIT       0x1p-20 // of r^2 and x^2: keys of some models reach hundreds, and their squares add up
-
-static const double UNITS[KVQ_N_WEIGHTINGS] = {1, 1, 1, SQUARE_UNIT};
-
 kvq_status kvq_histogram_create(const kvq_context *ctx, kvq_weighting_set weightings, kvq_histogram **out,
                                 kvq_error *err) {
     kvq_status     status = KVQ_OK;
@@ -53,7 +46,7 @@ void kvq_histogram_clear(kvq_histogram *h) {
     *h = empty;
 }
 
-// ---------------------------------------------------------------- adding
+// ---------------------------------------------------------------- merging
 
 // Sums of what cannot be negative: a negative one means that the range was left, for one addition reaches at most the
 // sign bit. It stays negative from then on, whatever is added, and the fit refuses it.
@@ -63,52 +56,6 @@ static inline void merge_positive(kvq_fixed *sum, kvq_fixed x) {
     } else {
         kvq_fixed_merge(sum, x);
     }
-}
-
-static inline void add_positive(kvq_fixed *sum, double x) {
-    if (sum->hi >= 0) kvq_fixed_add(sum, x);
-}
-
-// x * 2^12 is exact in f32, and so is what floor leaves of it.
-static inline int bin_of(float x) {
-    int bin = (int)floorf(x * (KVQ_HISTOGRAM_BINS / 2)) + KVQ_HISTOGRAM_BINS / 2;
-    return bin < KVQ_HISTOGRAM_BINS ? bin : KVQ_HISTOGRAM_BINS - 1;
-}
-
-static inline void add_weighted(kvq_weight_sums *sums, int bin, double x, double w) {
-    add_positive(&sums->bins[bin].w, w);
-    kvq_fixed_add(&sums->bins[bin].wx, w * x);
-    add_positive(&sums->wxx, w * x * x);
-    if (w >= SMALL_WEIGHT)
-        add_positive(&sums->w2_large, w * w);
-    else
-        add_positive(&sums->w2_small, w * w / SMALL_SQUARE_UNIT);
-}
-
-void kvq_histogram_add(kvq_histogram *h, float x, const double weights[KVQ_N_WEIGHTINGS]) {
-    float clipped = x > 1 ? 1.0f : x < -1 ? -1.0f : x;
-    int   bin = bin_of(clipped);
-    h->counts.n_points++;
-    for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
-        if (h->by[w].bins != NULL) add_weighted(&h->by[w], bin, (double)clipped, weights[w] * UNITS[w]);
-    }
-}
-
-bool histogram_weights_fit(const kvq_histogram *h, const double weights[KVQ_N_WEIGHTINGS], double *bad) {
-    for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
-        if (h->by[w].bins == NULL || weights[w] * UNITS[w] < WEIGHT_LIMIT) continue;
-        *bad = weights[w];
-        return false;
-    }
-    return true;
-}
-
-void histogram_add_energy(kvq_histogram *h, double x) { add_positive(&h->energy, x * x * SQUARE_UNIT); }
-
-void histogram_add_clipped(kvq_histogram *h, bool above, double beyond, double r2) {
-    h->counts.n_clipped++;
-    add_positive(&h->beyond[above], beyond * r2 * SQUARE_UNIT);
-    add_positive(&h->beyond_squared, beyond * beyond * r2 * SQUARE_UNIT);
 }
 
 static void merge_counts(kvq_element_counts *into, const kvq_element_counts *from) {
@@ -224,8 +171,8 @@ kvq_status kvq_histogram_merge_packed(kvq_histogram *into, const uint8_t *packed
 
 // ---------------------------------------------------------------- what a fit sees
 
-kvq_status kvq_distributions_create(const kvq_context *ctx, kvq_weighting_set weightings, int n,
-                                    kvq_distribution **out, kvq_error *err) {
+kvq_status kvq_distributions_create(const kvq_context *ctx, kvq_weighting_set weightings, int n, kvq_distribution **out,
+                                    kvq_error *err) {
     kvq_status        status = KVQ_OK;
     kvq_distribution *d = NULL;
     KVQ_TRY(KVQ_NEW(ctx, n, "distributions", &d, err));
@@ -289,7 +236,7 @@ static void take_bins(const kvq_weight_sums *from, double unit, kvq_weighted_bin
         about_means += w > 0 ? wx * (wx / w) : 0;
     }
     *scatter = fmax(kvq_fixed_to_double(from->wxx) - about_means, 0) / unit;
-    *w2 = (kvq_fixed_to_double(from->w2_large) + kvq_fixed_to_double(from->w2_small) * SMALL_SQUARE_UNIT) /
+    *w2 = (kvq_fixed_to_double(from->w2_large) + kvq_fixed_to_double(from->w2_small) * CODEBOOK_SMALL_SQUARE_UNIT) /
           (unit * unit);
 }
 
@@ -298,11 +245,13 @@ kvq_status kvq_distribution_take(const kvq_histogram *h, kvq_distribution *out, 
     if (status != KVQ_OK) return status;
     for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
         if (h->by[w].bins != NULL)
-            take_bins(&h->by[w], UNITS[w], &out->by[w], &out->sums->scatter[w], &out->sums->w2[w]);
+            take_bins(&h->by[w], codebook_weight_unit((kvq_weighting)w), &out->by[w], &out->sums->scatter[w],
+                      &out->sums->w2[w]);
     }
     *out->counts = h->counts;
-    out->sums->energy = kvq_fixed_to_double(h->energy) / SQUARE_UNIT;
-    for (int side = 0; side < 2; side++) out->sums->beyond[side] = kvq_fixed_to_double(h->beyond[side]) / SQUARE_UNIT;
-    out->sums->beyond_squared = kvq_fixed_to_double(h->beyond_squared) / SQUARE_UNIT;
+    out->sums->energy = kvq_fixed_to_double(h->energy) / CODEBOOK_SQUARE_UNIT;
+    for (int side = 0; side < 2; side++)
+        out->sums->beyond[side] = kvq_fixed_to_double(h->beyond[side]) / CODEBOOK_SQUARE_UNIT;
+    out->sums->beyond_squared = kvq_fixed_to_double(h->beyond_squared) / CODEBOOK_SQUARE_UNIT;
     return KVQ_OK;
 }

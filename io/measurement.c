@@ -11,7 +11,7 @@
 
 // ---------------------------------------------------------------- the layout
 
-static const char *const TOKEN_RANGE_NAMES[] = {"extremes", "percentiles", NULL};
+const char *const kvq_token_range_names[] = {"extremes", "percentiles", NULL};
 
 #define NUMBER(name, kind, member, low, high)                                                                          \
     FIELD_NUMBER(kvq_measure_options, MEASUREMENT_GROUP, name, kind, member, low, high, 0)
@@ -24,7 +24,7 @@ const field MEASURE_FIELDS[] = {
     NAMED("k_domain", k_domain, kvq_key_domain_names),
     NAMED("threshold_scope", threshold_scope, kvq_scope_names),
     NUMBER("k_slots", FIELD_I64, k_slots, -1, KVQ_BLOCK_MAX_SIDE),
-    NAMED("token_range", token_range, TOKEN_RANGE_NAMES),
+    NAMED("token_range", token_range, kvq_token_range_names),
     NUMBER("moments", FIELD_BOOL, moments, 0, 1),
 };
 const size_t N_MEASURE_FIELDS = sizeof MEASURE_FIELDS / sizeof *MEASURE_FIELDS;

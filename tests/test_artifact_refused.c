@@ -346,8 +346,7 @@ START_TEST(an_older_file_has_no_newer_field) {
         }
         kvq_status status = read_list(&ctx, &list, &err);
         if (with == 0) kvq_test_ok(status, &err);
-        if (with == 1)
-            kvq_test_failed(status, KVQ_ERR_INPUT, &err, "/layers/001/k@datatype is not part of format 1.0");
+        if (with == 1) kvq_test_failed(status, KVQ_ERR_INPUT, &err, "/layers/001/k@datatype is not part of format 1.0");
         record_list_free(&ctx, &list);
     }
 }
