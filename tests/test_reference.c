@@ -42,17 +42,19 @@ static void rig_close(rig *r) {
 typedef struct reference_set {
     const char *name, *model; // goldens/quant/<name>.json; checkpoint folder under the shared data, NULL = the demo's
     bool        bytes;        // ids are the bytes of the text
+    double      noise;        // of the mean loss, nats, when only rounding differs (goldens/README.md)
+    bool        sensible;     // perplexities mean something
 } reference_set;
 
 static const reference_set SETS[] = {
-    {"tiny_llama_mha", "goldens/tiny/llama_mha", true},
-    {"tiny_llama_gqa_llama3", "goldens/tiny/llama_gqa_llama3", true},
-    {"tiny_mistral_swa16", "goldens/tiny/mistral_swa16", true},
-    {"tiny_qwen3", "goldens/tiny/qwen3", true},
-    {"stories15M", "models/stories15M", false},
+    {"tiny_llama_mha", "goldens/tiny/llama_mha", true, 1e-3, false},
+    {"tiny_llama_gqa_llama3", "goldens/tiny/llama_gqa_llama3", true, 1e-3, false},
+    {"tiny_mistral_swa16", "goldens/tiny/mistral_swa16", true, 1e-3, false},
+    {"tiny_qwen3", "goldens/tiny/qwen3", true, 1e-3, false},
+    {"stories15M", "models/stories15M", false, 3e-3, true},
 };
 #define N_SETS ((int)(sizeof SETS / sizeof *SETS))
-static const reference_set SMOLLM2 = {"smollm2", NULL, false};
+static const reference_set SMOLLM2 = {"smollm2", NULL, false, 2e-2, true};
 
 typedef struct reference {
     const reference_set *set;
@@ -250,14 +252,14 @@ static void compare_thresholds(const reference *ref, const kvq_artifact *a) {
 // nearly the same data it cannot lie far below. The sum of weights of K is the reference's to the accuracy of Fisher
 // sums, 2e-4; that of V also differs by the rounding of r to half, which the reference's fit does not do: 2^-11 relative
 // in r, at most 2^-10 in r^2. A key at its threshold may be an outlier here and a point there: 1e-4 of the points.
-static void compare_fit(const cJSON *expected, const kvq_tensor_quant *t, bool fitted, double weight_tolerance,
-                        const char *what) {
+static void compare_fit(const cJSON *expected, const kvq_tensor_quant *t, bool fitted, bool exact,
+                        double weight_tolerance, const char *what) {
     double objective = number(expected, "objective"), weight_sum = number(expected, "weight_sum");
     double n_points = number(expected, "fit_points"), n = (double)(t->fit.n_points + t->fit.n_outliers);
     double share = (double)t->fit.n_outliers / (n + (double)t->fit.n_constant);
     ck_assert_msg(t->fit.objective <= objective * 1.001, "%s: objective %.6g, reference %.6g", what, t->fit.objective,
                   objective);
-    ck_assert_msg(t->fit.objective >= objective * 0.99, "%s: objective %.6g is suspiciously below %.6g", what,
+    ck_assert_msg(!exact || t->fit.objective >= objective * 0.99, "%s: objective %.6g is suspiciously below %.6g", what,
                   t->fit.objective, objective);
     ck_assert_msg(fabs(t->fit.weight_sum / weight_sum - 1) <= weight_tolerance, "%s: weight sum %.6g, reference %.6g",
                   what, t->fit.weight_sum, weight_sum);
@@ -285,6 +287,7 @@ static void compare_q_norm(const cJSON *expected, const kvq_tensor_quant *t) {
 static void compare_fits(const reference *ref, const cJSON *run, const kvq_artifact *a) {
     const cJSON *o = options_of(run);
     bool         fitted = datatype_of(o) == KVQ_NUQ, weighted = is_true(o, "fisher");
+    bool         exact = strcmp(text(o, "kmeans"), "exact") == 0; // Lloyd's iteration may end far above
     for (int64_t l = 0; l < a->model.n_layers; l++) {
         const cJSON            *layer = cJSON_GetArrayItem(cJSON_GetObjectItem(run, "layers"), (int)l);
         const cJSON            *expected[] = {cJSON_GetObjectItem(layer, "k"), cJSON_GetObjectItem(layer, "v")};
@@ -294,16 +297,14 @@ static void compare_fits(const reference *ref, const cJSON *run, const kvq_artif
             char what[96];
             (void)snprintf(what, sizeof what, "%s %s%d %g layer %d %c", ref->set->name, text(o, "datatype"),
                            (int)number(o, "bits"), number(o, "outliers"), (int)l, "KV"[i]);
-            compare_fit(expected[i], tensors[i], fitted, tolerances[i], what);
+            compare_fit(expected[i], tensors[i], fitted, exact, tolerances[i], what);
             compare_q_norm(expected[i], tensors[i]);
         }
     }
 }
 
-// Our calibration, our packed cache, our model: the perplexity of the reference's windows. 0.5 % at 3 and 4 bits, 2 % at
-// 2 bits (goldens/README.md: what another codebook fit may change).
-static void compare_perplexity(reference *ref, const cJSON *run, const kvq_artifact *a) {
-    const cJSON   *o = options_of(run);
+// The mean loss of the reference's windows through our packed cache and our model.
+static double quantized_loss(reference *ref, const cJSON *run, const kvq_artifact *a) {
     kvq_windows    windows = {0};
     kvq_validation v;
     kvq_error      err = {0};
@@ -311,14 +312,71 @@ static void compare_perplexity(reference *ref, const cJSON *run, const kvq_artif
                                         (int64_t)number(run, "windows"), -1, &windows, &err),
                 &err);
     kvq_test_ok(kvq_validate(&ref->rig.ctx, ref->rig.be, ref->rig.model, a, &windows, &v, &err), &err);
+    ck_assert_double_le(fabs(v.baseline_ppl / number(ref->common, "ppl_fp32") - 1), 2e-5);
+    double loss = v.quantized_nll.mean;
+    kvq_validation_free(&ref->rig.ctx, &v);
+    kvq_windows_free(&ref->rig.ctx, &windows);
+    return loss;
+}
+
+// What another fit of the same data may change: 0.5 % of perplexity at 3 and 4 bits, 2 % at 2 bits (goldens/README.md).
+static double fit_tolerance(const kvq_artifact *a) { return a->layers[0].k.bits > 2 ? 0.005 : 0.02; }
+
+// What a calibration of our own gives. A random model's perplexity says nothing.
+static void compare_own_calibration(reference *ref, const cJSON *run, const kvq_artifact *a) {
+    double expected = log(number(run, "ppl"));
+    double loss = ref->set->sensible ? quantized_loss(ref, run, a) : expected;
+    printf("    own calibration: ppl %.4f\n", exp(loss));
+    ck_assert_double_le(fabs(loss - expected), ref->set->noise + fit_tolerance(a));
+}
+
+static void take_numbers(const cJSON *list, float *to, int64_t n) {
+    ck_assert_int_eq(cJSON_GetArraySize(list), n);
+    for (int64_t i = 0; i < n; i++) to[i] = (float)cJSON_GetArrayItem(list, (int)i)->valuedouble;
+}
+
+static void take_thresholds(const reference *ref, kvq_artifact *a) {
+    char        name[64];
+    int64_t     d = a->model.n_kv_heads * a->model.head_dim, n;
+    kvq_golden *golden;
+    (void)snprintf(name, sizeof name, "%s_thresholds", ref->set->name);
+    golden = kvq_golden_open("goldens/quant", name);
+    for (int64_t l = 0; l < a->model.n_layers; l++) {
+        for (int i = 0; i < 2; i++) {
+            (void)snprintf(name, sizeof name, "%s.o%g.s%d.%d", i == 0 ? "lower" : "upper",
+                           a->quantizer.outlier_fraction, (int)a->quantizer.sink_tokens, (int)l);
+            const float *from = kvq_golden_f32(golden, name, &n);
+            memcpy(i == 0 ? a->layers[l].k.lower : a->layers[l].k.upper, from, (size_t)d * sizeof *from);
+        }
+    }
+    kvq_golden_close(golden);
+}
+
+// The reference's own thresholds and levels through our decoder. Where the reference stores what we store, in f16 and
+// with a cap, nothing but rounding differs; elsewhere its outliers and ranges are f32, whose effect on single codes is
+// as that of another fit.
+static void compare_decoder(reference *ref, const cJSON *run, kvq_artifact *a) {
+    take_thresholds(ref, a);
+    for (int64_t l = 0; l < a->model.n_layers; l++) {
+        const cJSON      *layer = cJSON_GetArrayItem(cJSON_GetObjectItem(run, "layers"), (int)l);
+        kvq_tensor_quant *tensors[] = {&a->layers[l].k, &a->layers[l].v};
+        for (int i = 0; i < 2; i++) {
+            const cJSON *t = cJSON_GetObjectItem(layer, i == 0 ? "k" : "v");
+            take_numbers(cJSON_GetObjectItem(t, "levels"), tensors[i]->codebook, tensors[i]->n_levels);
+            for (int j = 0; j < tensors[i]->n_levels && tensors[i]->decode_levels != NULL; j++) {
+                tensors[i]->decode_levels[j] =
+                    tensors[i]->codebook[j] * (float)number(t, "normscale") + (float)number(t, "normoffset");
+            }
+        }
+    }
+    const cJSON *o = options_of(run);
+    double       loss = quantized_loss(ref, run, a), expected = log(number(run, "ppl"));
     printf("%s %s%d outliers %g%% sinks %d%s%s%s: ppl %.4f, reference %.4f\n", ref->set->name, text(o, "datatype"),
            a->layers[0].k.bits, 100 * a->quantizer.outlier_fraction, (int)a->quantizer.sink_tokens,
            is_true(o, "fisher") ? " fisher" : "", is_true(o, "qnorm") ? " q-norm" : "",
-           is_true(o, "kcap") ? " capped" : "", v.quantized_ppl, number(run, "ppl"));
-    ck_assert_double_le(fabs(v.baseline_ppl / number(ref->common, "ppl_fp32") - 1), 2e-5);
-    ck_assert_double_le(fabs(v.quantized_ppl / number(run, "ppl") - 1), a->layers[0].k.bits > 2 ? 0.005 : 0.02);
-    kvq_validation_free(&ref->rig.ctx, &v);
-    kvq_windows_free(&ref->rig.ctx, &windows);
+           is_true(o, "kcap") ? " capped" : "", exp(loss), number(run, "ppl"));
+    bool same_rules = strcmp(text(o, "store"), "fp16") == 0 && is_true(o, "kcap");
+    ck_assert_double_le(fabs(loss - expected), ref->set->noise + (same_rules ? 0 : fit_tolerance(a)));
 }
 
 static void compare_set(const reference_set *set) {
@@ -337,7 +395,8 @@ static void compare_set(const reference_set *set) {
             kvq_artifact *a = fit_like(&ref, m, run);
             compare_thresholds(&ref, a);
             compare_fits(&ref, run, a);
-            compare_perplexity(&ref, run, a);
+            compare_own_calibration(&ref, run, a);
+            compare_decoder(&ref, run, a);
             kvq_artifact_destroy(&ref.rig.ctx, &a);
             done[j] = true;
             n_compared++;
