@@ -17,13 +17,28 @@ typedef struct rig {
     kvq_artifact *artifact;
 } rig;
 
-static void fill_tensor(rig *r, kvq_tensor_quant *t, int bits, kvq_axis axis) {
-    t->bits = bits;
+typedef struct setup {
+    int      bits;
+    double   outliers;
+    int64_t  sinks, recent;
+    kvq_axis k_axis, v_axis;
+    bool     per_head; // tables for each KV head, with a second one for decoding
+} setup;
+
+static void fill_tensor(rig *r, kvq_tensor_quant *t, const setup *with, kvq_axis axis) {
+    t->bits = with->bits;
     t->axis = axis;
-    t->n_groups = t->dim = 1;
-    t->n_levels = 1 << bits;
-    kvq_test_ok(KVQ_NEW(&r->ctx, t->n_levels, "levels", &t->codebook, NULL), NULL);
-    for (int i = 0; i < t->n_levels; i++) t->codebook[i] = -1.0f + 2.0f * (float)i / (float)(t->n_levels - 1);
+    t->n_groups = with->per_head ? N_KV_HEADS : 1;
+    t->dim = 1;
+    t->n_levels = 1 << with->bits;
+    kvq_test_ok(KVQ_NEW(&r->ctx, t->n_groups * t->n_levels, "levels", &t->codebook, NULL), NULL);
+    if (with->per_head)
+        kvq_test_ok(KVQ_NEW(&r->ctx, t->n_groups * t->n_levels, "decoded levels", &t->decode_levels, NULL), NULL);
+    for (int i = 0; i < t->n_groups * t->n_levels; i++) {
+        int head = i / t->n_levels;
+        t->codebook[i] = -1.0f + 2.0f * (float)(i % t->n_levels) / (float)(t->n_levels - 1) + 0.1f * (float)head;
+        if (with->per_head) t->decode_levels[i] = 0.9f * t->codebook[i] - 0.05f;
+    }
     if (axis == KVQ_AXIS_TOKEN) return;
     kvq_test_ok(KVQ_NEW(&r->ctx, D_KV, "lower", &t->lower, NULL), NULL);
     kvq_test_ok(KVQ_NEW(&r->ctx, D_KV, "upper", &t->upper, NULL), NULL);
@@ -33,18 +48,26 @@ static void fill_tensor(rig *r, kvq_tensor_quant *t, int bits, kvq_axis axis) {
     }
 }
 
-static void rig_open(rig *r, int bits, double outliers, int64_t sinks) {
+static void rig_open_with(rig *r, setup with) {
     r->ctx = kvq_test_context();
     kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, NULL), NULL);
     kvq_test_ok(kvq_artifact_create(&r->ctx, 1, &r->artifact, NULL), NULL);
     r->artifact->model.n_layers = 1;
     r->artifact->model.n_kv_heads = N_KV_HEADS;
     r->artifact->model.head_dim = HEAD_DIM;
-    r->artifact->quantizer.outlier_fraction = outliers;
-    r->artifact->quantizer.n_side_k = r->artifact->quantizer.n_side_v = kvq_block_n_side(outliers, D_KV);
-    r->artifact->quantizer.sink_tokens = sinks;
-    fill_tensor(r, &r->artifact->layers[0].k, bits, KVQ_AXIS_CHANNEL);
-    fill_tensor(r, &r->artifact->layers[0].v, bits, KVQ_AXIS_TOKEN);
+    r->artifact->quantizer.outlier_fraction = with.outliers;
+    r->artifact->quantizer.n_side_k = r->artifact->quantizer.n_side_v = kvq_block_n_side(with.outliers, D_KV);
+    r->artifact->quantizer.sink_tokens = with.sinks;
+    r->artifact->quantizer.recent_tokens = with.recent;
+    fill_tensor(r, &r->artifact->layers[0].k, &with, with.k_axis);
+    fill_tensor(r, &r->artifact->layers[0].v, &with, with.v_axis);
+}
+
+static void rig_open(rig *r, int bits, double outliers, int64_t sinks) {
+    rig_open_with(
+        r,
+        (setup){
+            .bits = bits, .outliers = outliers, .sinks = sinks, .k_axis = KVQ_AXIS_CHANNEL, .v_axis = KVQ_AXIS_TOKEN});
 }
 
 static void rig_close(rig *r) {
@@ -62,55 +85,161 @@ static float *randoms(int64_t n, uint32_t stream) {
 
 static const int64_t LENGTHS[] = {1, 2, 15, 16, 17, 127, 128, 129, 1000};
 
-// Appending in uneven pieces, at once, and coding each row alone give the same numbers; sinks come back as f16; the
-// bytes are what the accounting says.
+static float half_of(float x) { return kvq_float_of_half(kvq_half_of_float(x)); }
+
+// What a cache of n tokens must give back: sinks and the last `recent` tokens in f16, all others through the codec, one
+// row at a time, from f16 where there is a recent window. x [n, D_KV]
+static void expect_tensor(const rig *r, int tensor, int64_t n, const float *x, float *expected) {
+    const kvq_tensor_quant *t = tensor == 0 ? &r->artifact->layers[0].k : &r->artifact->layers[0].v;
+    int64_t                 sinks = r->artifact->quantizer.sink_tokens, recent = r->artifact->quantizer.recent_tokens;
+    float                   storage[3 * D_KV], exact[D_KV], keys[2][8];
+    uint16_t                channels[2][8];
+    uint8_t                 row[512];
+    kvq_block_scratch       scratch = {keys[0], keys[1], channels[0], channels[1], 0, 0};
+    kvq_block_spec          spec = kvq_tensor_block_spec(t, D_KV, r->artifact->quantizer.n_side_k, storage);
+    for (int64_t i = 0; i < n; i++) {
+        for (int c = 0; c < D_KV; c++) exact[c] = half_of(x[i * D_KV + c]);
+        memcpy(expected + i * D_KV, exact, sizeof exact);
+        if (i < sinks || i >= n - recent) continue;
+        ck_assert_int_eq(kvq_block_encode(&spec, recent > 0 ? exact : x + i * D_KV, &scratch, row), 1);
+        kvq_block_decode(&spec, row, expected + i * D_KV);
+    }
+}
+
+static void expect_cache(const rig *r, const kvq_packed_layer *cache, int64_t n, const float *k, const float *v) {
+    size_t         bytes = (size_t)(n * D_KV) * sizeof(float);
+    float         *k1 = malloc(bytes), *v1 = malloc(bytes), *expected = malloc(bytes);
+    kvq_cache_size size = kvq_artifact_cache_size(r->artifact, n);
+    kvq_packed_layer_decode(r->be, cache, k1, v1);
+    expect_tensor(r, 0, n, k, expected);
+    ck_assert_mem_eq(k1, expected, bytes);
+    expect_tensor(r, 1, n, v, expected);
+    ck_assert_mem_eq(v1, expected, bytes);
+    ck_assert_int_eq(kvq_packed_layer_bytes(cache), size.row_bytes + size.exact_bytes);
+    ck_assert_int_eq(kvq_packed_layer_length(cache), n);
+    free(k1), free(v1), free(expected);
+}
+
+static const int64_t RECENTS[] = {0, 1, 2, 5, 128, 2000};
+enum { N_RECENTS = 6 };
+
+// Appending in uneven pieces, at once, and coding each row alone give the same numbers, whatever the axes, the tables
+// and the recent window; the bytes are what the accounting says.
 START_TEST(cache_equals_the_codec_for_any_pieces) {
-    rig       r;
-    int64_t   n = LENGTHS[_i];
-    kvq_error err = {0};
-    rig_open(&r, 2 + _i % 3, _i % 2 == 0 ? 0.05 : 0, _i % 4);
-    int64_t sinks = r.artifact->quantizer.sink_tokens < n ? r.artifact->quantizer.sink_tokens : n;
-    float  *k = randoms(n * D_KV, 1), *v = randoms(n * D_KV, 2), *k1 = randoms(n * D_KV, 3), *v1 = randoms(n * D_KV, 3),
-          *k2 = randoms(n * D_KV, 4), *v2 = randoms(n * D_KV, 4);
-    kvq_packed_layer *whole = NULL, *pieces = NULL;
-    kvq_test_ok(kvq_packed_layer_create(&r.ctx, r.artifact, 0, n, &whole, &err), &err);
-    kvq_test_ok(kvq_packed_layer_create(&r.ctx, r.artifact, 0, n + 5, &pieces, &err), &err);
-    kvq_test_ok(kvq_packed_layer_append(r.be, whole, k, v, n, &err), &err);
-    for (int64_t at = 0, piece = 1; at < n; at += piece, piece = piece % 7 + 1) {
-        int64_t m = piece < n - at ? piece : n - at;
-        kvq_test_ok(kvq_packed_layer_append(r.be, pieces, k + at * D_KV, v + at * D_KV, m, &err), &err);
-    }
-    kvq_packed_layer_decode(r.be, whole, k1, v1);
-    kvq_packed_layer_decode(r.be, pieces, k2, v2);
-    ck_assert_mem_eq(k1, k2, (size_t)(n * D_KV) * sizeof *k1);
-    ck_assert_mem_eq(v1, v2, (size_t)(n * D_KV) * sizeof *v1);
-    for (int64_t i = 0; i < sinks * D_KV; i++) {
-        ck_assert(k1[i] == kvq_float_of_half(kvq_half_of_float(k[i])));
-        ck_assert(v1[i] == kvq_float_of_half(kvq_half_of_float(v[i])));
-    }
-    float          storage[2 * D_KV], expected[D_KV], keys[2][8];
-    uint16_t       channels[2][8];
-    uint8_t        row[512];
-    kvq_block_spec specs[2] = {
-        kvq_tensor_block_spec(&r.artifact->layers[0].k, D_KV, r.artifact->quantizer.n_side_k, storage),
-        kvq_tensor_block_spec(&r.artifact->layers[0].v, D_KV, r.artifact->quantizer.n_side_v, NULL)};
-    for (int64_t t = sinks; t < n; t++) {
-        kvq_block_scratch scratch = {keys[0], keys[1], channels[0], channels[1], 0, 0};
-        for (int tensor = 0; tensor < 2; tensor++) {
-            ck_assert_int_eq(kvq_block_encode(&specs[tensor], (tensor == 0 ? k : v) + t * D_KV, &scratch, row), 1);
-            kvq_block_decode(&specs[tensor], row, expected);
-            ck_assert_mem_eq((tensor == 0 ? k1 : v1) + t * D_KV, expected, sizeof expected);
+    int64_t n = LENGTHS[_i];
+    float  *k = randoms(n * D_KV, 1), *v = randoms(n * D_KV, 2);
+    for (int example = 0; example < 4 * N_RECENTS; example++) {
+        rig               r;
+        kvq_error         err = {0};
+        kvq_packed_layer *whole = NULL, *pieces = NULL;
+        setup             with = {2 + _i % 3,
+                      example % 2 == 0 ? 0.05 : 0,
+                                  (_i + example) % 4,
+                                  RECENTS[example / 4],
+                      example % 4 < 3 ? KVQ_AXIS_CHANNEL : KVQ_AXIS_TOKEN,
+                      example % 4 < 2 ? KVQ_AXIS_TOKEN : KVQ_AXIS_CHANNEL,
+                                  example % 4 == 1};
+        rig_open_with(&r, with);
+        kvq_test_ok(kvq_packed_layer_create(&r.ctx, r.artifact, 0, n, &whole, &err), &err);
+        kvq_test_ok(kvq_packed_layer_create(&r.ctx, r.artifact, 0, n + 5, &pieces, &err), &err);
+        kvq_test_ok(kvq_packed_layer_append(r.be, whole, k, v, n, &err), &err);
+        for (int64_t at = 0, piece = 1; at < n; at += piece, piece = piece % 7 + 1) {
+            int64_t m = piece < n - at ? piece : n - at;
+            kvq_test_ok(kvq_packed_layer_append(r.be, pieces, k + at * D_KV, v + at * D_KV, m, &err), &err);
+            if (at < 30) expect_cache(&r, pieces, at + m, k, v);
         }
+        expect_cache(&r, whole, n, k, v);
+        expect_cache(&r, pieces, n, k, v);
+        kvq_packed_layer_reset(whole);
+        ck_assert_int_eq(kvq_packed_layer_bytes(whole), 0);
+        kvq_test_failed(kvq_packed_layer_append(r.be, whole, k, v, n + 1, &err), KVQ_ERR_USAGE, &err, "do not fit");
+        kvq_packed_layer_destroy(&r.ctx, &whole);
+        kvq_packed_layer_destroy(&r.ctx, &pieces);
+        rig_close(&r);
     }
-    kvq_cache_size size = kvq_artifact_cache_size(r.artifact, n);
-    ck_assert_int_eq(kvq_packed_layer_bytes(whole), size.row_bytes + size.sink_bytes);
-    ck_assert_int_eq(kvq_packed_layer_length(pieces), n);
-    kvq_packed_layer_reset(whole);
-    ck_assert_int_eq(kvq_packed_layer_bytes(whole), 0);
-    kvq_test_failed(kvq_packed_layer_append(r.be, whole, k, v, n + 1, &err), KVQ_ERR_USAGE, &err, "do not fit");
-    kvq_packed_layer_destroy(&r.ctx, &whole);
-    kvq_packed_layer_destroy(&r.ctx, &pieces);
-    float *all[] = {k, v, k1, v1, k2, v2};
+    free(k), free(v);
+}
+END_TEST
+
+enum { PREFILL_S = 41, PREFILL_H = 6, PREFILL_Q = PREFILL_H * HEAD_DIM };
+static const int64_t PREFILL_RECENTS[] = {0, 1, 5, 60};
+
+// One query per token over what the cache holds right after that token, against all queries at once over the pairs that
+// `prefill` gives. Keys and values are the same to the bit; outputs differ by the order of sums over at most 41 keys of
+// size 1.2: within 41 * 2^-24 of their size by Higham's bound, and as much again for softmax.
+START_TEST(prefill_sees_what_single_tokens_see) {
+    enum { N = PREFILL_S * D_KV };
+    rig                 r;
+    kvq_error           err = {0};
+    kvq_packed_layer   *cache = NULL;
+    int64_t             recent = PREFILL_RECENTS[_i % 4], window = _i < 4 ? 0 : 7;
+    kvq_attention_shape shape = {PREFILL_S, PREFILL_H, N_KV_HEADS, HEAD_DIM, window, 0.2f, 0, recent};
+    rig_open_with(&r, (setup){3, 0.05, 2, recent, KVQ_AXIS_CHANNEL, KVQ_AXIS_TOKEN, true});
+    kvq_test_ok(kvq_packed_layer_create(&r.ctx, r.artifact, 0, PREFILL_S, &cache, &err), &err);
+    float *given[2] = {randoms(N, 1), randoms(N, 2)}, *first[2] = {randoms(N, 1), randoms(N, 2)},
+          *second[2] = {randoms(N, 3), randoms(N, 3)}, *now[2] = {randoms(N, 3), randoms(N, 3)};
+    float *q = randoms(PREFILL_S * PREFILL_Q, 5), *out = randoms(PREFILL_S * PREFILL_Q, 3),
+          *step = randoms(PREFILL_S * PREFILL_Q, 3);
+    float *scratch = malloc((size_t)r.be->attention_scratch_floats(r.be, &shape, false) * sizeof *scratch);
+    kvq_test_ok(kvq_packed_layer_prefill(r.be, cache, PREFILL_S, first[0], first[1], recent > 0 ? second[0] : NULL,
+                                         recent > 0 ? second[1] : NULL, &err),
+                &err);
+    r.be->attention(r.be, &shape, q, first[0], first[1], second[0], second[1], out, scratch);
+    kvq_packed_layer_reset(cache);
+    for (int64_t t = 0; t < PREFILL_S; t++) {
+        kvq_test_ok(kvq_packed_layer_append(r.be, cache, given[0] + t * D_KV, given[1] + t * D_KV, 1, &err), &err);
+        kvq_packed_layer_decode(r.be, cache, now[0], now[1]);
+        for (int64_t i = 0; i < 2 * (t + 1); i++) {
+            const float *from = t - i / 2 < recent ? second[i % 2] : first[i % 2];
+            ck_assert_mem_eq(now[i % 2] + i / 2 * D_KV, from + i / 2 * D_KV, D_KV * sizeof(float));
+        }
+        shape.n_tokens = t + 1;
+        shape.recent = 0;
+        r.be->attention(r.be, &shape, q, now[0], now[1], NULL, NULL, step, scratch);
+        for (int64_t c = t * PREFILL_Q; c < (t + 1) * PREFILL_Q; c++)
+            ck_assert_double_eq_tol((double)step[c], (double)out[c], 2 * 41 * 0x1p-24 * 1.2);
+    }
+    kvq_packed_layer_destroy(&r.ctx, &cache);
+    for (int i = 0; i < 2; i++) free(given[i]), free(first[i]), free(second[i]), free(now[i]);
+    free(q), free(out), free(step), free(scratch);
+    rig_close(&r);
+}
+END_TEST
+
+// A failed append leaves the cache as it was, also where the window had to move; what follows is stored as if nothing
+// had happened. A flushed cache goes on with an empty window.
+START_TEST(failed_appends_change_nothing) {
+    enum { N = 30 };
+    rig               r;
+    kvq_error         err = {0};
+    kvq_packed_layer *cache = NULL;
+    float            *k = randoms(N * D_KV, 1), *v = randoms(N * D_KV, 2), *bad = randoms(N * D_KV, 4);
+    float            *k1 = randoms(N * D_KV, 3), *v1 = randoms(N * D_KV, 3), *k2 = randoms(N * D_KV, 3);
+    rig_open_with(&r, (setup){3, 0.05, 2, 4, KVQ_AXIS_CHANNEL, KVQ_AXIS_TOKEN, false});
+    kvq_test_ok(kvq_packed_layer_create(&r.ctx, r.artifact, 0, N, &cache, &err), &err);
+    kvq_test_ok(kvq_packed_layer_append(r.be, cache, k, v, 9, &err), &err);
+    bad[7 * D_KV] = 1e6f;
+    kvq_test_failed(kvq_packed_layer_append(r.be, cache, bad, v, 12, &err), KVQ_ERR_NUMERICAL, &err,
+                    "layer 0, K, position 16");
+    expect_cache(&r, cache, 9, k, v);
+    kvq_test_failed(kvq_packed_layer_append(r.be, cache, k, bad, 12, &err), KVQ_ERR_NUMERICAL, &err,
+                    "layer 0, V, position 16");
+    expect_cache(&r, cache, 9, k, v);
+    kvq_test_ok(kvq_packed_layer_append(r.be, cache, k + 9 * D_KV, v + 9 * D_KV, 6, &err), &err);
+    expect_cache(&r, cache, 15, k, v);
+    kvq_test_ok(kvq_packed_layer_flush(r.be, cache, &err), &err);
+    kvq_packed_layer_decode(r.be, cache, k1, v1);
+    r.artifact->quantizer.recent_tokens = 0; // all 15 are rows, from f16
+    memcpy(k2, k, N * D_KV * sizeof *k2);
+    for (int i = 0; i < N * D_KV; i++) k2[i] = half_of(k2[i]);
+    expect_tensor(&r, 0, 15, k2, bad);
+    ck_assert_mem_eq(k1, bad, 15 * D_KV * sizeof *k1);
+    kvq_test_ok(kvq_packed_layer_append(r.be, cache, k + 15 * D_KV, v + 15 * D_KV, 3, &err), &err);
+    kvq_packed_layer_decode(r.be, cache, k1, v1);
+    ck_assert_mem_eq(k1, bad, 15 * D_KV * sizeof *k1);
+    ck_assert_mem_eq(k1 + 15 * D_KV, k2 + 15 * D_KV, 3 * D_KV * sizeof *k1); // the new window
+    kvq_packed_layer_destroy(&r.ctx, &cache);
+    float *all[] = {k, v, bad, k1, v1, k2};
     for (int i = 0; i < 6; i++) free(all[i]);
     rig_close(&r);
 }
@@ -296,6 +425,8 @@ END_TEST
 static const kvq_test_case CASES[] = {
     KVQ_CASE(artifacts_match_models_by_what_they_know),
     KVQ_LOOP(cache_equals_the_codec_for_any_pieces, (int)(sizeof LENGTHS / sizeof *LENGTHS)),
+    KVQ_LOOP(prefill_sees_what_single_tokens_see, 8),
+    KVQ_CASE(failed_appends_change_nothing),
     KVQ_CASE(numbers_beyond_f16_are_located),
     KVQ_CASE(mean_and_standard_error_by_hand),
     KVQ_CASE(validation_sees_small_and_large_damage),
