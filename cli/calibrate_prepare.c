@@ -6,31 +6,17 @@
 
 #include "calibrate_report.h"
 
-// The hash of what lies where the output will be: of an artifact's content, or of a measurement. False: it is neither.
-static bool read_result(kvq_cli *cli, const calibration *c, char found[KVQ_SHA256_HEX]) {
-    kvq_artifact    *artifact = NULL;
-    kvq_measurement *measurement = NULL;
-    bool             known;
-    if (c->o->measure_only) {
-        known = kvq_measurement_open(&cli->ctx, c->o->output, &measurement, NULL) == KVQ_OK;
-        if (known) strcpy(found, kvq_measurement_sha256(measurement));
-        kvq_measurement_close(&cli->ctx, &measurement);
-    } else {
-        known = kvq_artifact_read(&cli->ctx, c->o->output, &artifact, found, NULL) == KVQ_OK;
-        kvq_artifact_destroy(&cli->ctx, &artifact);
-    }
-    return known;
-}
-
 // An output that is in the way is found now, not after hours; unless it is what this very run wrote just before it was
 // killed, as its work directory knows.
 static kvq_status check_output(kvq_cli *cli, calibration *c, kvq_error *err) {
     const calibrate_options *o = c->o;
+    kvq_artifact            *existing = NULL;
     char                     result[KVQ_SHA256_HEX], found[KVQ_SHA256_HEX] = "";
     kvq_status               status = kvq_sweep_peek_result(&cli->ctx, &c->sweep, &c->processes, result, err);
     if (status != KVQ_OK) return status;
-    if (result[0] != 0 && !o->restart && read_result(cli, c, found))
+    if (result[0] != 0 && !o->restart && kvq_artifact_read(&cli->ctx, o->output, &existing, found, NULL) == KVQ_OK)
         c->finished = strcmp(result, found) == 0;
+    kvq_artifact_destroy(&cli->ctx, &existing);
     const char *inputs[CLI_SOURCE_FILES + 2] = {NULL};
     kvq_cli_source_files(&o->source, inputs);
     inputs[CLI_SOURCE_FILES] = o->model;
