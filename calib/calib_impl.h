@@ -114,8 +114,8 @@ kvq_observer measure_observer(measure *m);
 // One window in the backward pass of a layer, with squared gradients that somebody else made; NULL = none.
 kvq_status measure_count(measure *m, int64_t layer, const float *k, const float *v, const float *w_k, const float *w_v,
                          kvq_error *err);
-// Thresholds [n_layers, n_fractions, 2, d] (lower, upper) where keys have ranges per channel: found by the forward pass,
-// or set before the backward one.
+// Thresholds [n_layers, n_fractions, 2, d] (lower, upper) where keys have ranges per channel: found by the forward
+// pass, or set before the backward one.
 float  *measure_thresholds(measure *m);
 int64_t measure_thresholds_count(const measure *m); // 0 when ranges are found per token
 // Completes a layer from the results of both passes.

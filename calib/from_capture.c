@@ -5,15 +5,15 @@
 #include "calib_impl.h"
 
 typedef struct capture_fit {
-    const kvq_context       *ctx;
-    const kvq_capture       *capture;
-    const kvq_capture_info  *info;
-    const kvq_fit_options   *fit;
-    kvq_measure_options      measured;
-    bool                     weighted; // squared gradients are needed
-    kvq_artifact            *artifact;
-    measure                 *m;
-    float                   *k, *v, *w_k, *w_v; // [S, d]
+    const kvq_context      *ctx;
+    const kvq_capture      *capture;
+    const kvq_capture_info *info;
+    const kvq_fit_options  *fit;
+    kvq_measure_options     measured;
+    bool                    weighted; // squared gradients are needed
+    kvq_artifact           *artifact;
+    measure                *m;
+    float                  *k, *v, *w_k, *w_v; // [S, d]
 } capture_fit;
 
 static kvq_status check_capture(const kvq_capture_info *info, const kvq_calib_options *options, kvq_error *err) {

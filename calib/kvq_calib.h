@@ -121,8 +121,8 @@ typedef struct kvq_calib_options {
     kvq_measure_options measure; // a calibration measures the fraction and weighting that its fit needs, whatever is
     kvq_fit_options     fit;     // named here; a measurement does not look at fit
 } kvq_calib_options;
-// 3 bits, 1 %, 1 sink, fisher-scaled, keys per channel before RoPE; measures fractions 0, 0.25 % and 1 %, all weightings
-// and moments.
+// 3 bits, 1 %, 1 sink, fisher-scaled, keys per channel before RoPE; measures fractions 0, 0.25 % and 1 %, all
+// weightings and moments.
 kvq_calib_options kvq_calib_options_default(void);
 
 // Check ranges, of a measurement also against the model. KVQ_ERR_USAGE names the

@@ -18,16 +18,16 @@ struct measure {
     measure_conclude           conclude;
     void                      *user;
     int                        d;
-    int64_t                    n_rows;          // behind all thresholds
-    bool                       raw;             // results are what was seen
-    kvq_tails                 *tails;           // forward
-    kvq_fixed                 *moments[3];      // forward: of Q, K and V, [heads, D, D]
+    int64_t                    n_rows;     // behind all thresholds
+    bool                       raw;        // results are what was seen
+    kvq_tails                 *tails;      // forward
+    kvq_fixed                 *moments[3]; // forward: of Q, K and V, [heads, D, D]
     double                    *moment_scratch;
-    kvq_histogram            **histograms;      // backward: [n_fractions, N_TENSORS, Hkv]
-    float                     *thresholds;      // see measure_thresholds
-    float                     *w[N_TENSORS];    // [S, d] squared gradients
-    float                     *scratch;         // of counting
-    float                     *z_and_r;         // [2 d]
+    kvq_histogram            **histograms;   // backward: [n_fractions, N_TENSORS, Hkv]
+    float                     *thresholds;   // see measure_thresholds
+    float                     *w[N_TENSORS]; // [S, d] squared gradients
+    float                     *scratch;      // of counting
+    float                     *z_and_r;      // [2 d]
 };
 
 measure_shape measure_shape_of(const kvq_model_config *c, int64_t seq_len, int64_t n_windows) {
@@ -214,8 +214,7 @@ static kvq_status begin_backward(measure *m, kvq_error *err) {
     kvq_status status = KVQ_OK;
     drop_forward(m);
     drop_histograms(m);
-    for (int i = 0; i < n; i++)
-        KVQ_TRY(kvq_histogram_create(m->ctx, m->options->weightings, &m->histograms[i], err));
+    for (int i = 0; i < n; i++) KVQ_TRY(kvq_histogram_create(m->ctx, m->options->weightings, &m->histograms[i], err));
 done:
     return status;
 }
@@ -476,8 +475,8 @@ kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *opt
     KVQ_TRY(KVQ_NEW(ctx, 2 * kvq_count_scratch_floats(shape.seq_len, d), "normalised elements", &m->scratch, err));
     KVQ_TRY(KVQ_NEW(ctx, 2 * d, "offsets and ranges", &m->z_and_r, err));
     KVQ_TRY(KVQ_NEW(ctx, measure_thresholds_count(m), "thresholds", &m->thresholds, err));
-    KVQ_TRY(KVQ_NEW(ctx, (int64_t)options->n_fractions * N_TENSORS * shape.n_kv_heads, "histograms", &m->histograms,
-                    err));
+    KVQ_TRY(
+        KVQ_NEW(ctx, (int64_t)options->n_fractions * N_TENSORS * shape.n_kv_heads, "histograms", &m->histograms, err));
     *out = m;
     m = NULL;
 done:

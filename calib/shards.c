@@ -158,9 +158,9 @@ static kvq_status take_thresholds(const kvq_context *ctx, const char *path, cons
     const kvq_field *fields = kvq_partial_fields(partial, &n);
     KVQ_TRY(kvq_fields_compare(fields, n, sweep->fingerprint, sweep->n_fingerprint, err));
     KVQ_TRY(get_artifact(ctx, partial, &merged, err));
-    bool same_shape = merged->model.n_layers == mine->model.n_layers &&
-                      merged->model.n_kv_heads == mine->model.n_kv_heads &&
-                      merged->model.head_dim == mine->model.head_dim && merged->layers[0].k.axis == mine->layers[0].k.axis;
+    bool same_shape =
+        merged->model.n_layers == mine->model.n_layers && merged->model.n_kv_heads == mine->model.n_kv_heads &&
+        merged->model.head_dim == mine->model.head_dim && merged->layers[0].k.axis == mine->layers[0].k.axis;
     if (!same_shape) {
         KVQ_TRY(kvq_fail(
             err, KVQ_ERR_MISMATCH, NULL, "%lld layers of %lld x %lld channels instead of %lld of %lld x %lld",
@@ -192,8 +192,8 @@ kvq_status kvq_calibrate_shard(const kvq_context *ctx, const kvq_backend *be, kv
     KVQ_TRY(kvq_fit_options_check(&options->fit, err));
     KVQ_TRY(calib_create_artifact(ctx, c, &measured, &options->fit, &artifact, err));
     KVQ_TRY(calib_describe_windows(ctx, windows, artifact, err));
-    KVQ_TRY(measure_create(ctx, &measured, measure_shape_of(c, windows->seq_len, windows->n_windows), NULL, NULL, &m,
-                           err));
+    KVQ_TRY(
+        measure_create(ctx, &measured, measure_shape_of(c, windows->seq_len, windows->n_windows), NULL, NULL, &m, err));
     measure_keep_raw(m);
     if (thresholds != NULL) KVQ_TRY(take_thresholds(ctx, thresholds, sweep, artifact, m, err));
     kvq_observer observer = measure_observer(m);
@@ -210,7 +210,7 @@ done:
 kvq_status kvq_shard_write(const kvq_context *ctx, const kvq_artifact *artifact, const kvq_calib_options *options,
                            const kvq_sweep_options *sweep, kvq_round round, const char *path, bool force,
                            kvq_error *err) {
-    kvq_processes       alone = kvq_processes_single();
+    kvq_processes alone = kvq_processes_single();
     kvq_count counts[3 + N_OPTION_COUNTS] = {{"round", round}, {"shard", sweep->shard}, {"n_shards", sweep->n_shards}};
     kvq_partial_writer *writer = NULL;
     work_dir           *work = NULL;
@@ -243,13 +243,13 @@ done:
 // ---------------------------------------------------------------- merging
 
 typedef struct merger {
-    const kvq_context *ctx;
-    const char *const *paths;
-    int                n;
-    kvq_partial      **partials; // [n], in the order of paths
-    bool              *seen;     // [n] by shard
-    kvq_round          round;
-    kvq_artifact      *artifact;
+    const kvq_context  *ctx;
+    const char *const  *paths;
+    int                 n;
+    kvq_partial       **partials; // [n], in the order of paths
+    bool               *seen;     // [n] by shard
+    kvq_round           round;
+    kvq_artifact       *artifact;
     kvq_calib_options   options;
     kvq_measure_options measured;
     measure            *m;
@@ -305,7 +305,7 @@ static kvq_status prepare_merge(merger *g, kvq_error *err) {
         return status;
     }
     const kvq_artifact *a = g->artifact;
-    measure_shape       shape = {a->model.n_layers,     a->dataset.seq_len,         a->dataset.n_samples,
+    measure_shape       shape = {a->model.n_layers,     a->dataset.seq_len,       a->dataset.n_samples,
                                  (int)a->model.n_heads, (int)a->model.n_kv_heads, (int)a->model.head_dim};
     g->measured = kvq_measure_for_fit(&g->options);
     status = measure_create(g->ctx, &g->measured, shape, fit_merged, g, &g->m, err);

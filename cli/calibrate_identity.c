@@ -40,7 +40,8 @@ static kvq_status describe_options(const calibration *c, char **out, kvq_error *
     if (c->o->from != NULL) {
         kvq_json_text(&json, json.root, "measurement", kvq_file_name(c->o->from));
         kvq_json_text(&json, json.root, "measurement_sha256", kvq_measurement_sha256(c->measurement));
-        kvq_json_text(&json, json.root, "measured_with", kvq_measurement_about(c->measurement)->provenance.options_json);
+        kvq_json_text(&json, json.root, "measured_with",
+                      kvq_measurement_about(c->measurement)->provenance.options_json);
     } else if (c->o->capture != NULL) {
         kvq_json_text(&json, json.root, "capture", kvq_file_name(c->o->capture));
     } else {

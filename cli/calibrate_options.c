@@ -49,9 +49,9 @@ static kvq_status refuse_sweep_options(const calibrate_options *o, int n_ranks, 
 static kvq_status refuse_model_options(const calibrate_options *o, const char *beside, const char *next,
                                        kvq_error *err) {
     const useless_option options[] = {
-        {"--model", o->model != NULL},        {"--text", o->source.texts.count > 0},
+        {"--model", o->model != NULL},          {"--text", o->source.texts.count > 0},
         {"--tokens", o->source.tokens != NULL}, {"--bos", o->source.bos != KVQ_BOS_AUTO},
-        {"--held-out", o->held_out > 0},      {"--compute", o->compute != KVQ_COMPUTE_F32},
+        {"--held-out", o->held_out > 0},        {"--compute", o->compute != KVQ_COMPUTE_F32},
     };
     return refuse(options, CLI_COUNT_OF(options), beside, next, err);
 }
@@ -97,8 +97,8 @@ static kvq_status check_bits_options(const calibrate_options *o, kvq_error *err)
                         "--bits %lld and --k-bits or --v-bits contradict each other", (long long)o->bits);
     }
     if (o->outliers.count > 1 && !o->measure_only) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "give one, or add --measure-only",
-                        "--outliers: %d shares; a fit has one", o->outliers.count);
+        return kvq_fail(err, KVQ_ERR_USAGE, "give one, or add --measure-only", "--outliers: %d shares; a fit has one",
+                        o->outliers.count);
     }
     return KVQ_OK;
 }
@@ -261,8 +261,8 @@ static void list_fit(const kvq_fit_options *f, setting *list, int *n) {
 
 int list_settings(const calibration *c, setting list[MAX_SETTINGS]) {
     static const char *const RANGE_NAMES[] = {"extremes", "percentiles"};
-    static const char *const FRACTION_NAMES[KVQ_MAX_FRACTIONS] = {"outliers",   "outliers_1", "outliers_2", "outliers_3",
-                                                                  "outliers_4", "outliers_5", "outliers_6", "outliers_7"};
+    static const char *const FRACTION_NAMES[KVQ_MAX_FRACTIONS] = {
+        "outliers", "outliers_1", "outliers_2", "outliers_3", "outliers_4", "outliers_5", "outliers_6", "outliers_7"};
     const kvq_measure_options *m = &c->measured;
     int                        n = 0;
     if (!c->o->measure_only) list_fit(&c->options.fit, list, &n);

@@ -104,4 +104,3 @@ kvq_status prepare_calibration(kvq_cli *cli, calibration *c, kvq_error *err) {
 done:
     return status;
 }
-

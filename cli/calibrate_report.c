@@ -72,7 +72,7 @@ void print_quantizer(kvq_cli *cli, const calibration *c) {
 }
 
 void print_calibration_plan(kvq_cli *cli, const calibration *c) {
-    const kvq_model_config  *config = kvq_checkpoint_config(c->checkpoint);
+    const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
     kvq_cli_say(cli, "model      %s  %s  %lld layers  %d KV heads x %d", c->identity.name, config->architecture,
                 (long long)config->n_layers, config->n_kv_heads, config->head_dim);
     kvq_cli_say(cli, "windows    %lld x %lld tokens  seed %llu", (long long)c->o->samples, (long long)c->seq_len,

@@ -13,16 +13,16 @@ typedef struct calibrate_options {
     kvq_cli_common    common;
     kvq_cli_source    source;
     const char       *model, *output, *work_dir, *shard, *thresholds, *capture, *from;
-    int64_t           samples, seq_len, bits, k_bits, v_bits;      // bits: 0 = not given
+    int64_t           samples, seq_len, bits, k_bits, v_bits;        // bits: 0 = not given
     int64_t           sink_tokens, recent_window, k_slots, held_out; // sink_tokens: NOT_GIVEN
     kvq_cli_seed      seed;
     kvq_cli_fractions outliers;
-    int     datatype, k_datatype, v_datatype; // kvq_datatype, or NOT_GIVEN
-    int     weighting;                        // kvq_weighting, or NOT_GIVEN
-    int     groups, k_axis, k_domain, threshold_scope, draw, compat;
-    int     compute;                     // kvq_compute
-    int64_t memory_limit, scratch_limit; // bytes, 0 = none
-    bool    force, dry_run, restart, measure_only, eigenvectors, q_norm, compare_lloyd, count_sinks, all_slots;
+    int               datatype, k_datatype, v_datatype; // kvq_datatype, or NOT_GIVEN
+    int               weighting;                        // kvq_weighting, or NOT_GIVEN
+    int               groups, k_axis, k_domain, threshold_scope, draw, compat;
+    int               compute;                     // kvq_compute
+    int64_t           memory_limit, scratch_limit; // bytes, 0 = none
+    bool force, dry_run, restart, measure_only, eigenvectors, q_norm, compare_lloyd, count_sinks, all_slots;
 } calibrate_options;
 
 // calibrate_options.c: how the choices are spelled, in the order of their values.

@@ -19,17 +19,17 @@
 // ---------------------------------------------------------------- options (option_table.c)
 
 typedef enum kvq_cli_kind {
-    CLI_FLAG,     // bool
-    CLI_TEXT,     // const char *
-    CLI_LIST,     // kvq_cli_list; the option may be repeated
-    CLI_COUNT,    // int64_t in [min, max]
-    CLI_SEED,     // kvq_cli_seed
-    CLI_FRACTION, // double in [min, max]; "1%" or "0.01"
+    CLI_FLAG,      // bool
+    CLI_TEXT,      // const char *
+    CLI_LIST,      // kvq_cli_list; the option may be repeated
+    CLI_COUNT,     // int64_t in [min, max]
+    CLI_SEED,      // kvq_cli_seed
+    CLI_FRACTION,  // double in [min, max]; "1%" or "0.01"
     CLI_FRACTIONS, // kvq_cli_fractions; some of them with commas between, "0,0.25%,1%"
-    CLI_BYTES,    // int64_t above 0; "16GiB", "500MB", "1000000"
-    CLI_CHOICE,   // int, index into choices
-    CLI_OPERAND,  // const char *; the one argument without a dash; `name` is its word in help
-    CLI_OPERANDS  // kvq_cli_list; all arguments without a dash
+    CLI_BYTES,     // int64_t above 0; "16GiB", "500MB", "1000000"
+    CLI_CHOICE,    // int, index into choices
+    CLI_OPERAND,   // const char *; the one argument without a dash; `name` is its word in help
+    CLI_OPERANDS   // kvq_cli_list; all arguments without a dash
 } kvq_cli_kind;
 
 #define CLI_MAX_LIST 32

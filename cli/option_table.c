@@ -222,8 +222,8 @@ static kvq_status set_bytes(const kvq_cli_option *option, const char *text, void
 
 typedef kvq_status (*setter)(const kvq_cli_option *option, const char *text, void *field, kvq_error *err);
 static const setter SETTERS[] = {
-    [CLI_FLAG] = set_flag,   [CLI_TEXT] = set_text,         [CLI_LIST] = set_list,     [CLI_COUNT] = set_count,
-    [CLI_SEED] = set_seed,   [CLI_FRACTION] = set_fraction, [CLI_CHOICE] = set_choice, [CLI_OPERAND] = set_text,
+    [CLI_FLAG] = set_flag,   [CLI_TEXT] = set_text,         [CLI_LIST] = set_list,           [CLI_COUNT] = set_count,
+    [CLI_SEED] = set_seed,   [CLI_FRACTION] = set_fraction, [CLI_CHOICE] = set_choice,       [CLI_OPERAND] = set_text,
     [CLI_BYTES] = set_bytes, [CLI_OPERANDS] = set_list,     [CLI_FRACTIONS] = set_fractions,
 };
 

@@ -105,8 +105,7 @@ static kvq_status token_windows(kvq_cli *cli, const kvq_model_config *config, co
     int64_t         bos_id;
 
     if (request->python_draw || request->n_heldout > 0) {
-        KVQ_TRY(kvq_fail(err, KVQ_ERR_USAGE, "give the text itself",
-                         "--tokens %s: %s needs a text", from->tokens,
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_USAGE, "give the text itself", "--tokens %s: %s needs a text", from->tokens,
                          request->python_draw ? "--draw python" : "--held-out"));
     }
     KVQ_TRY(kvq_map_file(from->tokens, &file, err));

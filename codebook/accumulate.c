@@ -160,9 +160,8 @@ void histogram_add_energy(kvq_histogram *h, const float *x, int64_t n) {
     }
 }
 
-void histogram_add_clipped(kvq_histogram *h, bool above, double beyond, double r2) {
+void histogram_add_beyond(kvq_histogram *h, bool above, double beyond, double r2) {
     double linear = beyond * r2 * CODEBOOK_SQUARE_UNIT, square = beyond * beyond * r2 * CODEBOOK_SQUARE_UNIT;
-    h->counts.n_clipped++;
     add_all(&h->beyond[above], &linear, 1);
     add_all(&h->beyond_squared, &square, 1);
 }

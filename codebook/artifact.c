@@ -119,7 +119,7 @@ kvq_block_spec kvq_tensor_block_spec(const kvq_tensor_quant *tensor, int d, int 
                            .n_groups = tensor->n_groups,
                            .decoded = tensor->decode_levels,
                            .clamp_zero = tensor->datatype == KVQ_INT_CLAMPED};
-    float *z = storage, *r = storage + d, *grid_z = storage + 2 * (int64_t)d;
+    float         *z = storage, *r = storage + d, *grid_z = storage + 2 * (int64_t)d;
     if (tensor->axis == KVQ_AXIS_TOKEN) return spec;
     for (int c = 0; c < d; c++) {
         z[c] = kvq_range_middle(tensor->lower[c], tensor->upper[c]);

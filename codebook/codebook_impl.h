@@ -19,10 +19,10 @@ static inline double codebook_weight_unit(kvq_weighting w) { return w == KVQ_WEI
 double codebook_cost(const kvq_weighted_point *points, int64_t n, const double *levels, int k);
 
 // What kvq_histogram_add_many leaves to the one who counts: whether a weight is in the range of the sums, the squares
-// of elements x [n] whatever became of them, and how far beyond the range of half width sqrt(r2) a clipped one lies, in
+// of elements x [n] whatever became of them, and how far beyond the range of half width sqrt(r2) one lies, in
 // units of that.
 bool histogram_weight_fits(kvq_weighting by, double weight);
 void histogram_add_energy(kvq_histogram *h, const float *x, int64_t n);
-void histogram_add_clipped(kvq_histogram *h, bool above, double beyond, double r2);
+void histogram_add_beyond(kvq_histogram *h, bool above, double beyond, double r2);
 
 #endif

@@ -159,13 +159,16 @@ static void flush(gathered *g) {
     g->n = g->n_all = 0;
 }
 
-static void add_element(gathered *g, float x, double gradient, double r) {
+// An element beyond a channel's range loses what lies there. The range of a token is that of the elements themselves,
+// which only its rounding to f16 can put outside.
+static void add_element(gathered *g, float x, double gradient, double r, bool of_channel) {
     g->normalised[g->n] = x;
     g->gradient[g->n] = gradient;
     g->scaled[g->n] = gradient * r * r;
     g->r2[g->n] = r * r;
     g->n++;
-    if (fabsf(x) > 1) histogram_add_clipped(g->h, x > 0, fabs((double)x) - 1, r * r);
+    if (fabsf(x) > 1) histogram_add_beyond(g->h, x > 0, fabs((double)x) - 1, r * r);
+    g->h->counts.n_clipped += of_channel && fabsf(x) > KVQ_OUTLIER_EDGE;
 }
 
 // Whether all weights of what was gathered last can be added; if not, *bad is one of those that cannot.
@@ -204,7 +207,7 @@ static kvq_status count_row(gathered *g, const float *x, const float *scaled, co
         } else if (scaled[c] == CONSTANT) {
             g->h->counts.n_constant++;
         } else {
-            add_element(g, scaled[c], gradient, (double)r[c * step]);
+            add_element(g, scaled[c], gradient, (double)r[c * step], step == 1);
             if (!weights_fit(g, bad)) return KVQ_ERR_NUMERICAL;
         }
     }

@@ -154,8 +154,7 @@ static void add_errors(const kvq_distribution *parts, int n_parts, const table *
     double per_code[MAX_LEVELS] = {0}, n = 0;
     for (int p = 0; p < n_parts; p++) {
         const kvq_distribution_sums *sums = parts[p].sums;
-        s->normalised +=
-            decoded_cost(&parts[p].by[KVQ_WEIGHT_NONE], t, per_code) + sums->scatter[KVQ_WEIGHT_NONE];
+        s->normalised += decoded_cost(&parts[p].by[KVQ_WEIGHT_NONE], t, per_code) + sums->scatter[KVQ_WEIGHT_NONE];
         s->squares += decoded_cost(&parts[p].by[KVQ_WEIGHT_RANGE], t, NULL) + sums->scatter[KVQ_WEIGHT_RANGE] +
                       clipping_cost(sums, t);
     }
@@ -299,7 +298,8 @@ static kvq_status fit_tensor(const kvq_context *ctx, const kvq_distribution *hea
     if (options->q_norm) KVQ_TRY(make_array(ctx, n, "levels that codes decode to", &t->decode_levels, err));
     for (int g = 0; g < t->n_groups; g++) {
         float *decode_levels = options->q_norm ? t->decode_levels + g * t->n_levels : NULL;
-        KVQ_TRY(fit_one(&r, heads + g * per_group, per_group, t->codebook + g * t->n_levels, decode_levels, &sums, err));
+        KVQ_TRY(
+            fit_one(&r, heads + g * per_group, per_group, t->codebook + g * t->n_levels, decode_levels, &sums, err));
     }
     t->fit = report_of(&sums);
 done:

@@ -86,7 +86,7 @@ extern const char *const kvq_weighting_names[]; // in the order of the enumerati
 const char              *kvq_weighting_name(kvq_weighting weighting); // "none", "fisher", "fisher-scaled", "range"
 bool                     kvq_weighting_parse(const char *name, kvq_weighting *out);
 static inline bool       kvq_weighting_needs_gradients(kvq_weighting w) {
-    return w == KVQ_WEIGHT_FISHER || w == KVQ_WEIGHT_FISHER_SCALED;
+          return w == KVQ_WEIGHT_FISHER || w == KVQ_WEIGHT_FISHER_SCALED;
 }
 
 // A set of weightings, as bits 1 << weighting. `none` and `range` are always counted: the error reports need them.
@@ -119,16 +119,16 @@ typedef struct kvq_element_counts {
     int64_t n_points;   // in the bins
     int64_t n_outliers; // kept apart
     int64_t n_constant; // of a constant channel or token, which decode exactly
-    int64_t n_clipped;  // of the points: beyond [-1, 1], since all outlier slots of their side were taken
+    int64_t n_clipped;  // of the points of ranges per channel: outliers for which no slot of their side was left
 } kvq_element_counts;
 
 // The elements of one KV head of one tensor at one outlier fraction.
 typedef struct kvq_histogram {
     kvq_weight_sums    by[KVQ_N_WEIGHTINGS];
     kvq_element_counts counts;
-    kvq_fixed          energy;           // sum of x^2 of all elements
-    kvq_fixed          beyond[2];        // sum of r^2 (|x'| - 1) of clipped elements below and above, and ...
-    kvq_fixed          beyond_squared;   // ... of r^2 (|x'| - 1)^2: what clipping adds to squared errors
+    kvq_fixed          energy;         // sum of x^2 of all elements
+    kvq_fixed          beyond[2];      // sum of r^2 (|x'| - 1) of elements beyond [-1, 1] below and above, and ...
+    kvq_fixed          beyond_squared; // ... of r^2 (|x'| - 1)^2: what clipping adds to squared errors
 } kvq_histogram;
 
 kvq_status kvq_histogram_create(const kvq_context *ctx, kvq_weighting_set weightings, kvq_histogram **out,
@@ -149,15 +149,15 @@ int64_t    kvq_histogram_packed_bytes(const kvq_histogram *h);
 void       kvq_histogram_pack(const kvq_histogram *h, uint8_t *out);
 kvq_status kvq_histogram_merge_packed(kvq_histogram *into, const uint8_t *packed, int64_t bytes, kvq_error *err);
 
-// How the range of a token is found while counting (spec->r NULL). The decoder's rule is `extremes`; `percentiles`, what
-// the public code of KVQuant calibrates with and does not decode by, exists for comparison.
+// How the range of a token is found while counting (spec->r NULL). The decoder's rule is `extremes`; `percentiles`,
+// what the public code of KVQuant calibrates with and does not decode by, exists for comparison.
 typedef enum kvq_token_range { KVQ_RANGE_EXTREMES, KVQ_RANGE_PERCENTILES } kvq_token_range;
 
 // One tensor over the rows of one window: counted by the decoder's own rule (kvq_block_hd.h), outliers apart, the rest
 // normalised. Each KV head has a histogram of its own.
 typedef struct kvq_count_tensor {
-    const char           *name; // "K"
-    const kvq_block_spec *spec; // levels are not used
+    const char           *name;      // "K"
+    const kvq_block_spec *spec;      // levels are not used
     const float          *x;         // [n_rows, spec->d]
     const float          *gradients; // [n_rows, spec->d] squared; NULL = none
     kvq_histogram       **heads;     // [n_heads], n_heads divides spec->d
@@ -169,9 +169,9 @@ typedef struct kvq_count_options {
     double          fraction; // of the percentiles
 } kvq_count_options;
 // On all threads of ctx; each histogram is filled by one of them, so the count of threads leaves no trace. scratch:
-// kvq_count_scratch_floats for every tensor, one behind the other. KVQ_ERR_NUMERICAL, naming tensor, row and channel, for a non-finite
-// element, or a squared gradient that is negative, not finite, or beyond the range of the sums; the histograms then
-// hold a part of the rows. KVQ_ERR_USAGE when the outliers leave nothing of a row.
+// kvq_count_scratch_floats for every tensor, one behind the other. KVQ_ERR_NUMERICAL, naming tensor, row and channel,
+// for a non-finite element, or a squared gradient that is negative, not finite, or beyond the range of the sums; the
+// histograms then hold a part of the rows. KVQ_ERR_USAGE when the outliers leave nothing of a row.
 int64_t    kvq_count_scratch_floats(int64_t n_rows, int64_t d);
 kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensors, int n_tensors, int64_t n_rows,
                           kvq_count_options options, float *scratch, kvq_error *err);
@@ -183,7 +183,7 @@ kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensor
 typedef struct kvq_weighted_bins {
     float *w, *x; // [KVQ_HISTOGRAM_BINS] weight, and weighted mean of the normalised values; NULL = not counted
 } kvq_weighted_bins;
-typedef struct kvq_distribution_sums { // doubles only, so that an array of them is one of doubles
+typedef struct kvq_distribution_sums {        // doubles only, so that an array of them is one of doubles
     double energy, beyond[2], beyond_squared; // as in kvq_histogram
     double scatter[KVQ_N_WEIGHTINGS];         // sum of w (x' - mean of its bin)^2
     double w2[KVQ_N_WEIGHTINGS];              // sum of w^2
@@ -194,10 +194,11 @@ typedef struct kvq_distribution {
     kvq_distribution_sums *sums;
 } kvq_distribution;
 // Of n KV heads: arrays of all heads lie behind each other. Free with kvq_distributions_free, which takes NULL.
-kvq_status kvq_distributions_create(const kvq_context *ctx, kvq_weighting_set weightings, int n,
-                                    kvq_distribution **out, kvq_error *err);
+kvq_status kvq_distributions_create(const kvq_context *ctx, kvq_weighting_set weightings, int n, kvq_distribution **out,
+                                    kvq_error *err);
 void       kvq_distributions_free(const kvq_context *ctx, kvq_distribution **distributions);
-// Fills one of them from a histogram of the same weightings. KVQ_ERR_NUMERICAL when a sum left the range of fixed point.
+// Fills one of them from a histogram of the same weightings. KVQ_ERR_NUMERICAL when a sum left the range of fixed
+// point.
 kvq_status kvq_distribution_take(const kvq_histogram *h, kvq_distribution *out, kvq_error *err);
 
 // ---------------------------------------------------------------- exact k-means
@@ -247,8 +248,8 @@ extern const char *const kvq_key_domain_names[]; // "pre_rope", "post_rope", NUL
 typedef struct kvq_fit_report {
     int64_t n_points, n_outliers, n_constant, n_clipped;
     double  weight_sum, effective_samples; // (sum w)^2 / sum w^2 of the fit's weighting; 0 when all weights are 0
-    double  objective;       // weighted mean squared error in normalised units of the levels as stored
-    double  binning_bound;   // the true optimum is at most this much below `objective`
+    double  objective;                     // weighted mean squared error in normalised units of the levels as stored
+    double  binning_bound;                 // the true optimum is at most this much below `objective`
     double  lloyd_objective; // what k-means++ and Lloyd's iteration reach on the same bins; 0 = not asked for
     double  normalised_mse;  // unweighted, normalised units
     double  mse;             // unweighted, in the tensor's units, clipping included
@@ -269,14 +270,14 @@ typedef struct kvq_heldout_report {
 // One tensor (K or V) of one layer. Which fields are set depends on the axis: ranges per channel are thresholds, ranges
 // per token are found by the codec.
 typedef struct kvq_tensor_quant {
-    int            bits;
-    kvq_datatype   datatype;
-    kvq_axis       axis;
-    kvq_key_domain domain;           // of K
-    int      n_groups, n_levels, dim; // codebook [n_groups, n_levels, dim]; groups: 1, or one per KV head
-    float   *codebook;                // ascending within a group
-    float   *decode_levels;           // [n_groups, n_levels] with Q-Norm, else NULL: codes decode to the codebook
-    float   *lower, *upper;           // [Hkv, D] or NULL
+    int                bits;
+    kvq_datatype       datatype;
+    kvq_axis           axis;
+    kvq_key_domain     domain;                  // of K
+    int                n_groups, n_levels, dim; // codebook [n_groups, n_levels, dim]; groups: 1, or one per KV head
+    float             *codebook;                // ascending within a group
+    float             *decode_levels; // [n_groups, n_levels] with Q-Norm, else NULL: codes decode to the codebook
+    float             *lower, *upper; // [Hkv, D] or NULL
     kvq_fit_report     fit;
     kvq_heldout_report heldout;
 } kvq_tensor_quant;
@@ -312,8 +313,8 @@ typedef struct kvq_artifact {
     struct {
         double        outlier_fraction; // two-sided
         int           n_side_k, n_side_v;
-        int64_t       sink_tokens;      // first tokens of a sequence, kept in f16
-        int64_t       recent_tokens;    // last tokens, kept in f16 until they leave this window
+        int64_t       sink_tokens;   // first tokens of a sequence, kept in f16
+        int64_t       recent_tokens; // last tokens, kept in f16 until they leave this window
         kvq_weighting weighting;
         kvq_scope     threshold_scope;
         bool          sinks_counted; // thresholds were taken over sink tokens too
@@ -342,15 +343,15 @@ kvq_block_spec kvq_tensor_block_spec(const kvq_tensor_quant *tensor, int d, int 
 
 // What is measured of a model, once; many fits can follow.
 typedef struct kvq_measure_options {
-    int               n_fractions;
-    double            fractions[KVQ_MAX_FRACTIONS]; // outlier fractions, ascending, two-sided: normalisation depends on it
-    kvq_weighting_set weightings;                   // includes KVQ_WEIGHTINGS_BASIC
-    int64_t           sink_tokens;                  // left out of the fit
-    bool              count_sinks;                  // but not out of the thresholds
+    int    n_fractions;
+    double fractions[KVQ_MAX_FRACTIONS]; // outlier fractions, ascending, two-sided: normalisation depends on it
+    kvq_weighting_set weightings;        // includes KVQ_WEIGHTINGS_BASIC
+    int64_t           sink_tokens;       // left out of the fit
+    bool              count_sinks;       // but not out of the thresholds
     kvq_axis          k_axis;
     kvq_key_domain    k_domain;
     kvq_scope         threshold_scope;
-    int64_t           k_slots;     // outliers of K per side and token; 0 = kvq_block_n_side, -1 = as many as there can be
+    int64_t           k_slots; // outliers of K per side and token; 0 = kvq_block_n_side, -1 = as many as there can be
     kvq_token_range   token_range; // of V (and of K per token)
     bool              moments;     // second moments of Q, K and V; of keys before RoPE only
 } kvq_measure_options;
@@ -408,9 +409,9 @@ int kvq_measured_layer_parts(const kvq_measured_layer *layer, int index, kvq_mea
 // x [n_rows, n_heads * D]; scratch: kvq_moments_scratch_doubles. Then moments [n_heads, D, D] = sums / n_windows, both
 // triangles. |x| is below 2^14, so that the sums of 8 windows stay in range; more need smaller x in proportion.
 int64_t kvq_moments_scratch_doubles(int n_heads, int head_dim);
-void    kvq_moments_add(const kvq_context *ctx, const float *x, int64_t n_rows, int n_heads, int head_dim,
-                        kvq_fixed *sums, double *scratch);
-void    kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_heads, int head_dim, double *moments);
+void kvq_moments_add(const kvq_context *ctx, const float *x, int64_t n_rows, int n_heads, int head_dim, kvq_fixed *sums,
+                     double *scratch);
+void kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_heads, int head_dim, double *moments);
 
 // Eigenvalues of second moments [n_heads, D, D], descending [n_heads, D], by LAPACK's dsyevd; eigenvectors (NULL = not
 // wanted) [n_heads, D, D], row i belongs to value i, signs made unique: the component of largest magnitude is positive
@@ -441,7 +442,7 @@ kvq_status kvq_fit_layer(const kvq_context *ctx, const kvq_measured_layer *measu
 // Every byte a cache of n_tokens tokens of one sequence needs: packed rows, sink and recent tokens in f16, thresholds
 // (f32) and tables (f32). `tables_bytes` is the part that does not grow with tokens and is shared by all sequences.
 typedef struct kvq_cache_size {
-    int64_t n_elements; // K and V elements of all layers
+    int64_t n_elements;                           // K and V elements of all layers
     int64_t row_bytes, exact_bytes, tables_bytes; // exact: sink and recent tokens
 } kvq_cache_size;
 kvq_cache_size kvq_artifact_cache_size(const kvq_artifact *artifact, int64_t n_tokens);

@@ -225,9 +225,9 @@ typedef struct quantile_pair {
 static quantile_pair quantiles_of(double fraction, int64_t n) {
     kvq_quantile_rank low = kvq_quantile_position(fraction / 2, n), high = kvq_quantile_position(1 - fraction / 2, n);
     int64_t           high_next = high.rank + 1 < n ? high.rank + 1 : n - 1;
-    return (quantile_pair){low.rank,      low.rank + 1 < n ? low.rank + 1 : n - 1,
+    return (quantile_pair){low.rank,          low.rank + 1 < n ? low.rank + 1 : n - 1,
                            n - 1 - high.rank, n - 1 - high_next,
-                           low.fraction,  high.fraction};
+                           low.fraction,      high.fraction};
 }
 
 // ends [n_columns, N_ENDS, width], as packed.

@@ -201,10 +201,14 @@ typedef struct bad_options {
 } bad_options;
 
 static const bad_options BAD[] = {
-    {1, 3, 0, 0, TINY_S, KVQ_ERR_USAGE, "--k-bits 1", KVQ_AXIS_CHANNEL, 0},           {3, 6, 0, 0, TINY_S, KVQ_ERR_USAGE, "--v-bits 6", KVQ_AXIS_CHANNEL, 0},
-    {3, 3, -0.1, 0, TINY_S, KVQ_ERR_USAGE, "--outliers", KVQ_AXIS_CHANNEL, 0},        {3, 3, 0.11, 0, TINY_S, KVQ_ERR_USAGE, "--outliers", KVQ_AXIS_CHANNEL, 0},
-    {3, 3, (double)NAN, 0, TINY_S, KVQ_ERR_USAGE, "--outliers", KVQ_AXIS_CHANNEL, 0}, {3, 3, 0, -1, TINY_S, KVQ_ERR_USAGE, "--sink-tokens", KVQ_AXIS_CHANNEL, 0},
-    {3, 3, 0, TINY_S, TINY_S, KVQ_ERR_USAGE, "--sink-tokens", KVQ_AXIS_CHANNEL, 0},   {3, 3, 0, 0, 1, KVQ_ERR_USAGE, "--seq-len 1", KVQ_AXIS_CHANNEL, 0},
+    {1, 3, 0, 0, TINY_S, KVQ_ERR_USAGE, "--k-bits 1", KVQ_AXIS_CHANNEL, 0},
+    {3, 6, 0, 0, TINY_S, KVQ_ERR_USAGE, "--v-bits 6", KVQ_AXIS_CHANNEL, 0},
+    {3, 3, -0.1, 0, TINY_S, KVQ_ERR_USAGE, "--outliers", KVQ_AXIS_CHANNEL, 0},
+    {3, 3, 0.11, 0, TINY_S, KVQ_ERR_USAGE, "--outliers", KVQ_AXIS_CHANNEL, 0},
+    {3, 3, (double)NAN, 0, TINY_S, KVQ_ERR_USAGE, "--outliers", KVQ_AXIS_CHANNEL, 0},
+    {3, 3, 0, -1, TINY_S, KVQ_ERR_USAGE, "--sink-tokens", KVQ_AXIS_CHANNEL, 0},
+    {3, 3, 0, TINY_S, TINY_S, KVQ_ERR_USAGE, "--sink-tokens", KVQ_AXIS_CHANNEL, 0},
+    {3, 3, 0, 0, 1, KVQ_ERR_USAGE, "--seq-len 1", KVQ_AXIS_CHANNEL, 0},
     {3, 3, 0, 0, 1 << 30, KVQ_ERR_USAGE, "positions", KVQ_AXIS_CHANNEL, 0},
     {3, 3, 0, 0, TINY_S, KVQ_ERR_USAGE, "--k-outlier-slots 5000", KVQ_AXIS_CHANNEL, 5000},
     {3, 3, 0, 0, TINY_S, KVQ_ERR_USAGE, "--k-axis token", KVQ_AXIS_TOKEN, 1},
@@ -226,8 +230,7 @@ START_TEST(bad_options_are_named) {
         o.measure.k_slots = BAD[i].k_slots;
         kvq_measure_options m = kvq_measure_for_fit(&o);
         kvq_status          status = kvq_fit_options_check(&o.fit, &err);
-        if (status == KVQ_OK)
-            status = kvq_measure_options_check(&m, kvq_model_describe(r.model), BAD[i].seq_len, &err);
+        if (status == KVQ_OK) status = kvq_measure_options_check(&m, kvq_model_describe(r.model), BAD[i].seq_len, &err);
         kvq_test_failed(status, BAD[i].status, &err, BAD[i].fragment);
     }
     rig_close(&r);

@@ -41,8 +41,7 @@ START_TEST(texts_are_owned_and_never_null) {
 END_TEST
 
 START_TEST(weighting_names_round_trip) {
-    static const kvq_weighting ALL[] = {KVQ_WEIGHT_NONE, KVQ_WEIGHT_FISHER, KVQ_WEIGHT_FISHER_SCALED,
-                                        KVQ_WEIGHT_RANGE};
+    static const kvq_weighting ALL[] = {KVQ_WEIGHT_NONE, KVQ_WEIGHT_FISHER, KVQ_WEIGHT_FISHER_SCALED, KVQ_WEIGHT_RANGE};
     kvq_weighting              found = KVQ_WEIGHT_NONE;
     for (int i = 0; i < KVQ_N_WEIGHTINGS; i++) {
         ck_assert(kvq_weighting_parse(kvq_weighting_name(ALL[i]), &found));

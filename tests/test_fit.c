@@ -39,9 +39,9 @@ static int by_position(const void *a, const void *b) {
 
 // ---------------------------------------------------------------- the certificate
 
-// Few elements crowded into a handful of neighbouring bins, where binning hides most: the true optimum over the elements
-// lies between objective - binning_bound and the objective. Distributions keep positions as f32: 2^-25 relative to 1,
-// which moves a squared distance of at most (6 bins)^2 by less than 2 * 6h * 2^-25.
+// Few elements crowded into a handful of neighbouring bins, where binning hides most: the true optimum over the
+// elements lies between objective - binning_bound and the objective. Distributions keep positions as f32: 2^-25
+// relative to 1, which moves a squared distance of at most (6 bins)^2 by less than 2 * 6h * 2^-25.
 START_TEST(the_binning_bound_holds) {
     const double h = 2.0 / KVQ_HISTOGRAM_BINS, rounding = 12 * h * 0x1p-25;
     double       largest_share = 0;

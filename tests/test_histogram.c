@@ -77,8 +77,8 @@ static void random_rows(row_set *rows, bool keys, int n_side) {
         rows->z[c] = c == 7 ? 0.25f : (float)c;
         rows->r[c] = c == 7 ? 0 : 2.0f + 0.01f * (float)c;
     }
-    rows->spec = (kvq_block_spec){
-        .d = D, .bits = 3, .n_side = n_side, .z = keys ? rows->z : NULL, .r = keys ? rows->r : NULL};
+    rows->spec =
+        (kvq_block_spec){.d = D, .bits = 3, .n_side = n_side, .z = keys ? rows->z : NULL, .r = keys ? rows->r : NULL};
 }
 
 typedef struct head_set {
@@ -202,13 +202,14 @@ START_TEST(counting_agrees_with_the_codec) {
         ck_assert_int_eq(kvq_block_encode(&spec, rows.x + row * D, &scratch, row_bytes), 1);
         n_outliers += scratch.n_upper + scratch.n_lower;
         for (int c = 0; c < D; c++)
-            n_beyond += is_key && rows.r[c] > 0 && fabsf((rows.x[row * D + c] - rows.z[c]) / rows.r[c]) > 1;
+            n_beyond +=
+                is_key && rows.r[c] > 0 && fabsf((rows.x[row * D + c] - rows.z[c]) / rows.r[c]) > KVQ_OUTLIER_EDGE;
     }
     kvq_element_counts counts = counts_of(&heads);
     ck_assert_int_eq(counts.n_outliers, n_outliers);
     ck_assert_int_eq(counts.n_constant, is_key ? N_ROWS - 4 : D - 2 * spec.n_side);
     ck_assert_int_eq(counts.n_points + counts.n_outliers + counts.n_constant, (N_ROWS - 4) * D);
-    if (is_key) ck_assert_int_eq(counts.n_clipped, n_beyond - n_outliers);
+    ck_assert_int_eq(counts.n_clipped, is_key ? n_beyond - n_outliers : 0);
     drop_heads(&heads);
 }
 END_TEST
@@ -245,8 +246,7 @@ START_TEST(weights_and_squares_follow_their_definitions) {
     got[KVQ_WEIGHT_RANGE] *= 0x1p20;
     for (int k = 0; k < KVQ_N_WEIGHTINGS; k++) ck_assert_double_eq_tol(got[k], weights[k], 1e-12 * weights[k]);
     ck_assert_double_eq_tol(got_energy, energy, 1e-12 * energy);
-    for (int side = 0; side < 2; side++)
-        ck_assert_double_eq_tol(got_beyond[side], beyond[side], 1e-12 * beyond[side]);
+    for (int side = 0; side < 2; side++) ck_assert_double_eq_tol(got_beyond[side], beyond[side], 1e-12 * beyond[side]);
     ck_assert_double_eq_tol(got_beyond2, beyond2, 1e-12 * beyond2);
     ck_assert(beyond[0] > 0 && beyond[1] > 0);
     drop_heads(&heads);
@@ -264,9 +264,7 @@ START_TEST(a_value_row_by_hand) {
     kvq_count_tensor  tensor = {"V", &spec, x, NULL, heads};
     kvq_count_options options = {.n_heads = 2};
     kvq_test_ok(kvq_count_rows(&ctx, &tensor, 1, 1, options, scratch, &err), &err);
-    static const struct {
-        int head, bin;
-    } PLACES[4] = {{0, 0}, {1, 2048}, {1, 4096}, {1, 8191}};
+    static const struct { int head, bin; } PLACES[4] = {{0, 0}, {1, 2048}, {1, 4096}, {1, 8191}};
     for (int i = 0; i < 4; i++) {
         const kvq_histogram *h = heads[PLACES[i].head];
         ck_assert(kvq_fixed_to_double(h->by[KVQ_WEIGHT_NONE].bins[PLACES[i].bin].w) == 1);

@@ -154,8 +154,7 @@ START_TEST(a_layer_is_fitted_as_the_options_say) {
     fill(layer, 0.01);
     o.sink_tokens = 3;
     kvq_artifact *a = new_artifact(&o, &fit);
-    for (int twice = 0; twice < 2; twice++)
-        kvq_test_ok(kvq_fit_layer(&ctx, layer, &o, &fit, a, 0, &err), &err);
+    for (int twice = 0; twice < 2; twice++) kvq_test_ok(kvq_fit_layer(&ctx, layer, &o, &fit, a, 0, &err), &err);
     const kvq_tensor_quant *k = &a->layers[0].k, *v = &a->layers[0].v;
     ck_assert(k->bits == 2 && k->datatype == KVQ_NUQ && k->axis == KVQ_AXIS_CHANNEL && k->n_levels == 4);
     ck_assert(v->bits == 3 && v->datatype == KVQ_NF && v->axis == KVQ_AXIS_TOKEN && v->lower == NULL);
@@ -195,10 +194,8 @@ START_TEST(a_weighted_fit_needs_weight) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    KVQ_LOOP(the_list_of_parts_is_complete, 4),
-    KVQ_CASE(outlier_slots_follow_the_options),
-    KVQ_CASE(moments_follow_the_definition),
-    KVQ_LOOP(a_layer_is_fitted_as_the_options_say, 4),
+    KVQ_LOOP(the_list_of_parts_is_complete, 4), KVQ_CASE(outlier_slots_follow_the_options),
+    KVQ_CASE(moments_follow_the_definition),    KVQ_LOOP(a_layer_is_fitted_as_the_options_say, 4),
     KVQ_CASE(a_weighted_fit_needs_weight),
 };
 KVQ_TEST_MAIN("measured", CASES)

@@ -131,9 +131,7 @@ static void reference_close(reference *ref) {
 static double number(const cJSON *object, const char *key) { return cJSON_GetObjectItem(object, key)->valuedouble; }
 static bool   is_true(const cJSON *object, const char *key) { return cJSON_IsTrue(cJSON_GetObjectItem(object, key)); }
 
-static const char *text(const cJSON *object, const char *key) {
-    return cJSON_GetObjectItem(object, key)->valuestring;
-}
+static const char *text(const cJSON *object, const char *key) { return cJSON_GetObjectItem(object, key)->valuestring; }
 
 static const cJSON *options_of(const cJSON *run) { return cJSON_GetObjectItem(run, "options"); }
 
@@ -213,9 +211,9 @@ static kvq_artifact *fit_like(const reference *ref, const kvq_measurement *m, co
                            .v_bits = (int)number(o, "bits"),
                            .k_datatype = datatype_of(o),
                            .v_datatype = datatype_of(o),
-                           .weighting = !is_true(o, "fisher")          ? KVQ_WEIGHT_NONE
+                           .weighting = !is_true(o, "fisher")           ? KVQ_WEIGHT_NONE
                                         : is_true(o, "no_range_weight") ? KVQ_WEIGHT_FISHER
-                                                                       : KVQ_WEIGHT_FISHER_SCALED,
+                                                                        : KVQ_WEIGHT_FISHER_SCALED,
                            .q_norm = is_true(o, "qnorm")};
     kvq_test_ok(kvq_refit(&ref->rig.ctx, m, &fit, &a, &err), &err);
     return a;
@@ -250,8 +248,9 @@ static void compare_thresholds(const reference *ref, const kvq_artifact *a) {
 
 // The objective may not exceed the reference's by more than 1e-3 (goldens/README.md), and being a proven minimum of
 // nearly the same data it cannot lie far below. The sum of weights of K is the reference's to the accuracy of Fisher
-// sums, 2e-4; that of V also differs by the rounding of r to half, which the reference's fit does not do: 2^-11 relative
-// in r, at most 2^-10 in r^2. A key at its threshold may be an outlier here and a point there: 1e-4 of the points.
+// sums, 2e-4; that of V also differs by the rounding of r to half, which the reference's fit does not do: 2^-11
+// relative in r, at most 2^-10 in r^2. A key at its threshold may be an outlier here and a point there: 1e-4 of the
+// points.
 static void compare_fit(const cJSON *expected, const kvq_tensor_quant *t, bool fitted, bool exact,
                         double weight_tolerance, const char *what) {
     double objective = number(expected, "objective"), weight_sum = number(expected, "weight_sum");

@@ -472,7 +472,9 @@ static void run_round(rig *r, int n_shards, kvq_round round, const char *thresho
         kvq_sweep_options sweep = sweep_in(folder, name);
         sweep.shard = i;
         sweep.n_shards = n_shards;
-        kvq_test_ok(kvq_calibrate_shard(&r->ctx, r->be, r->model, &r->windows, &r->options, &sweep, thresholds, &a, &err), &err);
+        kvq_test_ok(
+            kvq_calibrate_shard(&r->ctx, r->be, r->model, &r->windows, &r->options, &sweep, thresholds, &a, &err),
+            &err);
         int at = n_shards - 1 - i; // given to the merge in another order
         (void)snprintf(out->names[at], sizeof out->names[at], "%s/%d.%d.kvqp", kvq_test_folder(), i, (int)round);
         out->paths[at] = out->names[at];
