@@ -59,6 +59,7 @@ typedef struct kvq_cli_option {
     const char        *help;     // one line
     double             min, max; // CLI_COUNT, CLI_FRACTION, CLI_FRACTIONS
     const char *const *choices;  // CLI_CHOICE, ends with NULL
+    bool               rare;     // shown by --help-all only
 } kvq_cli_option;
 
 typedef enum kvq_cli_progress {
@@ -70,7 +71,7 @@ typedef enum kvq_cli_progress {
 
 // Options of every program; the first member of each options struct.
 typedef struct kvq_cli_common {
-    bool    quiet, verbose, help, version;
+    bool    quiet, verbose, help, help_all, version;
     int     progress;  // kvq_cli_progress
     int64_t n_threads; // 0 = one per core
 } kvq_cli_common;
@@ -178,13 +179,13 @@ typedef struct kvq_cli_source {
     {"text", 0, CLI_LIST, AT(source.texts), "FILE",                                                                    \
      .help = "text or jsonl, also .gz .zst .xz; repeatable; the word self: the model writes its own"},                 \
     {"mix", 0, CLI_TEXT, AT(source.mix), "A=W,B=W",                                                                    \
-     .help = "share of each text by its file name (in proportion to tokens)"},                                         \
+     .help = "share of each text by its file name (in proportion to tokens)", .rare = true},                           \
     {"text-format", 0, CLI_CHOICE, AT(source.format), "HOW", .help = "auto (by the name), raw or jsonl",               \
-     .choices = kvq_cli_text_format_names},                                                                            \
+     .choices = kvq_cli_text_format_names, .rare = true},                                                              \
     {"text-field", 0, CLI_TEXT, AT(source.field), "NAME",                                                              \
-     .help = "member of a jsonl object that holds its text (text)"},                                                   \
+     .help = "member of a jsonl object that holds its text (text)", .rare = true},                                     \
     {"documents", 0, CLI_CHOICE, AT(source.documents), "HOW",                                                          \
-     .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names}
+     .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names, .rare = true}
 
 // Rows for the windows that are drawn from it, or from given ids: samples, seq_len and seed beside the source.
 #define CLI_WINDOW_ROWS                                                                                                \

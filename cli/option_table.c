@@ -22,6 +22,8 @@ static const kvq_cli_option COMMON[] = {
     {"quiet", 'q', CLI_FLAG, offsetof(kvq_cli_common, quiet), NULL, .help = "only results, warnings and errors"},
     {"verbose", 'v', CLI_FLAG, offsetof(kvq_cli_common, verbose), NULL, .help = "more about what is being done"},
     {"help", 'h', CLI_FLAG, offsetof(kvq_cli_common, help), NULL, .help = "print this and exit"},
+    {"help-all", 0, CLI_FLAG, offsetof(kvq_cli_common, help_all), NULL, .help = "all options, also those that few need",
+     .rare = true},
     {"version", 'V', CLI_FLAG, offsetof(kvq_cli_common, version), NULL, .help = "print the version and exit"},
 };
 
@@ -349,9 +351,10 @@ static void print_row(const kvq_cli_option *option) {
     printf("%-*s %s\n", HELP_COLUMN, left, option->help);
 }
 
-void print_help(const kvq_cli_program *program) {
+void print_help(const kvq_cli_program *program, bool with_rare) {
     option_rows all = collect_options(program);
     const char *lead = "usage:";
+    int         n_rare = 0;
     for (const char *line = program->synopsis; *line != 0;) {
         int length = (int)strcspn(line, "\n");
         if (*line == ' ') { // goes on with the command above
@@ -363,6 +366,10 @@ void print_help(const kvq_cli_program *program) {
         line += length + (line[length] == '\n');
     }
     printf("\n%s\n\n", program->summary);
-    for (int i = 0; i < all.n; i++) print_row(all.rows[i]);
+    for (int i = 0; i < program->n_options; i++) n_rare += program->options[i].rare;
+    for (int i = 0; i < all.n; i++) {
+        if (!all.rows[i]->rare || with_rare) print_row(all.rows[i]);
+    }
+    if (n_rare > 0 && !with_rare) printf("      --help-all             these, and %d more options\n", n_rare);
     printf("\n%s", program->notes);
 }

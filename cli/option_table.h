@@ -25,6 +25,6 @@ kvq_status parse_arguments(const kvq_cli_program *program, int argc, char **argv
                            kvq_error *err);
 void       free_arguments(arguments *args);
 
-void print_help(const kvq_cli_program *program); // to stdout
+void print_help(const kvq_cli_program *program, bool with_rare); // to stdout
 
 #endif

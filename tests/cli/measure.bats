@@ -101,7 +101,7 @@ EOF
   calibrate -o plain.kvq.h5
   succeeds calibrate --held-out 2 -o reported.kvq.h5
   run kvq-inspect -q --json plain.kvq.h5
-  [ "$(json layers 0 k heldout tokens)" = 0 ]
+  [[ $output != *heldout* ]]
   run kvq-inspect -q --json reported.kvq.h5
   [ "$(json layers 0 k heldout tokens)" = 62 ] # two windows of 32 tokens, without their sinks
   for value in "$(json layers 0 attention_error)" "$(json layers 1 v heldout attention_error)"; do
