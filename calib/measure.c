@@ -170,9 +170,9 @@ static kvq_status merge_forward(measure *m, blob_reader *in, kvq_error *err) {
     KVQ_TRY(blob_take(in, &mark, sizeof mark, err));
     if (m->tails != NULL) KVQ_TRY(merge_tails(m, in, err));
     for (int i = 0; i < 3 && m->options->moments; i++) {
-        for (int64_t j = 0; j < moment_count(m->shape, i); j++) {
+        for (int64_t j = 0, D = m->shape.head_dim; j < moment_count(m->shape, i); j++) {
             KVQ_TRY(blob_take(in, &sum, sizeof sum, err));
-            kvq_fixed_merge(&m->moments[i][j], sum);
+            kvq_moments_merge(&m->moments[i][j], sum, j / D % D == j % D);
         }
     }
 done:
@@ -190,8 +190,12 @@ static kvq_status finish_forward(measure *m, int64_t layer, kvq_blob *result, kv
         uint8_t *at = NULL;
         int64_t  bytes = moment_count(m->shape, i) * (int64_t)sizeof(double);
         KVQ_TRY(kvq_blob_extend(m->ctx, result, bytes, &at, err));
-        kvq_moments_finish(m->moments[i], m->shape.n_windows, i == 0 ? m->shape.n_heads : m->shape.n_kv_heads,
-                           m->shape.head_dim, (double *)(void *)at);
+        int        n_heads = i == 0 ? m->shape.n_heads : m->shape.n_kv_heads;
+        double    *to = (double *)(void *)at;
+        kvq_status finished =
+            kvq_moments_finish(m->moments[i], m->shape.n_windows, n_heads, m->shape.head_dim, to, err);
+        if (finished != KVQ_OK) kvq_error_prefix(err, "layer %lld, %c, ", (long long)layer, "QKV"[i]);
+        KVQ_TRY(finished);
     }
 done:
     return status;

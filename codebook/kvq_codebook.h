@@ -406,12 +406,15 @@ typedef struct kvq_measured_part {
 int kvq_measured_layer_parts(const kvq_measured_layer *layer, int index, kvq_measured_part *out); // 0 behind the last
 
 // Adds the mean over rows of x x^T of every head to sums [n_heads, D, D], of which the triangle i >= j is used.
-// x [n_rows, n_heads * D]; scratch: kvq_moments_scratch_doubles. Then moments [n_heads, D, D] = sums / n_windows, both
-// triangles. |x| is below 2^14, so that the sums of 8 windows stay in range; more need smaller x in proportion.
-int64_t kvq_moments_scratch_doubles(int n_heads, int head_dim);
-void kvq_moments_add(const kvq_context *ctx, const float *x, int64_t n_rows, int n_heads, int head_dim, kvq_fixed *sums,
-                     double *scratch);
-void kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_heads, int head_dim, double *moments);
+// x [n_rows, n_heads * D]; scratch: kvq_moments_scratch_doubles. Sums of other windows merge element by element. At the
+// end moments [n_heads, D, D] = sums / n_windows, both triangles; KVQ_ERR_NUMERICAL when squares left the range of the
+// sums, which ends at 2^51.
+int64_t    kvq_moments_scratch_doubles(int n_heads, int head_dim);
+void       kvq_moments_add(const kvq_context *ctx, const float *x, int64_t n_rows, int n_heads, int head_dim,
+                           kvq_fixed *sums, double *scratch);
+void       kvq_moments_merge(kvq_fixed *sum, kvq_fixed x, bool diagonal);
+kvq_status kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_heads, int head_dim, double *moments,
+                              kvq_error *err);
 
 // Eigenvalues of second moments [n_heads, D, D], descending [n_heads, D], by LAPACK's dsyevd; eigenvectors (NULL = not
 // wanted) [n_heads, D, D], row i belongs to value i, signs made unique: the component of largest magnitude is positive

@@ -2,9 +2,13 @@
 //
 // Second moments of heads. The products of one window are summed in f64 in the order of its rows, by one thread for a
 // head; the windows' means are added in fixed point. So the result depends on neither threads nor the order of windows.
+//
+// Range: means of squares are summed in units of 2^20. A diagonal sum that leaves the range becomes negative and stays
+// so; as long as all diagonals are in range, the others are too (|x y| <= (x^2 + y^2) / 2).
+#include <math.h>
 #include <string.h>
 
-#include "kvq_codebook.h"
+#include "codebook_impl.h"
 
 typedef struct moment_job {
     const float *x;
@@ -16,6 +20,24 @@ typedef struct moment_job {
 
 int64_t kvq_moments_scratch_doubles(int n_heads, int head_dim) {
     return (int64_t)n_heads * ((int64_t)head_dim * head_dim + head_dim);
+}
+
+void kvq_moments_merge(kvq_fixed *sum, kvq_fixed x, bool diagonal) {
+    if (diagonal && (sum->hi < 0 || x.hi < 0)) {
+        sum->hi = INT64_MIN;
+    } else {
+        kvq_fixed_merge(sum, x);
+    }
+}
+
+static void add_mean(kvq_fixed *sum, double mean, bool diagonal) {
+    kvq_fixed term = {0, 0};
+    double    scaled = mean * CODEBOOK_SQUARE_UNIT;
+    if (fabs(scaled) < 0x1p31)
+        kvq_fixed_add(&term, scaled);
+    else
+        term.hi = INT64_MIN;
+    kvq_moments_merge(sum, term, diagonal);
 }
 
 // Only the triangle below the diagonal is computed.
@@ -34,7 +56,7 @@ static void add_head(void *user, int64_t head, int worker) {
     }
     for (int64_t i = 0; i < D; i++) {
         for (int64_t j = 0; j <= i; j++)
-            kvq_fixed_add(&job->sums[head * D * D + i * D + j], products[i * D + j] / (double)job->n_rows);
+            add_mean(&job->sums[head * D * D + i * D + j], products[i * D + j] / (double)job->n_rows, i == j);
     }
 }
 
@@ -44,14 +66,21 @@ void kvq_moments_add(const kvq_context *ctx, const float *x, int64_t n_rows, int
     if (n_rows > 0) kvq_parallel_for(ctx, n_heads, add_head, &job);
 }
 
-void kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_heads, int head_dim, double *moments) {
+kvq_status kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_heads, int head_dim, double *moments,
+                              kvq_error *err) {
     int64_t D = head_dim;
     for (int64_t h = 0; h < n_heads; h++) {
         for (int64_t i = 0; i < D; i++) {
+            if (sums[h * D * D + i * D + i].hi < 0) {
+                return kvq_fail(err, KVQ_ERR_NUMERICAL, "a damaged checkpoint can be the cause",
+                                "head %lld, channel %lld: squares add up to more than 2^51", (long long)h,
+                                (long long)i);
+            }
             for (int64_t j = 0; j <= i; j++) {
-                double value = kvq_fixed_to_double(sums[h * D * D + i * D + j]) / (double)n_windows;
-                moments[h * D * D + i * D + j] = moments[h * D * D + j * D + i] = value;
+                double mean = kvq_fixed_to_double(sums[h * D * D + i * D + j]) / CODEBOOK_SQUARE_UNIT;
+                moments[h * D * D + i * D + j] = moments[h * D * D + j * D + i] = mean / (double)n_windows;
             }
         }
     }
+    return KVQ_OK;
 }

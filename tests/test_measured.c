@@ -76,6 +76,7 @@ START_TEST(moments_follow_the_definition) {
     enum { ROWS = 30, WINDOWS = 3, N = KV_HEADS * DIM * DIM };
     static float x[WINDOWS][ROWS * WIDTH];
     kvq_context  ctx = kvq_test_context();
+    kvq_error    err = {0};
     kvq_fixed    sums[2][N] = {{{0, 0}}};
     double       scratch[KV_HEADS * (DIM * DIM + DIM)], got[2][N];
     ck_assert_int_eq(kvq_moments_scratch_doubles(KV_HEADS, DIM), KV_HEADS * (DIM * DIM + DIM));
@@ -88,7 +89,7 @@ START_TEST(moments_follow_the_definition) {
         kvq_moments_add(&ctx, x[WINDOWS - 1 - w], ROWS, KV_HEADS, DIM, sums[1], scratch);
     }
     ck_assert_mem_eq(sums[0], sums[1], sizeof sums[0]);
-    kvq_moments_finish(sums[0], WINDOWS, KV_HEADS, DIM, got[0]);
+    kvq_test_ok(kvq_moments_finish(sums[0], WINDOWS, KV_HEADS, DIM, got[0], &err), &err);
     for (int h = 0; h < KV_HEADS; h++) {
         for (int i = 0; i < DIM; i++) {
             for (int j = 0; j < DIM; j++) {
@@ -100,6 +101,28 @@ START_TEST(moments_follow_the_definition) {
                 ck_assert_double_eq_tol(got[0][(h * DIM + i) * DIM + j], expected, 1e-9);
             }
         }
+    }
+}
+END_TEST
+
+// Squares beyond the range of the sums are an error, however often they are added or merged.
+START_TEST(moments_beyond_their_range_are_refused) {
+    enum { N = DIM * DIM };
+    kvq_context ctx = kvq_test_context();
+    kvq_error   err = {0};
+    kvq_fixed   sums[N] = {{0, 0}}, others[N] = {{0, 0}};
+    double      scratch[DIM * DIM + DIM], moments[N];
+    float       x[DIM] = {1, -2, 3e7f, 0, 5};
+    x[2] = 4e7f; // 1.6e15 is below 2^51
+    kvq_moments_add(&ctx, x, 1, 1, DIM, sums, scratch);
+    kvq_test_ok(kvq_moments_finish(sums, 1, 1, DIM, moments, &err), &err);
+    ck_assert(moments[2 * DIM + 2] == (double)x[2] * (double)x[2] && moments[1 * DIM + 2] == -2 * (double)x[2]);
+    x[2] = 1e18f;
+    for (int i = 0; i < 4; i++) {
+        kvq_moments_add(&ctx, x, 1, 1, DIM, i % 2 == 0 ? sums : others, scratch);
+        for (int j = 0; j < N; j++) kvq_moments_merge(&sums[j], others[j], j / DIM == j % DIM);
+        kvq_test_failed(kvq_moments_finish(sums, 2, 1, DIM, moments, &err), KVQ_ERR_NUMERICAL, &err,
+                        "head 0, channel 2");
     }
 }
 END_TEST
@@ -194,8 +217,8 @@ START_TEST(a_weighted_fit_needs_weight) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    KVQ_LOOP(the_list_of_parts_is_complete, 4), KVQ_CASE(outlier_slots_follow_the_options),
-    KVQ_CASE(moments_follow_the_definition),    KVQ_LOOP(a_layer_is_fitted_as_the_options_say, 4),
-    KVQ_CASE(a_weighted_fit_needs_weight),
+    KVQ_LOOP(the_list_of_parts_is_complete, 4),        KVQ_CASE(outlier_slots_follow_the_options),
+    KVQ_CASE(moments_follow_the_definition),           KVQ_CASE(moments_beyond_their_range_are_refused),
+    KVQ_LOOP(a_layer_is_fitted_as_the_options_say, 4), KVQ_CASE(a_weighted_fit_needs_weight),
 };
 KVQ_TEST_MAIN("measured", CASES)
