@@ -418,7 +418,7 @@ kvq_status kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_he
 
 // Eigenvalues of second moments [n_heads, D, D], descending [n_heads, D], by LAPACK's dsyevd; eigenvectors (NULL = not
 // wanted) [n_heads, D, D], row i belongs to value i, signs made unique: the component of largest magnitude is positive
-// (the first of them on a tie). KVQ_ERR_NUMERICAL when it does not converge.
+// (the first of them on a tie). KVQ_ERR_NUMERICAL when a moment is not finite or it does not converge.
 kvq_status kvq_spectrum(const kvq_context *ctx, const double *moments, int n_heads, int head_dim, double *values,
                         double *vectors, kvq_error *err);
 // exp of the entropy of the normalised eigenvalues (Roy and Vetterli 2007): 1 .. n; negative ones count as 0; 0 when

@@ -307,7 +307,8 @@ static kvq_status put_array(const kvq_measurement_writer *w, const char *path, c
     return status == KVQ_OK ? arrays_write(w->file, path, 0, spec->shape[0], data, err) : status;
 }
 
-// One tensor at a time: Q alone may have as many heads as K and V together.
+// One tensor at a time: Q alone may have as many heads as K and V together. The vectors are always computed, because
+// without them LAPACK takes another way to the values, and these should not depend on what else is stored.
 static kvq_status put_spectrum(const kvq_context *ctx, const kvq_measurement_writer *w, int64_t layer,
                                const spectrum_kind *kind, const double *moments, kvq_error *err) {
     kvq_status status = KVQ_OK;
@@ -317,7 +318,7 @@ static kvq_status put_spectrum(const kvq_context *ctx, const kvq_measurement_wri
     double    *values = NULL, *vectors = NULL;
     char       path[ARRAYS_MAX_PATH];
     KVQ_TRY(KVQ_NEW(ctx, array_elements(&spec), "eigenvalues", &values, err));
-    if (w->eigenvectors) KVQ_TRY(KVQ_NEW(ctx, array_elements(&vectors_spec), "eigenvectors", &vectors, err));
+    KVQ_TRY(KVQ_NEW(ctx, array_elements(&vectors_spec), "eigenvectors", &vectors, err));
     KVQ_TRY(kvq_spectrum(ctx, moments, n_heads, w->head_dim, values, vectors, err));
     measurement_spectrum_path(path, layer, kind->letter, false);
     KVQ_TRY(put_array(w, path, &spec, values, err));
