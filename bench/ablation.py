@@ -73,16 +73,22 @@ def run(program, *arguments):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def made(name, suffix):
+    """Path of something that depends on model, calibration text and window length besides what `name` says."""
+    base = f"{os.path.basename(OPTIONS.model)} {os.path.basename(OPTIONS.calibration)} {OPTIONS.seq_len} {name}"
+    return os.path.join(OPTIONS.folder, slug(base) + suffix)
+
+
 def artifact(measured, fit):
     """The artifact of one setting, made unless it is there."""
     source = ["--model", OPTIONS.model, "--text", OPTIONS.calibration, "--seq-len", str(OPTIONS.seq_len)]
-    path = os.path.join(OPTIONS.folder, slug(f"{measured or ''} {fit}") + ".kvq.h5")
+    path = made(f"{measured or ''} {fit}", ".kvq.h5")
     if os.path.exists(path):
         return path
     if measured is None:
         run("kvq-calibrate", *source, "--progress", "none", "-q", *fit.split(), "-o", path)
         return path
-    measurement = os.path.join(OPTIONS.folder, slug(measured) + ".kvqm.h5")
+    measurement = made(measured, ".kvqm.h5")
     if not os.path.exists(measurement):
         run("kvq-calibrate", *source, "--progress", "none", "-q", *measured.split(), "--measure-only", "-o", measurement)
     run("kvq-calibrate", "--from", measurement, "-q", "--progress", "none", *fit.split(), "-o", path)
@@ -90,7 +96,8 @@ def artifact(measured, fit):
 
 
 def validate(path):
-    result = os.path.splitext(path)[0] + "." + slug(os.path.basename(OPTIONS.evaluation)) + ".json"
+    text_name = slug(os.path.basename(OPTIONS.evaluation))
+    result = path.removesuffix(".kvq.h5") + f".{text_name}.{OPTIONS.windows}x{OPTIONS.eval_len}.json"
     if not os.path.exists(result):
         text = run("kvq-validate", "-q", "--progress", "none", "--json", "--model", OPTIONS.model, "--artifact", path,
                    "--text", OPTIONS.evaluation, "--seq-len", str(OPTIONS.eval_len), "--windows", str(OPTIONS.windows),
@@ -103,7 +110,7 @@ def validate(path):
 
 def paired(a, b):
     """Mean of a - b over windows, and its standard error."""
-    d = [x - y for x, y in zip(a, b)]
+    d = [x - y for x, y in zip(a, b, strict=True)]
     mean = sum(d) / len(d)
     return mean, math.sqrt(sum((x - mean) ** 2 for x in d) / (len(d) - 1) / len(d)) if len(d) > 1 else math.nan
 

@@ -29,7 +29,7 @@ static kvq_status check_capture(const kvq_capture_info *info, const kvq_calib_op
     if (!kvq_weighting_needs_gradients(options->fit.weighting) || info->has_fisher) return KVQ_OK;
     return kvq_fail(err, KVQ_ERR_INPUT, "capture squared gradients too, or pass --weighting none",
                     "the capture holds no squared gradients, which the weighting '%s' needs",
-                    kvq_weighting_name(options->fit.weighting));
+                    kvq_weighting_names[options->fit.weighting]);
 }
 
 static kvq_model_config shape_of(const kvq_capture_info *info) {

@@ -125,8 +125,8 @@ typedef struct kvq_calib_options {
 // weightings and moments.
 kvq_calib_options kvq_calib_options_default(void);
 
-// Check ranges, of a measurement also against the model. KVQ_ERR_USAGE names the
-// option.
+// Check ranges, of a measurement also against the model. KVQ_ERR_USAGE, or KVQ_ERR_UNSUPPORTED for what kvq cannot do,
+// names the option.
 kvq_status kvq_measure_options_check(const kvq_measure_options *options, const kvq_model_config *config,
                                      int64_t seq_len, kvq_error *err);
 kvq_status kvq_fit_options_check(const kvq_fit_options *options, kvq_error *err);

@@ -70,6 +70,8 @@ static kvq_status find_thresholds(measure *m, int64_t layer, kvq_error *err) {
         kvq_status status = kvq_tails_thresholds(m->ctx, m->tails, m->options->fractions[f],
                                                  m->options->threshold_scope, lower, lower + m->d, err);
         if (status != KVQ_OK) return status;
+        for (int c = 0; c < 2 * m->d && m->options->half_thresholds; c++)
+            lower[c] = kvq_float_of_half(kvq_half_of_float(lower[c]));
     }
     return KVQ_OK;
 }
@@ -452,12 +454,16 @@ kvq_observer measure_observer(measure *m) {
 
 void measure_keep_raw(measure *m) { m->raw = true; }
 
+// Forward: what is kept of K, and its packed ends, which are saved and sorted; moments and the same as bytes. Backward:
+// histograms, and the same as bytes with an index for each bin.
 int64_t measure_bytes(const kvq_measure_options *o, measure_shape shape) {
-    int64_t forward = has_thresholds(o) ? kvq_tails_bytes(width_of(shape), kept_ends(o, shape)) : 0;
-    // each histogram, and a quarter of it for the layer that a fit sees, and for that as bytes
+    int64_t d = width_of(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0;
+    int64_t forward = has_thresholds(o) ? kvq_tails_bytes(d, kept_ends(o, shape)) : 0;
     int64_t n = (int64_t)o->n_fractions * N_TENSORS * shape.n_kv_heads;
-    int64_t backward = n * kvq_histogram_bytes(o->weightings) * 3 / 2;
-    for (int i = 0; i < 3 && o->moments; i++) forward += moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
+    int64_t backward = n * kvq_histogram_bytes(o->weightings) * 9 / 4;
+    forward += n_ends * (int64_t)sizeof(float) * (o->threshold_scope == KVQ_SCOPE_MATRIX ? 2 : 1);
+    for (int i = 0; i < 3 && o->moments; i++) forward += 2 * moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
+    if (o->moments) forward += kvq_moments_scratch_doubles(shape.n_heads, shape.head_dim) * (int64_t)sizeof(double);
     return forward > backward ? forward : backward;
 }
 

@@ -68,7 +68,7 @@ static kvq_status check_measured(const kvq_measure_options *measured, const kvq_
             (void)snprintf(list + used, sizeof list - used, "%s%s", used > 0 ? ", " : "", kvq_weighting_names[w]);
     }
     return kvq_fail(err, KVQ_ERR_USAGE, "choose one of them, or measure again",
-                    "--weighting %s was not measured; the file has %s", kvq_weighting_name(fit->weighting), list);
+                    "--weighting %s was not measured; the file has %s", kvq_weighting_names[fit->weighting], list);
 }
 
 // What an artifact says about model, tokenizer and text.

@@ -105,7 +105,7 @@ static const shard_count OPTION_COUNTS[N_OPTION_COUNTS] = {
     {"compare_lloyd", 1}, {"half_thresholds", 1}, {"token_range", KVQ_RANGE_PERCENTILES}};
 
 static void count_options(const kvq_calib_options *options, kvq_count out[N_OPTION_COUNTS]) {
-    const int64_t values[N_OPTION_COUNTS] = {options->fit.compare_lloyd, options->fit.half_thresholds,
+    const int64_t values[N_OPTION_COUNTS] = {options->fit.compare_lloyd, options->measure.half_thresholds,
                                              options->measure.token_range};
     for (int i = 0; i < N_OPTION_COUNTS; i++) {
         (void)snprintf(out[i].name, sizeof out[i].name, "%s", OPTION_COUNTS[i].name);
@@ -127,6 +127,7 @@ static kvq_status read_options(const kvq_partial *partial, const kvq_artifact *a
                                          .k_axis = k->axis,
                                          .k_domain = k->domain,
                                          .threshold_scope = a->quantizer.threshold_scope,
+                                         .half_thresholds = counts[COUNT_HALF] != 0,
                                          .k_slots = a->quantizer.n_side_k,
                                          .token_range = (kvq_token_range)counts[COUNT_RANGE]};
     out->fit = (kvq_fit_options){.outlier_fraction = a->quantizer.outlier_fraction,
@@ -138,7 +139,6 @@ static kvq_status read_options(const kvq_partial *partial, const kvq_artifact *a
                                  .per_head = k->n_groups > 1,
                                  .q_norm = k->decode_levels != NULL,
                                  .compare_lloyd = counts[COUNT_LLOYD] != 0,
-                                 .half_thresholds = counts[COUNT_HALF] != 0,
                                  .recent_tokens = a->quantizer.recent_tokens};
     return KVQ_OK;
 }

@@ -60,7 +60,7 @@ static void count_item(void *user, int64_t item, int worker) {
     for (int64_t at = first; at < end; at += CONVERTED) {
         int64_t n = end - at < CONVERTED ? end - at : CONVERTED;
         for (int64_t i = 0; i < n; i++) weights[i] = (double)p->w[at + i];
-        kvq_histogram_add_many(p->parts[worker], p->x + at, lists, n);
+        kvq_histogram_add(p->parts[worker], p->x + at, lists, n);
     }
 }
 

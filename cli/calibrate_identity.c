@@ -42,6 +42,8 @@ static kvq_status describe_options(const calibration *c, char **out, kvq_error *
         kvq_json_text(&json, json.root, "measurement_sha256", kvq_measurement_sha256(c->measurement));
         kvq_json_text(&json, json.root, "measured_with",
                       kvq_measurement_about(c->measurement)->provenance.options_json);
+        if (c->o->held_out > 0) kvq_json_text(&json, json.root, "held_out_source", c->windows.source);
+        kvq_json_count(&json, json.root, "held_out", c->windows.n_heldout);
     } else if (c->o->capture != NULL) {
         kvq_json_text(&json, json.root, "capture", kvq_file_name(c->o->capture));
     } else {

@@ -26,9 +26,12 @@ kvq_status measure_held_out(kvq_cli *cli, calibration *c, kvq_error *err) {
 
 // ---------------------------------------------------------------- measuring
 
+// That this run was about to write is recorded first, see check_output. What the file's hash will be is not known then;
+// the hash of the windows tells it from another text's.
 static kvq_status write_measurement(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_status status = KVQ_OK;
     KVQ_TRY(record_identity(cli, c, err));
+    KVQ_TRY(kvq_sweep_set_result(&cli->ctx, &c->sweep, &c->processes, c->windows.ids_sha256, err));
     if (c->processes.rank == 0) {
         KVQ_TRY(kvq_measure_write(&cli->ctx, c->artifact, &c->measured, &c->sweep, &c->processes, c->o->output,
                                   c->o->force || c->finished, c->o->eigenvectors, c->content_sha256, err));
@@ -78,7 +81,11 @@ static kvq_status prepare_held_out(kvq_cli *cli, calibration *c, kvq_error *err)
         status = kvq_artifact_matches(c->artifact, kvq_checkpoint_config(c->checkpoint), &c->identity, err);
     if (status == KVQ_OK) status = find_windows(cli, c, err);
     c->o = given;
-    return status;
+    if (status != KVQ_OK || strcmp(c->windows.source_sha256, about->dataset.source_sha256) != 0 ||
+        strcmp(c->windows.ids_sha256, about->dataset.token_ids_sha256) == 0)
+        return status;
+    return kvq_fail(err, KVQ_ERR_MISMATCH, "give --bos, --mix and --text as then, or another text",
+                    "--held-out: the measurement took other windows of this text, so it may have seen these");
 }
 
 kvq_status run_from(kvq_cli *cli, calibration *c, kvq_error *err) {

@@ -52,6 +52,7 @@ static kvq_status refuse_model_options(const calibrate_options *o, const char *b
         {"--model", o->model != NULL},          {"--text", o->source.texts.count > 0},
         {"--tokens", o->source.tokens != NULL}, {"--bos", o->source.bos != KVQ_BOS_AUTO},
         {"--held-out", o->held_out > 0},        {"--compute", o->compute != KVQ_COMPUTE_F32},
+        {"--eigenvectors", o->eigenvectors},
     };
     return refuse(options, CLI_COUNT_OF(options), beside, next, err);
 }
@@ -114,6 +115,24 @@ static kvq_status check_capture_options(const calibrate_options *o, int n_ranks,
     return status == KVQ_OK ? check_bits_options(o, err) : status;
 }
 
+// Held-out windows lie between the others, so there must be a text with places that are known to be free.
+static kvq_status check_held_out(const calibrate_options *o, kvq_error *err) {
+    const useless_option options[] = {
+        {"--draw python", o->draw == 1},
+        {"--compat kvquant", o->compat == 1},
+        {"--documents kept", o->source.documents == 1},
+        {"--text self", kvq_cli_is_self(&o->source)},
+        {"--tokens", o->source.tokens != NULL},
+    };
+    if (o->held_out == 0) return KVQ_OK;
+    for (int i = 0; i < CLI_COUNT_OF(options); i++) {
+        if (!options[i].given) continue;
+        return kvq_fail(err, KVQ_ERR_USAGE, "leave one of them out",
+                        "--held-out: with %s there are no windows beside the calibration's", options[i].name);
+    }
+    return KVQ_OK;
+}
+
 static kvq_status check_from_options(const calibrate_options *o, int n_ranks, kvq_error *err) {
     static const char NEXT[] = "leave it out; the measurement brings model, text and windows along";
     kvq_status        status = refuse_measured_options(o, err);
@@ -125,7 +144,8 @@ static kvq_status check_from_options(const calibrate_options *o, int n_ranks, kv
     if (status == KVQ_OK) status = check_bits_options(o, err);
     if (status != KVQ_OK || o->held_out == 0) return status;
     if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--held-out needs --model and --text");
-    return kvq_cli_source_check(&o->source, err);
+    status = check_held_out(o, err);
+    return status == KVQ_OK ? kvq_cli_source_check(&o->source, err) : status;
 }
 
 static kvq_status check_shard_options(const calibrate_options *o, int n_ranks, kvq_error *err) {
@@ -156,6 +176,7 @@ kvq_status check_calibrate_options(const calibrate_options *o, int n_ranks, kvq_
     if (o->eigenvectors && !o->measure_only)
         KVQ_TRY(kvq_fail(err, KVQ_ERR_USAGE, "add --measure-only", "--eigenvectors belong to a measurement"));
     KVQ_TRY(check_shard_options(o, n_ranks, err));
+    KVQ_TRY(check_held_out(o, err));
     KVQ_TRY(kvq_cli_source_check(&o->source, err));
 done:
     return status;
@@ -215,7 +236,7 @@ static void imitate_kvquant(calibration *c) {
     m->count_sinks = true;
     m->token_range = KVQ_RANGE_PERCENTILES;
     if (m->k_axis == KVQ_AXIS_CHANNEL && o->k_slots == 0) m->k_slots = -1;
-    c->options.fit.half_thresholds = true;
+    m->half_thresholds = true;
     c->python_draw = true;
 }
 
@@ -247,33 +268,34 @@ static void add_number(setting *list, int *n, const char *name, double number) {
 }
 
 static void list_fit(const kvq_fit_options *f, setting *list, int *n) {
+    add_number(list, n, "outliers", f->outlier_fraction);
     add_number(list, n, "k_bits", f->k_bits);
     add_number(list, n, "v_bits", f->v_bits);
     add_text(list, n, "k_datatype", kvq_datatype_names[f->k_datatype]);
     add_text(list, n, "v_datatype", kvq_datatype_names[f->v_datatype]);
-    add_text(list, n, "weighting", kvq_weighting_name(f->weighting));
+    add_text(list, n, "weighting", kvq_weighting_names[f->weighting]);
     add_text(list, n, "groups", calibrate_group_names[f->per_head]);
     add_number(list, n, "q_norm", f->q_norm);
     add_number(list, n, "compare_lloyd", f->compare_lloyd);
-    add_number(list, n, "half_thresholds", f->half_thresholds);
     add_number(list, n, "recent_window", (double)f->recent_tokens);
 }
 
 int list_settings(const calibration *c, setting list[MAX_SETTINGS]) {
-    static const char *const RANGE_NAMES[] = {"extremes", "percentiles"};
     static const char *const FRACTION_NAMES[KVQ_MAX_FRACTIONS] = {
         "outliers", "outliers_1", "outliers_2", "outliers_3", "outliers_4", "outliers_5", "outliers_6", "outliers_7"};
     const kvq_measure_options *m = &c->measured;
     int                        n = 0;
     if (!c->o->measure_only) list_fit(&c->options.fit, list, &n);
-    for (int f = 0; f < m->n_fractions; f++) add_number(list, &n, FRACTION_NAMES[f], m->fractions[f]);
+    for (int f = 0; f < m->n_fractions && c->o->measure_only; f++)
+        add_number(list, &n, FRACTION_NAMES[f], m->fractions[f]);
     add_number(list, &n, "sink_tokens", (double)m->sink_tokens);
     add_number(list, &n, "count_sinks", m->count_sinks);
     add_text(list, &n, "k_axis", kvq_axis_names[m->k_axis]);
     add_text(list, &n, "k_domain", kvq_key_domain_names[m->k_domain]);
     add_text(list, &n, "threshold_scope", kvq_scope_names[m->threshold_scope]);
     add_number(list, &n, "k_outlier_slots", (double)m->k_slots);
-    add_text(list, &n, "token_range", RANGE_NAMES[m->token_range]);
+    add_number(list, &n, "half_thresholds", m->half_thresholds);
+    add_text(list, &n, "token_range", kvq_token_range_names[m->token_range]);
     add_number(list, &n, "measured_weightings", m->weightings);
     return n;
 }

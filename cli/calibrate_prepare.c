@@ -6,17 +6,31 @@
 
 #include "calibrate_report.h"
 
+// What a run recorded before it wrote, as it shows in what lies where the output will be: the content hash of an
+// artifact, the windows of a measurement. False: it is neither.
+static bool read_result(kvq_cli *cli, const calibration *c, char found[KVQ_SHA256_HEX]) {
+    kvq_artifact    *artifact = NULL;
+    kvq_measurement *measurement = NULL;
+    bool             known;
+    if (c->o->measure_only) {
+        known = kvq_measurement_open(&cli->ctx, c->o->output, &measurement, NULL) == KVQ_OK;
+        if (known) strcpy(found, kvq_measurement_about(measurement)->dataset.token_ids_sha256);
+        kvq_measurement_close(&cli->ctx, &measurement);
+    } else {
+        known = kvq_artifact_read(&cli->ctx, c->o->output, &artifact, found, NULL) == KVQ_OK;
+        kvq_artifact_destroy(&cli->ctx, &artifact);
+    }
+    return known;
+}
+
 // An output that is in the way is found now, not after hours; unless it is what this very run wrote just before it was
 // killed, as its work directory knows.
 static kvq_status check_output(kvq_cli *cli, calibration *c, kvq_error *err) {
     const calibrate_options *o = c->o;
-    kvq_artifact            *existing = NULL;
     char                     result[KVQ_SHA256_HEX], found[KVQ_SHA256_HEX] = "";
     kvq_status               status = kvq_sweep_peek_result(&cli->ctx, &c->sweep, &c->processes, result, err);
     if (status != KVQ_OK) return status;
-    if (result[0] != 0 && !o->restart && kvq_artifact_read(&cli->ctx, o->output, &existing, found, NULL) == KVQ_OK)
-        c->finished = strcmp(result, found) == 0;
-    kvq_artifact_destroy(&cli->ctx, &existing);
+    if (result[0] != 0 && !o->restart) c->finished = read_result(cli, c, found) && strcmp(result, found) == 0;
     const char *inputs[CLI_SOURCE_FILES + 2] = {NULL};
     kvq_cli_source_files(&o->source, inputs);
     inputs[CLI_SOURCE_FILES] = o->model;
@@ -38,6 +52,19 @@ static kvq_status check_writing_memory(calibration *c, kvq_error *err) {
                     "--memory-limit %s: a model that writes its own text needs about %s", limit, text);
 }
 
+// Held-out windows come after the sweeps, whose memory is free by then.
+static kvq_status check_held_out_memory(calibration *c, kvq_error *err) {
+    char    text[32], limit[32];
+    int64_t bytes =
+        c->plan.weight_bytes + c->plan.program_bytes + kvq_heldout_bytes(c->model, c->seq_len, c->o->held_out);
+    if (bytes > c->plan.memory_bytes) c->plan.memory_bytes = bytes;
+    if (c->o->memory_limit == 0 || bytes <= c->o->memory_limit) return KVQ_OK;
+    kvq_cli_format_bytes((double)bytes, text, sizeof text);
+    kvq_cli_format_bytes((double)c->o->memory_limit, limit, sizeof limit);
+    return kvq_fail(err, KVQ_ERR_MEMORY, "use fewer held-out windows, or shorter ones",
+                    "--memory-limit %s: the report on held-out windows needs about %s", limit, text);
+}
+
 // What the disk has sets the limit when the user does not; a run that goes on has its files already.
 static kvq_status make_plan(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_calib_limits limits = {c->o->memory_limit, c->o->scratch_limit};
@@ -49,6 +76,7 @@ static kvq_status make_plan(kvq_cli *cli, calibration *c, kvq_error *err) {
     if (status == KVQ_ERR_DISK) kvq_error_prefix(err, "%s: ", c->work_dir);
     c->sweep.stride = c->plan.stride;
     c->sweep.prefetch = c->plan.prefetch;
+    if (status == KVQ_OK && c->o->held_out > 0) status = check_held_out_memory(c, err);
     return status == KVQ_OK && kvq_cli_is_self(&c->o->source) ? check_writing_memory(c, err) : status;
 }
 

@@ -52,7 +52,7 @@ void print_quantizer(kvq_cli *cli, const calibration *c) {
     if (!c->o->measure_only) {
         kvq_cli_say(cli, "quantizer  K %s %d bits  V %s %d bits  outliers %g%%  sink tokens %lld  weighting %s",
                     kvq_datatype_names[f->k_datatype], f->k_bits, kvq_datatype_names[f->v_datatype], f->v_bits,
-                    f->outlier_fraction * 100, (long long)m->sink_tokens, kvq_weighting_name(f->weighting));
+                    f->outlier_fraction * 100, (long long)m->sink_tokens, kvq_weighting_names[f->weighting]);
         print_unusual(cli, c);
         return;
     }

@@ -22,7 +22,7 @@ typedef struct calibrate_options {
     int               groups, k_axis, k_domain, threshold_scope, draw, compat;
     int               compute;                     // kvq_compute
     int64_t           memory_limit, scratch_limit; // bytes, 0 = none
-    bool force, dry_run, restart, measure_only, eigenvectors, q_norm, compare_lloyd, count_sinks, all_slots;
+    bool              force, dry_run, restart, measure_only, eigenvectors, q_norm, compare_lloyd, count_sinks;
 } calibrate_options;
 
 // calibrate_options.c: how the choices are spelled, in the order of their values.

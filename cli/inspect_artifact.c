@@ -40,7 +40,7 @@ static void print_header(const kvq_artifact *a, const char *path, const char *co
     inspect_print_model(a);
     printf("quantizer  %s  outliers %g%% (K %d, V %d per side and token)  weighting %s\n", a->quantizer.scheme,
            a->quantizer.outlier_fraction * 100, a->quantizer.n_side_k, a->quantizer.n_side_v,
-           kvq_weighting_name(a->quantizer.weighting));
+           kvq_weighting_names[a->quantizer.weighting]);
     printf("           keys %s  ranges of K per %s", kvq_key_domain_names[k->domain], kvq_axis_names[k->axis]);
     if (k->axis == KVQ_AXIS_CHANNEL) {
         printf(" by thresholds of the %s%s", kvq_scope_names[a->quantizer.threshold_scope],
@@ -53,7 +53,11 @@ static void print_header(const kvq_artifact *a, const char *path, const char *co
            kvq_cache_bits_per_element(kvq_artifact_cache_size(a, a->dataset.seq_len)), (long long)a->dataset.seq_len);
 }
 
-// NMSE and SQNR, or dashes where the energy is not known (format 1.0).
+// Whether errors of decoded elements are known: not in files of format 1.0, nor with an integer zero point, whose
+// levels differ from channel to channel or token to token.
+static bool errors_known(const kvq_tensor_quant *t) { return t->fit.energy > 0 && t->datatype != KVQ_INT_CLAMPED; }
+
+// NMSE and SQNR, or dashes where they are not known.
 static void print_nmse(double nmse, bool known) {
     if (!known) {
         printf("  %9s  %7s", "-", "-");
@@ -69,14 +73,14 @@ static void print_nmse(double nmse, bool known) {
 static void print_fit(const tensor_row *row, bool lloyd) {
     const kvq_tensor_quant *t = row->tensor;
     const kvq_fit_report   *fit = &t->fit;
-    bool                    known = fit->energy > 0; // whether the file is of a format that has these
-    char                    clipped[32] = "-", entropy[32] = "-";
-    if (known) {
+    bool                    known = errors_known(t);
+    char                    clipped[32] = "-", entropy[32] = "-", bound[32] = "-";
+    if (fit->energy > 0)
         (void)snprintf(clipped, sizeof clipped, "%.3f%%", inspect_share(fit->n_clipped, n_elements(fit)) * 100);
-        (void)snprintf(entropy, sizeof entropy, "%.3f", fit->entropy_bits);
-    }
-    printf("%5lld  %c       %4d  %-11s  %6d  %17.1f  %14.4e  %13.1e", (long long)row->layer, row->letter, t->bits,
-           kvq_datatype_names[t->datatype], t->n_groups, fit->effective_samples, fit->objective, fit->binning_bound);
+    if (known) (void)snprintf(entropy, sizeof entropy, "%.3f", fit->entropy_bits);
+    if (t->datatype == KVQ_NUQ) (void)snprintf(bound, sizeof bound, "%.1e", fit->binning_bound);
+    printf("%5lld  %c       %4d  %-11s  %6d  %17.1f  %14.4e  %13s", (long long)row->layer, row->letter, t->bits,
+           kvq_datatype_names[t->datatype], t->n_groups, fit->effective_samples, fit->objective, bound);
     if (lloyd) printf("  %14.4e", fit->lloyd_objective);
     print_nmse(kvq_fit_nmse(fit), known);
     printf("  %7s  %7.3f%%  %12s\n", clipped, inspect_share(fit->n_outliers, n_elements(fit)) * 100, entropy);
@@ -136,7 +140,7 @@ static void add_quantizer(kvq_json *json, const kvq_artifact *a) {
     kvq_json_count(json, quantizer, "n_side_v", a->quantizer.n_side_v);
     kvq_json_count(json, quantizer, "sink_tokens", a->quantizer.sink_tokens);
     kvq_json_count(json, quantizer, "recent_tokens", a->quantizer.recent_tokens);
-    kvq_json_text(json, quantizer, "weighting", kvq_weighting_name(a->quantizer.weighting));
+    kvq_json_text(json, quantizer, "weighting", kvq_weighting_names[a->quantizer.weighting]);
     kvq_json_text(json, quantizer, "threshold_scope", kvq_scope_names[a->quantizer.threshold_scope]);
     kvq_json_bool(json, quantizer, "sinks_counted", a->quantizer.sinks_counted);
 }
@@ -146,8 +150,9 @@ static void add_if(kvq_json *json, cJSON *parent, const char *key, double value,
     kvq_json_number(json, parent, key, known ? value : (double)NAN);
 }
 
-static void add_fit(kvq_json *json, cJSON *tensor, const kvq_fit_report *fit) {
-    bool known = fit->energy > 0; // in files of format 1.0 it is not
+static void add_fit(kvq_json *json, cJSON *tensor, const kvq_tensor_quant *t) {
+    const kvq_fit_report *fit = &t->fit;
+    bool                  known = errors_known(t);
     kvq_json_count(json, tensor, "points", fit->n_points);
     kvq_json_count(json, tensor, "outliers", fit->n_outliers);
     kvq_json_count(json, tensor, "constant", fit->n_constant);
@@ -157,11 +162,11 @@ static void add_fit(kvq_json *json, cJSON *tensor, const kvq_fit_report *fit) {
     kvq_json_number(json, tensor, "weight_sum", fit->weight_sum);
     kvq_json_number(json, tensor, "effective_samples", fit->effective_samples);
     kvq_json_number(json, tensor, "objective", fit->objective);
-    kvq_json_number(json, tensor, "binning_bound", fit->binning_bound);
+    add_if(json, tensor, "binning_bound", fit->binning_bound, t->datatype == KVQ_NUQ);
     add_if(json, tensor, "lloyd_objective", fit->lloyd_objective, fit->lloyd_objective > 0);
     add_if(json, tensor, "normalised_mse", fit->normalised_mse, known);
     add_if(json, tensor, "mse", fit->mse, known);
-    add_if(json, tensor, "energy", fit->energy, known);
+    add_if(json, tensor, "energy", fit->energy, fit->energy > 0);
     add_if(json, tensor, "nmse", kvq_fit_nmse(fit), known);
     add_if(json, tensor, "sqnr_db", known ? kvq_fit_sqnr_db(fit) : 0, known);
     add_if(json, tensor, "entropy_bits", fit->entropy_bits, known);
@@ -191,7 +196,7 @@ static void add_tensor(kvq_json *json, cJSON *layer, const kvq_artifact *a, cons
     kvq_json_floats(json, tensor, "decode_levels", t->decode_levels, n);
     kvq_json_floats(json, tensor, "lower", t->lower, d);
     kvq_json_floats(json, tensor, "upper", t->upper, d);
-    add_fit(json, tensor, &t->fit);
+    add_fit(json, tensor, t);
     add_heldout(json, tensor, &t->heldout);
 }
 
@@ -242,10 +247,10 @@ kvq_status inspect_artifact(kvq_cli *cli, const inspect_options *o, kvq_error *e
     }
     KVQ_TRY(kvq_artifact_read(&cli->ctx, o->file, &a, content_sha256, err));
     KVQ_TRY(inspect_check_layer(o, a->model.n_layers, err));
-    if (o->json) {
-        KVQ_TRY(print_json(a, o, content_sha256, err));
-    } else if (o->check) {
+    if (o->check) {
         printf("ok  content sha256 %s\n", content_sha256);
+    } else if (o->json) {
+        KVQ_TRY(print_json(a, o, content_sha256, err));
     } else if (o->codebook) {
         print_codebooks(a, o);
     } else {

@@ -233,7 +233,7 @@ static kvq_status choose(inspection *s, kvq_error *err) {
 
 static void print_table_head(const inspection *s) {
     printf("\noutliers %g%%, weighting %s\n", s->options->fractions[s->fraction] * 100,
-           kvq_weighting_name(s->weighting));
+           kvq_weighting_names[s->weighting]);
     printf("layer  tensor      elements  outliers   clipped  effective samples%s\n",
            s->options->moments ? "  effective rank of heads: min, median, max" : "");
 }

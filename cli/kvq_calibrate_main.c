@@ -115,6 +115,7 @@ done:
 static kvq_status write_artifact(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_status status = KVQ_OK;
     int64_t    least = 1;
+    KVQ_TRY(measure_held_out(cli, c, err));
     KVQ_TRY(record_identity(cli, c, err));
     KVQ_TRY(kvq_artifact_hash(&cli->ctx, c->artifact, c->content_sha256, err));
     KVQ_TRY(kvq_sweep_set_result(&cli->ctx, &c->sweep, &c->processes, c->content_sha256, err));
@@ -139,7 +140,6 @@ static kvq_status run_whole(kvq_cli *cli, calibration *c, kvq_error *err) {
     } else {
         KVQ_TRY(kvq_calibrate(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep, &c->processes,
                               &c->artifact, err));
-        KVQ_TRY(measure_held_out(cli, c, err));
         KVQ_TRY(write_artifact(cli, c, err));
     }
     KVQ_TRY(kvq_sweep_forget(&cli->ctx, &c->sweep, &c->processes, err));

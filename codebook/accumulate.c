@@ -41,13 +41,6 @@ static void to_signed_fixed(const double *x, int n, uint64_t *lo, uint64_t *hi) 
     }
 }
 
-// Sums of what cannot be negative: a negative one means that the range was left, for one addition reaches at most the
-// sign bit. It stays negative from then on, whatever is added, and the fit refuses it.
-static inline void add_positive(kvq_fixed *sum, uint64_t lo, uint64_t hi) {
-    kvq_fixed term = {lo, (int64_t)hi};
-    if (sum->hi >= 0) kvq_fixed_merge(sum, term);
-}
-
 // Adds x [n], from 0 up; what is too large by itself makes the sum negative as well.
 static void add_all(kvq_fixed *sum, const double *x, int n) {
     uint64_t limbs[4] = {0}, lo[CHUNK], hi[CHUNK];
@@ -66,7 +59,8 @@ static void add_all(kvq_fixed *sum, const double *x, int n) {
     if (limbs[3] > INT32_MAX)
         sum->hi = INT64_MIN;
     else
-        add_positive(sum, limbs[1] << 32 | (limbs[0] & UINT32_MAX), limbs[3] << 32 | (limbs[2] & UINT32_MAX));
+        codebook_add_positive(sum, (kvq_fixed){limbs[1] << 32 | (limbs[0] & UINT32_MAX),
+                                               (int64_t)(limbs[3] << 32 | (limbs[2] & UINT32_MAX))});
 }
 
 // ---------------------------------------------------------------- elements
@@ -97,7 +91,7 @@ static void add_to_bins(chunk *c, kvq_bin *bins) {
     for (int i = 0; i < c->n; i++) {
         kvq_bin  *bin = &bins[c->bin[i]];
         kvq_fixed wx = {c->wx_lo[i], (int64_t)c->wx_hi[i]};
-        add_positive(&bin->w, c->w_lo[i], c->w_hi[i]);
+        codebook_add_positive(&bin->w, (kvq_fixed){c->w_lo[i], (int64_t)c->w_hi[i]});
         kvq_fixed_merge(&bin->wx, wx);
     }
 }
@@ -127,8 +121,7 @@ static void add_weighted(chunk *c, kvq_weight_sums *sums, const double *weights,
     add_squared_weights(c, sums);
 }
 
-void kvq_histogram_add_many(kvq_histogram *h, const float *x, const double *const weights[KVQ_N_WEIGHTINGS],
-                            int64_t n) {
+void kvq_histogram_add(kvq_histogram *h, const float *x, const double *const weights[KVQ_N_WEIGHTINGS], int64_t n) {
     chunk c;
     for (int64_t first = 0; first < n; first += CHUNK) {
         c.n = n - first < CHUNK ? (int)(n - first) : CHUNK;
@@ -139,12 +132,6 @@ void kvq_histogram_add_many(kvq_histogram *h, const float *x, const double *cons
         }
     }
     h->counts.n_points += n;
-}
-
-void kvq_histogram_add(kvq_histogram *h, float x, const double weights[KVQ_N_WEIGHTINGS]) {
-    const double *lists[KVQ_N_WEIGHTINGS];
-    for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) lists[w] = &weights[w];
-    kvq_histogram_add_many(h, &x, lists, 1);
 }
 
 // ---------------------------------------------------------------- what else is counted

@@ -10,17 +10,7 @@
 const char *const kvq_weighting_names[] = {"none", "fisher", "fisher-scaled", "range", NULL};
 const char *const kvq_axis_names[] = {"channel", "token", NULL};
 const char *const kvq_key_domain_names[] = {"pre_rope", "post_rope", NULL};
-
-const char *kvq_weighting_name(kvq_weighting weighting) { return kvq_weighting_names[weighting]; }
-
-bool kvq_weighting_parse(const char *name, kvq_weighting *out) {
-    for (int i = 0; i < KVQ_N_WEIGHTINGS; i++) {
-        if (strcmp(name, kvq_weighting_names[i]) != 0) continue;
-        *out = (kvq_weighting)i;
-        return true;
-    }
-    return false;
-}
+const char *const kvq_token_range_names[] = {"extremes", "percentiles", NULL};
 
 // ---------------------------------------------------------------- ownership
 

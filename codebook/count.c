@@ -154,7 +154,7 @@ typedef struct gathered {
 
 static void flush(gathered *g) {
     const double *const weights[KVQ_N_WEIGHTINGS] = {NULL, g->gradient, g->scaled, g->r2};
-    kvq_histogram_add_many(g->h, g->normalised, weights, g->n);
+    kvq_histogram_add(g->h, g->normalised, weights, g->n);
     histogram_add_energy(g->h, g->all, g->n_all);
     g->n = g->n_all = 0;
 }

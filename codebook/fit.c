@@ -19,6 +19,7 @@
 // optimum over the bins by a difference that is known and added to the bound.
 #include <math.h>
 #include <stdio.h>
+#include <string.h>
 
 #include "codebook_impl.h"
 
@@ -306,16 +307,14 @@ done:
     return status;
 }
 
-static kvq_status copy_thresholds(const kvq_context *ctx, const kvq_measured_tensor *measured, int64_t d, bool half,
+static kvq_status copy_thresholds(const kvq_context *ctx, const kvq_measured_tensor *measured, int64_t d,
                                   kvq_tensor_quant *t, kvq_error *err) {
     kvq_status status = KVQ_OK;
     if (t->axis != KVQ_AXIS_CHANNEL) return KVQ_OK;
     KVQ_TRY(make_array(ctx, d, "lower thresholds", &t->lower, err));
     KVQ_TRY(make_array(ctx, d, "upper thresholds", &t->upper, err));
-    for (int64_t c = 0; c < d; c++) {
-        t->lower[c] = half ? kvq_float_of_half(kvq_half_of_float(measured->lower[c])) : measured->lower[c];
-        t->upper[c] = half ? kvq_float_of_half(kvq_half_of_float(measured->upper[c])) : measured->upper[c];
-    }
+    memcpy(t->lower, measured->lower, (size_t)d * sizeof *t->lower);
+    memcpy(t->upper, measured->upper, (size_t)d * sizeof *t->upper);
 done:
     return status;
 }
@@ -329,12 +328,12 @@ kvq_status kvq_fit_layer(const kvq_context *ctx, const kvq_measured_layer *measu
     kvq_status                 status = KVQ_OK;
     if (f < 0 || !kvq_weightings_have(measured->weightings, fit->weighting)) {
         return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "outliers of %g with weights '%s' were not measured",
-                        fit->outlier_fraction, kvq_weighting_name(fit->weighting));
+                        fit->outlier_fraction, kvq_weighting_names[fit->weighting]);
     }
     for (int i = 0; i < 2; i++) {
         char name[64];
         (void)snprintf(name, sizeof name, "layer %lld, %c", (long long)layer, "KV"[i]);
-        KVQ_TRY(copy_thresholds(ctx, &from[i][f], d, fit->half_thresholds, tensors[i], err));
+        KVQ_TRY(copy_thresholds(ctx, &from[i][f], d, tensors[i], err));
         KVQ_TRY(fit_tensor(ctx, from[i][f].heads, measured->n_kv_heads, fit, tensors[i], err));
         KVQ_TRY(check_weights(ctx, fit, tensors[i], name, err));
         kvq_log(ctx, KVQ_LOG_DEBUG, "%s: %lld elements worth %.0f samples, %lld outliers, weighted error %.3e", name,

@@ -48,16 +48,6 @@ void kvq_histogram_clear(kvq_histogram *h) {
 
 // ---------------------------------------------------------------- merging
 
-// Sums of what cannot be negative: a negative one means that the range was left, for one addition reaches at most the
-// sign bit. It stays negative from then on, whatever is added, and the fit refuses it.
-static inline void merge_positive(kvq_fixed *sum, kvq_fixed x) {
-    if (sum->hi < 0 || x.hi < 0) {
-        sum->hi = INT64_MIN;
-    } else {
-        kvq_fixed_merge(sum, x);
-    }
-}
-
 static void merge_counts(kvq_element_counts *into, const kvq_element_counts *from) {
     into->n_points += from->n_points;
     into->n_outliers += from->n_outliers;
@@ -66,21 +56,21 @@ static void merge_counts(kvq_element_counts *into, const kvq_element_counts *fro
 }
 
 static void merge_bin(kvq_bin *into, const kvq_bin *from) {
-    merge_positive(&into->w, from->w);
+    codebook_add_positive(&into->w, from->w);
     kvq_fixed_merge(&into->wx, from->wx);
 }
 
 // All but the bins.
 static void merge_sums(kvq_histogram *into, const kvq_histogram *from) {
     for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
-        merge_positive(&into->by[w].wxx, from->by[w].wxx);
-        merge_positive(&into->by[w].w2_large, from->by[w].w2_large);
-        merge_positive(&into->by[w].w2_small, from->by[w].w2_small);
+        codebook_add_positive(&into->by[w].wxx, from->by[w].wxx);
+        codebook_add_positive(&into->by[w].w2_large, from->by[w].w2_large);
+        codebook_add_positive(&into->by[w].w2_small, from->by[w].w2_small);
     }
     merge_counts(&into->counts, &from->counts);
-    merge_positive(&into->energy, from->energy);
-    for (int side = 0; side < 2; side++) merge_positive(&into->beyond[side], from->beyond[side]);
-    merge_positive(&into->beyond_squared, from->beyond_squared);
+    codebook_add_positive(&into->energy, from->energy);
+    for (int side = 0; side < 2; side++) codebook_add_positive(&into->beyond[side], from->beyond[side]);
+    codebook_add_positive(&into->beyond_squared, from->beyond_squared);
 }
 
 void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from) {

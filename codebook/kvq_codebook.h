@@ -6,8 +6,8 @@
 //
 // How is a codebook made?  Elements are normalised to [-1, 1] (per channel for K with fixed thresholds, per token for
 // V),
-//   elements kept apart as outliers and the sink tokens left out, the rest counted into 2^16 bins with their weights,
-//   and the levels are the exact optimum of weighted squared error over the bins.
+//   elements kept apart as outliers and the sink tokens left out, the rest counted into KVQ_HISTOGRAM_BINS bins with
+//   their weights, and the levels are the exact optimum of weighted squared error over the bins.
 // Which weights?  Fisher information times the squared range (KVQuant, arXiv 2401.18079, Eq. 7): the squared gradient
 // of
 //   the loss with respect to the element, because an error in normalised units is r times larger in real ones.
@@ -82,9 +82,7 @@ typedef enum kvq_weighting {
     KVQ_WEIGHT_RANGE,         // r^2: plain squared error in the tensor's own units
     KVQ_N_WEIGHTINGS
 } kvq_weighting;
-extern const char *const kvq_weighting_names[]; // in the order of the enumeration, NULL at the end
-const char              *kvq_weighting_name(kvq_weighting weighting); // "none", "fisher", "fisher-scaled", "range"
-bool                     kvq_weighting_parse(const char *name, kvq_weighting *out);
+extern const char *const kvq_weighting_names[]; // "none", "fisher", "fisher-scaled", "range", NULL at the end
 static inline bool       kvq_weighting_needs_gradients(kvq_weighting w) {
           return w == KVQ_WEIGHT_FISHER || w == KVQ_WEIGHT_FISHER_SCALED;
 }
@@ -138,11 +136,9 @@ int64_t    kvq_histogram_bytes(kvq_weighting_set weightings);
 void       kvq_histogram_clear(kvq_histogram *h);
 // Both count the same weightings.
 void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from);
-// One element: x' clipped to [-1, 1]; its weights by weighting, each 0 <= w < 2^15.
-void kvq_histogram_add(kvq_histogram *h, float x, const double weights[KVQ_N_WEIGHTINGS]);
-// Many elements x [n], several times faster, with the same result: weights[w] [n] of the weightings that are counted,
+// Elements x [n], clipped to [-1, 1], with weights[w] [n] of each weighting w that is counted, 0 <= weight < 2^15, or
 // NULL for 1 each.
-void kvq_histogram_add_many(kvq_histogram *h, const float *x, const double *const weights[KVQ_N_WEIGHTINGS], int64_t n);
+void kvq_histogram_add(kvq_histogram *h, const float *x, const double *const weights[KVQ_N_WEIGHTINGS], int64_t n);
 // The occupied bins and all sums as bytes, to be saved or sent and merged elsewhere. KVQ_ERR_INTEGRITY when merged
 // bytes are not what pack gives for the same weightings; h may then hold a part of them.
 int64_t    kvq_histogram_packed_bytes(const kvq_histogram *h);
@@ -152,6 +148,7 @@ kvq_status kvq_histogram_merge_packed(kvq_histogram *into, const uint8_t *packed
 // How the range of a token is found while counting (spec->r NULL). The decoder's rule is `extremes`; `percentiles`,
 // what the public code of KVQuant calibrates with and does not decode by, exists for comparison.
 typedef enum kvq_token_range { KVQ_RANGE_EXTREMES, KVQ_RANGE_PERCENTILES } kvq_token_range;
+extern const char *const kvq_token_range_names[]; // "extremes", "percentiles", NULL at the end
 
 // One tensor over the rows of one window: counted by the decoder's own rule (kvq_block_hd.h), outliers apart, the rest
 // normalised. Each KV head has a histogram of its own.
@@ -170,8 +167,9 @@ typedef struct kvq_count_options {
 } kvq_count_options;
 // On all threads of ctx; each histogram is filled by one of them, so the count of threads leaves no trace. scratch:
 // kvq_count_scratch_floats for every tensor, one behind the other. KVQ_ERR_NUMERICAL, naming tensor, row and channel,
-// for a non-finite element, or a squared gradient that is negative, not finite, or beyond the range of the sums; the
-// histograms then hold a part of the rows. KVQ_ERR_USAGE when the outliers leave nothing of a row.
+// for a non-finite element, a squared gradient that is negative, not finite, or beyond the range of the sums, or the
+// range of a token beyond f16; the histograms then hold a part of the rows. KVQ_ERR_USAGE when the outliers leave
+// nothing of a row.
 int64_t    kvq_count_scratch_floats(int64_t n_rows, int64_t d);
 kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensors, int n_tensors, int64_t n_rows,
                           kvq_count_options options, float *scratch, kvq_error *err);
@@ -251,10 +249,11 @@ typedef struct kvq_fit_report {
     double  objective;                     // weighted mean squared error in normalised units of the levels as stored
     double  binning_bound;                 // the true optimum is at most this much below `objective`
     double  lloyd_objective; // what k-means++ and Lloyd's iteration reach on the same bins; 0 = not asked for
-    double  normalised_mse;  // unweighted, normalised units
-    double  mse;             // unweighted, in the tensor's units, clipping included
-    double  energy;          // mean square of all elements in the tensor's units
-    double  entropy_bits;    // of the codes: what an ideal entropy coder would need per element
+    // 0 = not known for int-clamped, whose levels differ from channel to channel or token to token:
+    double normalised_mse; // unweighted, normalised units, of what codes decode to
+    double mse;            // unweighted, in the tensor's units, clipping included
+    double energy;         // mean square of all elements in the tensor's units
+    double entropy_bits;   // of the codes: what an ideal entropy coder would need per element
 } kvq_fit_report;
 double kvq_fit_nmse(const kvq_fit_report *fit);    // mse / energy; 0 when energy is 0
 double kvq_fit_sqnr_db(const kvq_fit_report *fit); // -10 log10 of it; infinite without error
@@ -351,6 +350,7 @@ typedef struct kvq_measure_options {
     kvq_axis          k_axis;
     kvq_key_domain    k_domain;
     kvq_scope         threshold_scope;
+    bool              half_thresholds; // thresholds are rounded to f16, as in the public code
     int64_t           k_slots; // outliers of K per side and token; 0 = kvq_block_n_side, -1 = as many as there can be
     kvq_token_range   token_range; // of V (and of K per token)
     bool              moments;     // second moments of Q, K and V; of keys before RoPE only
@@ -369,7 +369,6 @@ typedef struct kvq_fit_options {
     bool          per_head;  // a table for each KV head instead of one for the layer
     bool          q_norm;    // codes decode to levels with the mean and deviation of the data (KVQuant v1, section 3.4)
     bool          compare_lloyd;
-    bool          half_thresholds; // thresholds are rounded to f16, as the public code does
     int64_t       recent_tokens;
 } kvq_fit_options;
 
@@ -409,10 +408,10 @@ int kvq_measured_layer_parts(const kvq_measured_layer *layer, int index, kvq_mea
 // x [n_rows, n_heads * D]; scratch: kvq_moments_scratch_doubles. Sums of other windows merge element by element. At the
 // end moments [n_heads, D, D] = sums / n_windows, both triangles; KVQ_ERR_NUMERICAL when squares left the range of the
 // sums, which ends at 2^51.
-int64_t    kvq_moments_scratch_doubles(int n_heads, int head_dim);
-void       kvq_moments_add(const kvq_context *ctx, const float *x, int64_t n_rows, int n_heads, int head_dim,
-                           kvq_fixed *sums, double *scratch);
-void       kvq_moments_merge(kvq_fixed *sum, kvq_fixed x, bool diagonal);
+int64_t kvq_moments_scratch_doubles(int n_heads, int head_dim);
+void kvq_moments_add(const kvq_context *ctx, const float *x, int64_t n_rows, int n_heads, int head_dim, kvq_fixed *sums,
+                     double *scratch);
+void kvq_moments_merge(kvq_fixed *sum, kvq_fixed x, bool diagonal);
 kvq_status kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_heads, int head_dim, double *moments,
                               kvq_error *err);
 

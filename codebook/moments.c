@@ -23,11 +23,10 @@ int64_t kvq_moments_scratch_doubles(int n_heads, int head_dim) {
 }
 
 void kvq_moments_merge(kvq_fixed *sum, kvq_fixed x, bool diagonal) {
-    if (diagonal && (sum->hi < 0 || x.hi < 0)) {
-        sum->hi = INT64_MIN;
-    } else {
+    if (diagonal)
+        codebook_add_positive(sum, x);
+    else
         kvq_fixed_merge(sum, x);
-    }
 }
 
 static void add_mean(kvq_fixed *sum, double mean, bool diagonal) {

@@ -136,6 +136,10 @@ static kvq_status run_layer(run *r, int64_t l, int64_t first, int64_t n, kvq_err
             kvq_error_prefix(err, "window %lld: ", (long long)(first + i));
             goto done;
         }
+        if (kvq_stop_requested(r->ctx)) {
+            KVQ_TRY(kvq_fail(err, KVQ_ERR_INTERRUPTED, NULL,
+                             "errors on held-out windows are measured anew by the run that goes on"));
+        }
         kvq_report_progress(r->ctx, "held-out", l, first * L + l * n + i + 1, L * r->windows->n_windows);
     }
 
@@ -158,14 +162,28 @@ done:
     return status;
 }
 
+// Windows whose hidden states wait together between two layers.
+static int64_t group_size(int64_t state_floats, int64_t n_windows) {
+    int64_t n = KVQ_GROUP_BYTES / (state_floats * (int64_t)sizeof(float));
+    return n < 1 ? 1 : n < n_windows ? n : n_windows;
+}
+
+// Per token of a window: queries, two outputs and the two sides of a comparison; exact, coded and recent K and V, and a
+// cache that holds less than two f16 of each.
+int64_t kvq_heldout_bytes(const kvq_model *model, int64_t seq_len, int64_t n_windows) {
+    const kvq_model_config *c = kvq_model_describe(model);
+    int64_t                 q = (int64_t)c->n_heads * c->head_dim, d = (int64_t)c->n_kv_heads * c->head_dim;
+    int64_t                 state = seq_len * c->hidden_size, tokens = seq_len * (5 * q + 8 * d);
+    return (group_size(state, n_windows) * state + tokens + kvq_workspace_floats(model, seq_len, false)) *
+           (int64_t)sizeof(float);
+}
+
 static kvq_status allocate(run *r, kvq_error *err) {
     const kvq_backend *be = r->be;
     int64_t            S = r->windows->seq_len, n_host = S * (r->q_floats > r->d ? r->q_floats : r->d);
     kvq_status         status = KVQ_OK;
     r->state_floats = S * r->config->hidden_size;
-    r->group = KVQ_GROUP_BYTES / (r->state_floats * (int64_t)sizeof(float));
-    if (r->group < 1) r->group = 1;
-    if (r->group > r->windows->n_windows) r->group = r->windows->n_windows;
+    r->group = group_size(r->state_floats, r->windows->n_windows);
     KVQ_TRY(be->alloc(be, r->group * r->state_floats, "hidden states", &r->states, err));
     KVQ_TRY(kvq_workspace_create(r->model, S, false, &r->ws, err));
     KVQ_TRY(KVQ_NEW(r->ctx, r->config->n_layers, "held-out sums", &r->layers, err));

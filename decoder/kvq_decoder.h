@@ -50,8 +50,9 @@ int64_t kvq_packed_layer_bytes(const kvq_packed_layer *cache); // stored for the
 // layer's K and V go through the packed cache and its attention is computed from K alone, V alone, and both quantised.
 // Element errors are those of rows: sink tokens are left out, recent ones count as the rows that they become. Clipped
 // are elements beyond the range of their channel for which no outlier slot was left; ranges per token clip nothing.
-// Attention sees sinks and recent tokens in f16. KVQ_ERR_INPUT without windows. Memory: one layer of weights and the
-// hidden states of a group of windows.
+// Attention sees sinks and recent tokens in f16. Memory: one layer of weights and the hidden states of a group of
+// windows. KVQ_ERR_INPUT without windows, KVQ_ERR_INTERRUPTED when ctx->stop asks for it; reports are then as before.
+int64_t    kvq_heldout_bytes(const kvq_model *model, int64_t seq_len, int64_t n_windows); // beside weights
 kvq_status kvq_measure_heldout(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, kvq_artifact *artifact,
                                const kvq_windows *windows, kvq_error *err);
 

@@ -384,7 +384,6 @@ kvq_status kvq_partial_get(const kvq_partial *partial, const char *name, kvq_arr
 // What kvq-calibrate --measure-only saw of a model, in a sealed HDF5 file (docs/format.md): everything a fit needs,
 // layer by layer, so that many fits can follow without model and text. Readable by any HDF5 program. Not for two
 // threads at a time, as captures.
-extern const char *const kvq_token_range_names[]; // "extremes", "percentiles", NULL at the end
 
 typedef struct kvq_measurement_writer kvq_measurement_writer;
 

@@ -11,8 +11,6 @@
 
 // ---------------------------------------------------------------- the layout
 
-const char *const kvq_token_range_names[] = {"extremes", "percentiles", NULL};
-
 #define NUMBER(name, kind, member, low, high)                                                                          \
     FIELD_NUMBER(kvq_measure_options, MEASUREMENT_GROUP, name, kind, member, low, high, 0)
 #define NAMED(name, member, names) FIELD_NAMED(kvq_measure_options, MEASUREMENT_GROUP, name, member, names, 0)
@@ -25,6 +23,7 @@ const field MEASURE_FIELDS[] = {
     NAMED("threshold_scope", threshold_scope, kvq_scope_names),
     NUMBER("k_slots", FIELD_I64, k_slots, -1, KVQ_BLOCK_MAX_SIDE),
     NAMED("token_range", token_range, kvq_token_range_names),
+    NUMBER("half_thresholds", FIELD_BOOL, half_thresholds, 0, 1),
     NUMBER("moments", FIELD_BOOL, moments, 0, 1),
 };
 const size_t N_MEASURE_FIELDS = sizeof MEASURE_FIELDS / sizeof *MEASURE_FIELDS;
@@ -38,7 +37,7 @@ void measurement_weightings_text(kvq_weighting_set set, char out[WEIGHTINGS_TEXT
         if (!kvq_weightings_have(set, (kvq_weighting)w)) continue;
         const char *comma = used > 0 ? "," : "";
         used +=
-            (size_t)snprintf(out + used, WEIGHTINGS_TEXT - used, "%s%s", comma, kvq_weighting_name((kvq_weighting)w));
+            (size_t)snprintf(out + used, WEIGHTINGS_TEXT - used, "%s%s", comma, kvq_weighting_names[(kvq_weighting)w]);
     }
 }
 

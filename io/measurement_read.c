@@ -198,12 +198,27 @@ done:
     return status;
 }
 
+// The sizes that a layer in memory follows from are attributes; they are believed when the file holds arrays of them.
+static kvq_status check_sizes(const kvq_measurement *m, kvq_error *err) {
+    int64_t           Hkv = m->about->model.n_kv_heads, H = m->about->model.n_heads, D = m->about->model.head_dim;
+    kvq_measured_part histogram = {"k/0/weight_none", KVQ_PART_F32, 2, {Hkv, KVQ_HISTOGRAM_BINS}, NULL};
+    kvq_measured_part moments = {"moments/q", KVQ_PART_F64, 3, {H, D, D}, NULL};
+    array_spec        specs[] = {measurement_part_spec(&histogram), measurement_part_spec(&moments)};
+    char              path[ARRAYS_MAX_PATH];
+    measurement_part_path(path, 0, &histogram);
+    kvq_status status = check_array(m->file, path, &specs[0], err);
+    if (status != KVQ_OK || !m->options.moments) return status;
+    measurement_part_path(path, 0, &moments);
+    return check_array(m->file, path, &specs[1], err);
+}
+
 // What all layers must have follows from an empty one.
 static kvq_status check_layers(const kvq_context *ctx, const kvq_measurement *m, kvq_error *err) {
     kvq_measured_layer *empty = NULL;
     kvq_measured_part   part;
     char                path[ARRAYS_MAX_PATH];
-    kvq_status          status = KVQ_OK;
+    kvq_status          status = check_sizes(m, err);
+    if (status != KVQ_OK) return status;
     KVQ_TRY(create_layer(ctx, m, &empty, err));
     for (int64_t layer = 0; layer < m->about->model.n_layers; layer++) {
         for (int i = 0; kvq_measured_layer_parts(empty, i, &part) != 0; i++) {

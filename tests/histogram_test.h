@@ -29,8 +29,8 @@ static inline void drop(kvq_histogram **h) {
 
 // An element of half range 1, so that the scaled weights are the plain ones.
 static inline void add(kvq_histogram *h, float x, double weight) {
-    const double weights[KVQ_N_WEIGHTINGS] = {1, weight, weight, 1};
-    kvq_histogram_add(h, x, weights);
+    const double *const weights[KVQ_N_WEIGHTINGS] = {NULL, &weight, &weight, NULL};
+    kvq_histogram_add(h, &x, weights, 1);
 }
 
 static inline kvq_distribution *distribution_of(const kvq_histogram *h) {

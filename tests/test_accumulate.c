@@ -81,9 +81,10 @@ START_TEST(many_are_added_as_one_by_one) {
             const double weights[KVQ_N_WEIGHTINGS] = {1, w[i], w[i], w[i]};
             for (int by = 0; by < KVQ_N_WEIGHTINGS; by++)
                 add_plainly(&plain->by[by], x[i], weights[by], by == KVQ_WEIGHT_RANGE ? 0x1p-20 : 1);
-            kvq_histogram_add(single, x[i], weights);
+            const double *const one[KVQ_N_WEIGHTINGS] = {NULL, &w[i], &w[i], &w[i]};
+            kvq_histogram_add(single, &x[i], one, 1);
         }
-        kvq_histogram_add_many(many, x, lists, n);
+        kvq_histogram_add(many, x, lists, n);
         for (int by = 0; by < KVQ_N_WEIGHTINGS; by++) {
             expect_same(&many->by[by], &plain->by[by]);
             expect_same(&single->by[by], &plain->by[by]);
@@ -103,8 +104,8 @@ START_TEST(only_what_is_counted_is_read) {
     kvq_histogram *all = new_histogram(KVQ_WEIGHTINGS_ALL), *fisher = new_histogram(1u << KVQ_WEIGHT_FISHER);
     const double  *lists[KVQ_N_WEIGHTINGS] = {w, w, w, w}, *one[KVQ_N_WEIGHTINGS] = {NULL, w, NULL, NULL};
     make_elements(2, MAX_N, x, w);
-    kvq_histogram_add_many(all, x, lists, MAX_N);
-    kvq_histogram_add_many(fisher, x, one, MAX_N);
+    kvq_histogram_add(all, x, lists, MAX_N);
+    kvq_histogram_add(fisher, x, one, MAX_N);
     expect_same(&all->by[KVQ_WEIGHT_FISHER], &fisher->by[KVQ_WEIGHT_FISHER]);
     ck_assert_ptr_null(fisher->by[KVQ_WEIGHT_NONE].bins);
     drop(&all);
@@ -123,11 +124,11 @@ START_TEST(sums_beyond_their_range_stay_negative) {
     const double  *lists[KVQ_N_WEIGHTINGS] = {NULL, w, NULL, NULL};
     for (int i = 0; i < MAX_N; i++) w[i] = 0x1.fffffffffffffp14;
     const kvq_weight_sums *sums = &h->by[KVQ_WEIGHT_FISHER];
-    kvq_histogram_add_many(h, x, lists, 2);
+    kvq_histogram_add(h, x, lists, 2);
     ck_assert(sums->w2_large.hi > 0); // just below 2^31
-    kvq_histogram_add_many(h, x, lists, MAX_N);
+    kvq_histogram_add(h, x, lists, MAX_N);
     ck_assert(sums->w2_large.hi < 0 && sums->bins[KVQ_HISTOGRAM_BINS / 2].w.hi > 0);
-    for (int i = 0; i < 1000; i++) kvq_histogram_add_many(h, x, lists, MAX_N);
+    for (int i = 0; i < 1000; i++) kvq_histogram_add(h, x, lists, MAX_N);
     ck_assert(sums->w2_large.hi < 0 && sums->bins[KVQ_HISTOGRAM_BINS / 2].w.hi < 0);
     kvq_distribution *d = NULL;
     kvq_test_ok(kvq_distributions_create(&ctx, 1u << KVQ_WEIGHT_FISHER, 1, &d, &err), &err);

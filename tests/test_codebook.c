@@ -40,18 +40,6 @@ START_TEST(texts_are_owned_and_never_null) {
 }
 END_TEST
 
-START_TEST(weighting_names_round_trip) {
-    static const kvq_weighting ALL[] = {KVQ_WEIGHT_NONE, KVQ_WEIGHT_FISHER, KVQ_WEIGHT_FISHER_SCALED, KVQ_WEIGHT_RANGE};
-    kvq_weighting              found = KVQ_WEIGHT_NONE;
-    for (int i = 0; i < KVQ_N_WEIGHTINGS; i++) {
-        ck_assert(kvq_weighting_parse(kvq_weighting_name(ALL[i]), &found));
-        ck_assert_int_eq(found, ALL[i]);
-    }
-    ck_assert_str_eq(kvq_weighting_name(KVQ_WEIGHT_FISHER_SCALED), "fisher-scaled");
-    ck_assert(!kvq_weighting_parse("Fisher", &found) && found == KVQ_WEIGHT_RANGE);
-}
-END_TEST
-
 START_TEST(block_spec_views_the_tensor) {
     float            codebook[4] = {-1, 0, 0.5f, 1}, lower[3] = {-2, 1, 5}, upper[3] = {4, 2, 5}, storage[9];
     kvq_tensor_quant keys = {.bits = 2,
@@ -136,8 +124,9 @@ START_TEST(fisher_weights_are_squared_gradients) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    KVQ_CASE(texts_are_owned_and_never_null),       KVQ_CASE(weighting_names_round_trip),
-    KVQ_CASE(block_spec_views_the_tensor),          KVQ_CASE(cache_size_counts_every_byte),
+    KVQ_CASE(texts_are_owned_and_never_null),
+    KVQ_CASE(block_spec_views_the_tensor),
+    KVQ_CASE(cache_size_counts_every_byte),
     KVQ_CASE(fisher_weights_are_squared_gradients),
 };
 KVQ_TEST_MAIN("codebook", CASES)

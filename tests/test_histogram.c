@@ -41,9 +41,10 @@ START_TEST(elements_fall_into_the_bin_that_holds_them) {
         {1.5f, 8191},
     };
     for (size_t i = 0; i < sizeof EXAMPLES / sizeof *EXAMPLES; i++) {
-        kvq_histogram *h = new_histogram();
-        const double   weights[KVQ_N_WEIGHTINGS] = {1, 2, 3, 4};
-        kvq_histogram_add(h, EXAMPLES[i].x, weights);
+        kvq_histogram      *h = new_histogram();
+        const double        weights[KVQ_N_WEIGHTINGS] = {1, 2, 3, 4};
+        const double *const lists[KVQ_N_WEIGHTINGS] = {&weights[0], &weights[1], &weights[2], &weights[3]};
+        kvq_histogram_add(h, &EXAMPLES[i].x, lists, 1);
         double clipped = fmax(-1, fmin(1, (double)EXAMPLES[i].x));
         ck_assert_int_eq(h->counts.n_points, 1);
         for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {

@@ -172,7 +172,6 @@ START_TEST(a_layer_is_fitted_as_the_options_say) {
                                .weighting = KVQ_WEIGHT_FISHER,
                                .per_head = _i % 2 == 1,
                                .q_norm = _i >= 2,
-                               .half_thresholds = _i >= 2,
                                .recent_tokens = 9};
     fill(layer, 0.01);
     o.sink_tokens = 3;
@@ -184,7 +183,7 @@ START_TEST(a_layer_is_fitted_as_the_options_say) {
     ck_assert(k->n_groups == (fit.per_head ? KV_HEADS : 1) && (k->decode_levels != NULL) == fit.q_norm);
     ck_assert(a->quantizer.recent_tokens == 9 && a->quantizer.sink_tokens == 3 && a->quantizer.n_side_k == 2);
     if (fit.per_head) ck_assert(k->codebook[0] < -0.35f && k->codebook[4] > -0.35f); // scales 1/2 and 1/3
-    ck_assert(k->lower[0] == (fit.half_thresholds ? -2.0f : -1.0001f - 1.0f));
+    ck_assert(k->lower[0] == -1.0001f - 1.0f);
     ck_assert_int_eq(k->fit.n_points, 1000);
     kvq_artifact_destroy(&ctx, &a);
 

@@ -488,7 +488,7 @@ static void choose_unusual(kvq_calib_options *o, int way) {
     if (way == 0) return;
     o->fit.k_bits = 2;
     o->fit.v_bits = 5;
-    o->fit.per_head = o->fit.q_norm = o->fit.compare_lloyd = o->fit.half_thresholds = true;
+    o->fit.per_head = o->fit.q_norm = o->fit.compare_lloyd = o->measure.half_thresholds = true;
     o->fit.recent_tokens = 7;
     o->fit.weighting = way == 1 ? KVQ_WEIGHT_FISHER : KVQ_WEIGHT_NONE;
     o->fit.v_datatype = way == 1 ? KVQ_NF : KVQ_INT;

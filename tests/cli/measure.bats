@@ -112,7 +112,17 @@ EOF
   [ "$(json layers 1 k heldout tokens)" = 62 ]
   fails 2 refit --held-out 2 -o none.kvq.h5
   contains "$stderr" "--held-out needs --model and --text"
+  calibrate --measure-only --seed 3 -o other.kvqm.h5 --bos always
+  fails 3 kvq-calibrate --from other.kvqm.h5 --held-out 2 --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" \
+    -o none.kvq.h5
+  contains "$stderr" "took other windows of this text"
   fails 2 calibrate --held-out 2 --shard 0/2 --work-dir w -o none.kvqp
+  for option in "--draw python" "--compat kvquant" "--documents kept"; do
+    # shellcheck disable=SC2086
+    fails 2 calibrate --held-out 2 $option -o none.kvq.h5
+    contains "$stderr" "--held-out: with $option there are no windows"
+  done
+  fails 6 calibrate --held-out 2 --memory-limit 81MiB -o none.kvq.h5
 }
 
 @test "--compat kvquant imitates the public code, and says so" {
