@@ -30,7 +30,8 @@ LADDER = {
     "nuq3, unweighted": ("--sink-tokens 0 --outliers 0,1%", "--weighting none --outliers 0"),
     "nuq3, fisher": ("--sink-tokens 0 --outliers 0,1%", "--weighting fisher --outliers 0"),
     "nuq3, fisher-scaled": ("--sink-tokens 0 --outliers 0,1%", "--outliers 0"),
-    "nuq3-1%, K thresholds of the matrix": (None, "--sink-tokens 0 --threshold-scope matrix --k-outlier-slots 8"),
+    "nuq3-1%, K thresholds of the matrix, 8 slots": (None, "--sink-tokens 0 --threshold-scope matrix --k-outlier-slots 8"),
+    "nuq3-1%, K thresholds per channel, 8 slots": ("--sink-tokens 0 --outliers 1% --k-outlier-slots 8", "--outliers 1%"),
     "nuq3-1%, K thresholds per channel": ("--sink-tokens 0 --outliers 0,1%", "--outliers 1%"),
     "nuq3-1% + sink": ("--sink-tokens 1 --outliers 0,0.25%,1%", "--outliers 1%"),
     "nuq2-1% + sink": ("--sink-tokens 1 --outliers 0,0.25%,1%", "--outliers 1% --bits 2"),
@@ -41,7 +42,7 @@ COMPAT = {
     f"nuq{bits}-{share}{' + sink' if sinks else ''}": (
         f"--compat kvquant --sink-tokens {sinks} --outliers 0,1% --samples 4",
         f"--weighting fisher --bits {bits} --outliers {share}")
-    for sinks, rows in ((0, ((4, "1%"), (3, "1%"), (2, "1%"), (4, "0"), (3, "0"))), (1, ((3, "1%"), (2, "1%"))))
+    for sinks, rows in ((0, ((3, "1%"), (4, "1%"), (3, "0"), (4, "0"), (2, "1%"))), (1, ((3, "1%"), (2, "1%"))))
     for bits, share in rows
 }
 

@@ -9,34 +9,10 @@
 #include <string.h>
 #include <sys/resource.h>
 
-#include "kvq_calib.h"
+#include "calib_rig.h"
 #include "kvq_make_model.h"
 #include "kvq_test.h"
 #include "limited_memory.h"
-
-typedef struct rig {
-    kvq_context     ctx;
-    kvq_backend    *be;
-    kvq_checkpoint *checkpoint;
-    kvq_model      *model;
-    char            work_dir[256];
-} rig;
-
-static void rig_open(rig *r, const char *path, int n_threads) {
-    kvq_error err = {0};
-    r->ctx = kvq_test_context();
-    r->ctx.n_threads = n_threads;
-    kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, &err), &err);
-    kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
-    kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
-    (void)snprintf(r->work_dir, sizeof r->work_dir, "%s/work", kvq_test_folder());
-}
-
-static void rig_close(rig *r) {
-    kvq_model_destroy(&r->ctx, &r->model);
-    kvq_checkpoint_close(&r->ctx, &r->checkpoint);
-    r->be->destroy(&r->be);
-}
 
 // In one process, from the beginning.
 static kvq_status calibrate(rig *r, const kvq_windows *w, const kvq_calib_options *o, kvq_artifact **out,

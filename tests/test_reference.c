@@ -9,48 +9,29 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kvq_calib.h"
+#include "calib_rig.h"
 #include "kvq_decoder.h"
 #include "kvq_test.h"
-
-typedef struct rig {
-    kvq_context     ctx;
-    kvq_backend    *be;
-    kvq_checkpoint *checkpoint;
-    kvq_model      *model;
-    char            work_dir[256];
-} rig;
-
-static void rig_open(rig *r, const char *path, int n_threads) {
-    kvq_error err = {0};
-    r->ctx = kvq_test_context();
-    r->ctx.n_threads = n_threads;
-    kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, &err), &err);
-    kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
-    kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
-    (void)snprintf(r->work_dir, sizeof r->work_dir, "%s/work", kvq_test_folder());
-}
-
-static void rig_close(rig *r) {
-    kvq_model_destroy(&r->ctx, &r->model);
-    kvq_checkpoint_close(&r->ctx, &r->checkpoint);
-    r->be->destroy(&r->be);
-}
 
 // ---------------------------------------------------------------- a set of runs
 
 typedef struct reference_set {
     const char *name, *model; // goldens/quant/<name>.json; checkpoint folder under the shared data, NULL = the demo's
     bool        bytes;        // ids are the bytes of the text
-    double      noise;        // of the mean loss, nats, when only rounding differs (goldens/README.md)
+    double      noise;        // of the mean loss, nats, when only rounding differs: see TINY_NOISE
     bool        sensible;     // perplexities mean something
 } reference_set;
 
+// goldens/README.md: the mean of a run of a tiny model moves by 1e-3, and a rare flip of a code costs one of its 8
+// windows 1e-2. We meet such flips because sinks are f16 here and an outlier is its level plus an f16 residual. For the
+// other models the README gives the figure itself.
+#define TINY_NOISE (1e-3 + 1e-2 / 8)
+
 static const reference_set SETS[] = {
-    {"tiny_llama_mha", "goldens/tiny/llama_mha", true, 1e-3, false},
-    {"tiny_llama_gqa_llama3", "goldens/tiny/llama_gqa_llama3", true, 1e-3, false},
-    {"tiny_mistral_swa16", "goldens/tiny/mistral_swa16", true, 1e-3, false},
-    {"tiny_qwen3", "goldens/tiny/qwen3", true, 1e-3, false},
+    {"tiny_llama_mha", "goldens/tiny/llama_mha", true, TINY_NOISE, false},
+    {"tiny_llama_gqa_llama3", "goldens/tiny/llama_gqa_llama3", true, TINY_NOISE, false},
+    {"tiny_mistral_swa16", "goldens/tiny/mistral_swa16", true, TINY_NOISE, false},
+    {"tiny_qwen3", "goldens/tiny/qwen3", true, TINY_NOISE, false},
     {"stories15M", "models/stories15M", false, 3e-3, true},
 };
 #define N_SETS ((int)(sizeof SETS / sizeof *SETS))
@@ -351,9 +332,9 @@ static void take_thresholds(const reference *ref, kvq_artifact *a) {
     kvq_golden_close(golden);
 }
 
-// The reference's own thresholds and levels through our decoder. Where the reference stores what we store, in f16 and
-// with a cap, nothing but rounding differs; elsewhere its outliers and ranges are f32, whose effect on single codes is
-// as that of another fit.
+// The reference's own thresholds and levels through our decoder. Where the reference also caps outliers and stores them
+// and V's ranges in f16, nothing but rounding differs; elsewhere they are f32, whose effect on single codes is as that
+// of another fit.
 static void compare_decoder(reference *ref, const cJSON *run, kvq_artifact *a) {
     take_thresholds(ref, a);
     for (int64_t l = 0; l < a->model.n_layers; l++) {
