@@ -55,6 +55,7 @@ DEFAULTS = {
     "outliers 0.25 %": (SINK, "--outliers 0.25%"),
     "no outliers, K 3 and V 4 bits": (SINK, "--outliers 0 --k-bits 3 --v-bits 4"),
     "no outliers, K 4 and V 3 bits": (SINK, "--outliers 0 --k-bits 4 --v-bits 3"),
+    "Q-Norm": (SINK, "--outliers 1% --q-norm"),
     "nf": (SINK, "--outliers 1% --datatype nf"),
     "recent window of 64": (SINK, "--outliers 1% --recent-window 64"),
     "2 bits": (SINK, "--outliers 1% --bits 2"),
