@@ -2,6 +2,7 @@
 //
 // What the options of kvq-calibrate mean together: contradictions, defaults that depend on others, and the list of
 // settings that artifacts record.
+#include <math.h>
 #include <stdio.h>
 
 #include "calibrate_report.h"
@@ -255,6 +256,19 @@ kvq_status resolve_calibrate_options(calibration *c, kvq_error *err) {
     if (status != KVQ_OK || o->shard == NULL || o->work_dir != NULL) return status;
     return kvq_fail(err, KVQ_ERR_USAGE, "give each shard a folder of its own, the same in both rounds",
                     "--shard %s needs --work-dir: the second round goes on where the first one ended", o->shard);
+}
+
+// The first token's keys are outliers in many channels at once, more than a token has slots for. Cut off, they no
+// longer take the attention that the other tokens want to get rid of (docs/results.md has the loss).
+void warn_of_cut_sinks(const kvq_cli *cli, const calibration *c) {
+    const kvq_measure_options *m = &c->measured;
+    double                     most = 0;
+    for (int i = 0; i < m->n_fractions; i++) most = fmax(most, m->fractions[i]);
+    if (c->o->from != NULL || m->sink_tokens > 0 || m->k_axis != KVQ_AXIS_CHANNEL || m->k_slots < 0 || most == 0)
+        return;
+    kvq_log(&cli->ctx, KVQ_LOG_WARNING,
+            "--sink-tokens 0: keys of the first token usually have more outliers than there are slots for, which costs "
+            "more than the others gain; use --sink-tokens 1, or --outliers 0");
 }
 
 // ---------------------------------------------------------------- the list

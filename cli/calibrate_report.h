@@ -60,6 +60,8 @@ typedef struct calibration {
 kvq_status check_calibrate_options(const calibrate_options *o, int n_ranks, kvq_error *err);
 // Fills what a calibration knows from its options alone.
 kvq_status resolve_calibrate_options(calibration *c, kvq_error *err);
+// A warning when outliers of the first token will find no slots.
+void warn_of_cut_sinks(const kvq_cli *cli, const calibration *c);
 
 // Every setting that decides the result of a fit or a measurement, as it took effect; the same list is recorded in the
 // artifact and compared before a run goes on. Returns the number of settings.

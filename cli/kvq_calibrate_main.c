@@ -197,6 +197,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     if (cli->rank > 0) cli->quiet = cli->silent = true; // one voice
     KVQ_TRY(check_calibrate_options(c.o, c.processes.n_ranks, err));
     KVQ_TRY(resolve_calibrate_options(&c, err));
+    warn_of_cut_sinks(cli, &c);
     KVQ_TRY(c.o->from != NULL      ? run_from(cli, &c, err)
             : c.o->capture != NULL ? run_capture(cli, &c, err)
                                    : run_prepared(cli, &c, err));
