@@ -37,7 +37,7 @@ kvq_status blob_take(blob_reader *reader, void *to, int64_t bytes, kvq_error *er
         return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "saved statistics end %lld bytes too early",
                         (long long)(bytes - reader->left));
     }
-    if (bytes > 0) memcpy(to, reader->at, (size_t)bytes);
+    if (bytes > 0 && to != NULL) memcpy(to, reader->at, (size_t)bytes);
     reader->at += bytes;
     reader->left -= bytes;
     return KVQ_OK;

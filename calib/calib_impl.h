@@ -12,7 +12,7 @@ kvq_status kvq_blob_append(const kvq_context *ctx, kvq_blob *blob, const void *d
 // Appends `bytes` zeros and returns where they are, for the caller to fill.
 kvq_status kvq_blob_extend(const kvq_context *ctx, kvq_blob *blob, int64_t bytes, uint8_t **at, kvq_error *err);
 
-// Reads a blob from the front. What is missing at the end fails with KVQ_ERR_INTEGRITY.
+// Reads a blob from the front; to NULL skips. What is missing at the end fails with KVQ_ERR_INTEGRITY.
 typedef struct blob_reader {
     const uint8_t *at;
     int64_t        left;
@@ -76,13 +76,15 @@ bool step_keeps_boundary(const step_plan *plan, int64_t layer);
 // The most boundaries and gradients on disk at once.
 int64_t step_peak_states(const step_plan *plan);
 
-// What the finished steps of a run of one process left in its work directory; close it with work_close.
-kvq_status sweep_open_results(const kvq_context *ctx, const kvq_sweep_options *options, work_dir **out, kvq_error *err);
+// What the finished steps of a run left in the work directory of this process; close it with work_close.
+kvq_status sweep_open_results(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                              work_dir **out, kvq_error *err);
 kvq_status sweep_get_result(const kvq_context *ctx, work_dir *work, step at, kvq_blob *out, kvq_error *err);
 
-// An artifact whose tensors are described but not yet measured: model shape, quantizer, bits, axes.
+// An artifact that knows its model's shape and, unless fit is NULL, how it will be quantised; without tensors.
 kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config *config,
-                                 const kvq_calib_options *options, kvq_artifact **out, kvq_error *err);
+                                 const kvq_measure_options *measured, const kvq_fit_options *fit, kvq_artifact **out,
+                                 kvq_error *err);
 
 kvq_status calib_describe_windows(const kvq_context *ctx, const kvq_windows *windows, kvq_artifact *artifact,
                                   kvq_error *err);
@@ -90,18 +92,36 @@ double     calib_mean_loss(kvq_loss_sum loss); // nats per token
 
 // ---------------------------------------------------------------- what a calibration keeps (measure.c)
 
-// One layer at a time: the ends of K in the forward pass, weighted histograms of K and V in the backward pass. Results
-// go into the artifact's layers.
+// The shape of what is measured.
+typedef struct measure_shape {
+    int64_t n_layers, seq_len, n_windows;
+    int     n_heads, n_kv_heads, head_dim;
+} measure_shape;
+measure_shape measure_shape_of(const kvq_model_config *config, int64_t seq_len, int64_t n_windows);
+
+// One layer at a time: the ends of K and second moments in the forward pass, histograms of K and V in the backward
+// pass. A layer's result is a kvq_measured_layer as bytes; what becomes of it is decided by `conclude`.
 typedef struct measure measure;
-kvq_status             measure_create(const kvq_context *ctx, const kvq_calib_options *options, int d, int64_t seq_len,
-                                      int64_t n_windows, kvq_artifact *artifact, measure **out, kvq_error *err);
-void                   measure_destroy(const kvq_context *ctx, measure **m);
+typedef kvq_status (*measure_conclude)(void *user, int64_t layer, const kvq_measured_layer *measured, kvq_error *err);
+// conclude (NULL = nothing) is called when a layer is complete, also when it was restored. Its moments are not there:
+// they are results of the forward pass.
+kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
+                          measure_conclude conclude, void *user, measure **out, kvq_error *err);
+void       measure_destroy(const kvq_context *ctx, measure **m);
 // In a shard the results are what was seen, to be merged with the other shards' before anything is concluded from it.
 void         measure_keep_raw(measure *m);
 kvq_observer measure_observer(measure *m);
-// One window in the backward pass of a layer, with element weights that somebody else made; NULL = none.
+// One window in the backward pass of a layer, with squared gradients that somebody else made; NULL = none.
 kvq_status measure_count(measure *m, int64_t layer, const float *k, const float *v, const float *w_k, const float *w_v,
                          kvq_error *err);
-int64_t    measure_bytes(const kvq_context *ctx, const kvq_calib_options *options, int d, int64_t n_rows);
+// Thresholds [n_layers, n_fractions, 2, d] (lower, upper) where keys have ranges per channel: found by the forward
+// pass, or set before the backward one.
+float  *measure_thresholds(measure *m);
+int64_t measure_thresholds_count(const measure *m); // 0 when ranges are found per token
+// Completes a layer from the results of both passes.
+kvq_status measure_layer_from_results(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
+                                      const kvq_blob *forward, const kvq_blob *backward, kvq_measured_layer **out,
+                                      kvq_error *err);
+int64_t    measure_bytes(const kvq_measure_options *options, measure_shape shape); // memory at the worst moment
 
 #endif

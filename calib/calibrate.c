@@ -1,18 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// A whole calibration: an empty artifact, a measurement that watches the sweeps and fills it.
+// A whole calibration: an empty artifact, a measurement that watches the sweeps, and a fit of each layer when it is
+// complete.
 #include <string.h>
 
 #include "calib_impl.h"
 
-static void describe_tensor(kvq_tensor_quant *t, int bits, kvq_axis axis) {
-    t->bits = bits;
-    t->axis = axis;
-    t->n_groups = t->dim = 1;
-    t->n_levels = 1 << bits;
-}
-
-kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config *c, const kvq_calib_options *options,
-                                 kvq_artifact **out, kvq_error *err) {
+kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config *c, const kvq_measure_options *measured,
+                                 const kvq_fit_options *fit, kvq_artifact **out, kvq_error *err) {
     kvq_artifact *a = NULL;
     kvq_status    status = KVQ_OK;
     KVQ_TRY(kvq_artifact_create(ctx, c->n_layers, &a, err));
@@ -23,15 +17,7 @@ kvq_status calib_create_artifact(const kvq_context *ctx, const kvq_model_config 
     a->model.head_dim = c->head_dim;
     a->model.vocab_size = c->vocab_size;
     a->model.rope_theta = c->rope.theta;
-    a->quantizer.outlier_fraction = options->outlier_fraction;
-    a->quantizer.n_side_k = a->quantizer.n_side_v =
-        kvq_block_n_side(options->outlier_fraction, c->n_kv_heads * c->head_dim);
-    a->quantizer.sink_tokens = options->sink_tokens;
-    a->quantizer.weighting = options->weighting;
-    for (int64_t l = 0; l < c->n_layers; l++) {
-        describe_tensor(&a->layers[l].k, options->k_bits, KVQ_AXIS_CHANNEL);
-        describe_tensor(&a->layers[l].v, options->v_bits, KVQ_AXIS_TOKEN);
-    }
+    if (fit != NULL) kvq_artifact_describe_quantizer(a, measured, fit);
     KVQ_TRY(kvq_artifact_set_text(ctx, &a->model.architecture, c->architecture, err));
     KVQ_TRY(kvq_artifact_set_text(ctx, &a->model.rope_type, kvq_rope_type_name(c->rope.type), err));
     KVQ_TRY(kvq_artifact_set_text(ctx, &a->quantizer.scheme, "nuq", err));
@@ -56,20 +42,36 @@ double calib_mean_loss(kvq_loss_sum loss) {
     return loss.n_tokens > 0 ? kvq_fixed_to_double(loss.sum) / (double)loss.n_tokens : 0;
 }
 
-kvq_status kvq_calibrate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
-                         const kvq_calib_options *options, const kvq_sweep_options *sweep,
-                         const kvq_processes *processes, kvq_artifact **out, kvq_error *err) {
+// What is done with each layer's measurement, when something is.
+typedef struct fitting {
+    const kvq_context         *ctx;
+    const kvq_measure_options *measured;
+    const kvq_fit_options     *fit;
+    kvq_artifact              *artifact;
+} fitting;
+
+static kvq_status fit_layer(void *user, int64_t layer, const kvq_measured_layer *measured, kvq_error *err) {
+    const fitting *f = user;
+    return kvq_fit_layer(f->ctx, measured, f->measured, f->fit, f->artifact, layer, err);
+}
+
+// The sweeps with a measurement that watches them, and with fit NULL nothing else.
+static kvq_status sweep_and_fit(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
+                                const kvq_windows *windows, const kvq_measure_options *options,
+                                const kvq_fit_options *fit, const kvq_sweep_options *sweep,
+                                const kvq_processes *processes, kvq_artifact **out, kvq_error *err) {
     const kvq_model_config *c = kvq_model_describe(model);
-    kvq_artifact           *artifact = NULL;
+    fitting                 f = {.ctx = ctx, .measured = options, .fit = fit};
     measure                *m = NULL;
     kvq_loss_sum            loss = {0};
     int64_t                 all = 0;
-    kvq_status              status = kvq_calib_options_check(options, c, windows->seq_len, err);
-    if (status == KVQ_OK) status = calib_create_artifact(ctx, c, options, &artifact, err);
-    if (status == KVQ_OK) status = calib_describe_windows(ctx, windows, artifact, err);
+    kvq_status              status = kvq_measure_options_check(options, c, windows->seq_len, err);
+    if (status == KVQ_OK && fit != NULL) status = kvq_fit_options_check(fit, err);
+    if (status == KVQ_OK) status = calib_create_artifact(ctx, c, options, fit, &f.artifact, err);
+    if (status == KVQ_OK) status = calib_describe_windows(ctx, windows, f.artifact, err);
     if (status == KVQ_OK) {
-        status = measure_create(ctx, options, c->n_kv_heads * c->head_dim, windows->seq_len, windows->n_windows,
-                                artifact, &m, err);
+        status = measure_create(ctx, options, measure_shape_of(c, windows->seq_len, windows->n_windows),
+                                fit != NULL ? fit_layer : NULL, &f, &m, err);
     }
     kvq_status agreed = processes->agree(processes, status == KVQ_OK, &all, status == KVQ_OK ? err : NULL);
     if (status == KVQ_OK) status = agreed;
@@ -78,11 +80,24 @@ kvq_status kvq_calibrate(const kvq_context *ctx, const kvq_backend *be, kvq_mode
     if (status != KVQ_OK) goto done;
     kvq_observer observer = measure_observer(m);
     KVQ_TRY(kvq_sweep(ctx, be, model, windows, sweep, processes, &observer, &loss, err));
-    artifact->baseline_nll = calib_mean_loss(loss);
-    *out = artifact;
-    artifact = NULL;
+    f.artifact->baseline_nll = calib_mean_loss(loss);
+    *out = f.artifact;
+    f.artifact = NULL;
 done:
     measure_destroy(ctx, &m);
-    kvq_artifact_destroy(ctx, &artifact);
+    kvq_artifact_destroy(ctx, &f.artifact);
     return status;
+}
+
+kvq_status kvq_calibrate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
+                         const kvq_calib_options *options, const kvq_sweep_options *sweep,
+                         const kvq_processes *processes, kvq_artifact **out, kvq_error *err) {
+    kvq_measure_options measured = kvq_measure_for_fit(options);
+    return sweep_and_fit(ctx, be, model, windows, &measured, &options->fit, sweep, processes, out, err);
+}
+
+kvq_status kvq_measure(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
+                       const kvq_measure_options *options, const kvq_sweep_options *sweep,
+                       const kvq_processes *processes, kvq_artifact **about, kvq_error *err) {
+    return sweep_and_fit(ctx, be, model, windows, options, NULL, sweep, processes, about, err);
 }

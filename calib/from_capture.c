@@ -5,25 +5,31 @@
 #include "calib_impl.h"
 
 typedef struct capture_fit {
-    const kvq_context       *ctx;
-    const kvq_capture       *capture;
-    const kvq_capture_info  *info;
-    const kvq_calib_options *options;
-    kvq_artifact            *artifact;
-    measure                 *m;
-    float                   *k, *v, *w_k, *w_v; // [S, d]
+    const kvq_context      *ctx;
+    const kvq_capture      *capture;
+    const kvq_capture_info *info;
+    const kvq_fit_options  *fit;
+    kvq_measure_options     measured;
+    bool                    weighted; // squared gradients are needed
+    kvq_artifact           *artifact;
+    measure                *m;
+    float                  *k, *v, *w_k, *w_v; // [S, d]
 } capture_fit;
 
 static kvq_status check_capture(const kvq_capture_info *info, const kvq_calib_options *options, kvq_error *err) {
+    if (options->measure.k_domain == KVQ_KEYS_POST_ROPE) {
+        return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "calibrate from the model itself",
+                        "a capture holds keys before the rotary embedding, not after it");
+    }
     for (int64_t l = 0; l < info->model.n_layers; l++) {
         if (kvq_capture_has_layer(info, l)) continue;
         return kvq_fail(err, KVQ_ERR_INPUT, "capture all layers", "the capture lacks layer %lld of %lld", (long long)l,
                         (long long)info->model.n_layers);
     }
-    if (options->weighting == KVQ_WEIGHT_NONE || info->has_fisher) return KVQ_OK;
+    if (!kvq_weighting_needs_gradients(options->fit.weighting) || info->has_fisher) return KVQ_OK;
     return kvq_fail(err, KVQ_ERR_INPUT, "capture squared gradients too, or pass --weighting none",
                     "the capture holds no squared gradients, which the weighting '%s' needs",
-                    kvq_weighting_name(options->weighting));
+                    kvq_weighting_names[options->fit.weighting]);
 }
 
 static kvq_model_config shape_of(const kvq_capture_info *info) {
@@ -76,9 +82,14 @@ done:
     return status;
 }
 
+static kvq_status conclude(void *user, int64_t layer, const kvq_measured_layer *measured, kvq_error *err) {
+    const capture_fit *f = user;
+    return kvq_fit_layer(f->ctx, measured, &f->measured, f->fit, f->artifact, layer, err);
+}
+
 static kvq_status fit_layer(capture_fit *f, int64_t l, kvq_error *err) {
     kvq_observer o = measure_observer(f->m);
-    bool         weighted = f->options->weighting != KVQ_WEIGHT_NONE;
+    bool         weighted = f->weighted;
     int64_t      N = f->info->dataset.n_windows;
     kvq_blob     result = {0};
     kvq_status   status = KVQ_OK;
@@ -114,15 +125,18 @@ kvq_status kvq_calibrate_capture(const kvq_context *ctx, const kvq_capture *capt
     const kvq_capture_info *info = kvq_capture_describe(capture);
     kvq_model_config        shape = shape_of(info);
     int64_t                 d = info->model.n_kv_heads * info->model.head_dim, n = info->dataset.seq_len * d;
-    capture_fit             f = {.ctx = ctx, .capture = capture, .info = info, .options = options};
+    capture_fit             f = {.ctx = ctx, .capture = capture, .info = info, .fit = &options->fit};
     kvq_status              status = KVQ_OK;
     KVQ_TRY(check_capture(info, options, err));
-    KVQ_TRY(kvq_calib_options_check(options, &shape, info->dataset.seq_len, err));
-    KVQ_TRY(calib_create_artifact(ctx, &shape, options, &f.artifact, err));
+    f.measured = kvq_measure_for_fit(options);
+    f.weighted = kvq_weightings_need_gradients(f.measured.weightings);
+    KVQ_TRY(kvq_measure_options_check(&f.measured, &shape, info->dataset.seq_len, err));
+    KVQ_TRY(kvq_fit_options_check(f.fit, err));
+    KVQ_TRY(calib_create_artifact(ctx, &shape, &f.measured, f.fit, &f.artifact, err));
     KVQ_TRY(describe(&f, source_name, err));
     KVQ_TRY(hash_ids(&f, err));
-    KVQ_TRY(
-        measure_create(ctx, options, (int)d, info->dataset.seq_len, info->dataset.n_windows, f.artifact, &f.m, err));
+    KVQ_TRY(measure_create(ctx, &f.measured, measure_shape_of(&shape, info->dataset.seq_len, info->dataset.n_windows),
+                           conclude, &f, &f.m, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "K of a window", &f.k, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "V of a window", &f.v, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "weights of K", &f.w_k, err));

@@ -52,7 +52,7 @@ typedef enum kvq_pass { KVQ_PASS_FORWARD, KVQ_PASS_BACKWARD } kvq_pass;
 typedef struct kvq_seen {
     int64_t      window;  // index in kvq_windows
     const float *q;       // [S, H * D] pre-RoPE, forward and only when asked for
-    const float *k, *v;   // [S, d] pre-RoPE K, and V
+    const float *k, *v;   // [S, d] pre-RoPE K (or rotated, as the observer wants it), and V
     const float *dk, *dv; // [S, d] gradients of the window's mean loss, backward and only when asked for
 } kvq_seen;
 
@@ -67,6 +67,7 @@ typedef struct kvq_blob {
 typedef struct kvq_observer {
     void *user;
     bool  wants_query, wants_second_pass, wants_gradients;
+    bool  wants_rotated_keys; // k and dk are those after RoPE
     kvq_status (*begin)(void *user, kvq_pass pass, int64_t layer, kvq_error *err);
     kvq_status (*window)(void *user, kvq_pass pass, int64_t layer, const kvq_seen *seen, kvq_error *err);
     // Appends the result of the layer, once everything of all processes was seen or merged.
@@ -117,16 +118,20 @@ kvq_status kvq_sweep_forget(const kvq_context *ctx, const kvq_sweep_options *opt
 // ---------------------------------------------------------------- calibration
 
 typedef struct kvq_calib_options {
-    int           k_bits, v_bits;   // 2 .. 4
-    double        outlier_fraction; // two-sided, 0 .. 0.1; 0 = no outliers
-    int64_t       sink_tokens;      // first tokens of a window kept in f16 and out of the statistics, 0 .. S - 1
-    kvq_weighting weighting;
+    kvq_measure_options measure; // a calibration measures the fraction and weighting that its fit needs, whatever is
+    kvq_fit_options     fit;     // named here; a measurement does not look at fit
 } kvq_calib_options;
-kvq_calib_options kvq_calib_options_default(void); // 3 bits, 1 %, 1 sink, fisher-scaled
+// 3 bits, 1 %, 1 sink, fisher-scaled, keys per channel before RoPE; measures fractions 0, 0.25 % and 1 %, all
+// weightings and moments.
+kvq_calib_options kvq_calib_options_default(void);
 
-// Checks ranges, alone and against the model. KVQ_ERR_USAGE names the option.
-kvq_status kvq_calib_options_check(const kvq_calib_options *options, const kvq_model_config *config, int64_t seq_len,
-                                   kvq_error *err);
+// Check ranges, of a measurement also against the model. KVQ_ERR_USAGE, or KVQ_ERR_UNSUPPORTED for what kvq cannot do,
+// names the option.
+kvq_status kvq_measure_options_check(const kvq_measure_options *options, const kvq_model_config *config,
+                                     int64_t seq_len, kvq_error *err);
+kvq_status kvq_fit_options_check(const kvq_fit_options *options, kvq_error *err);
+// What has to be measured for a fit: options->measure with the fit's fraction and weighting alone, without moments.
+kvq_measure_options kvq_measure_for_fit(const kvq_calib_options *options);
 
 // What a run will need, from shapes alone, and how it is made to fit.
 typedef struct kvq_calib_limits {
@@ -143,14 +148,14 @@ typedef struct kvq_calib_plan {
 } kvq_calib_plan;
 // n_parts: processes times shards that the windows are dealt to. KVQ_ERR_MEMORY or KVQ_ERR_DISK when a limit is too
 // small; the message names the least that would do.
-kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, const kvq_calib_options *options,
+kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, const kvq_measure_options *options,
                                int64_t n_windows, int64_t seq_len, int64_t n_parts, kvq_calib_limits limits,
                                kvq_calib_plan *out, kvq_error *err);
 
 // Seconds that the sweeps of a plan will take, from two windows of random tokens really passed through layer 0 and the
 // head; nothing is written.
 kvq_status kvq_calib_probe(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
-                           const kvq_calib_options *options, int64_t n_windows, int64_t seq_len, int64_t n_parts,
+                           const kvq_measure_options *options, int64_t n_windows, int64_t seq_len, int64_t n_parts,
                            const kvq_calib_plan *plan, double *seconds, kvq_error *err);
 
 // Sweeps and fit. The artifact's quantizer, dataset counts, model shape and layers are filled; identity and provenance
@@ -160,8 +165,24 @@ kvq_status kvq_calibrate(const kvq_context *ctx, const kvq_backend *be, kvq_mode
                          const kvq_calib_options *options, const kvq_sweep_options *sweep,
                          const kvq_processes *processes, kvq_artifact **out, kvq_error *err);
 
-// The same from a capture file, without a model. source_name is recorded when the capture does not say what its text
-// was. KVQ_ERR_INPUT when a layer or needed squared gradients are missing.
+// The same sweeps without a fit: everything that options->measure names stays in the work directory, complete, for
+// kvq_measure_write. *about: the artifact's identity without tensors, for the caller to complete.
+kvq_status kvq_measure(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
+                       const kvq_measure_options *options, const kvq_sweep_options *sweep,
+                       const kvq_processes *processes, kvq_artifact **about, kvq_error *err);
+// Writes the measurement file, layer by layer.
+kvq_status kvq_measure_write(const kvq_context *ctx, const kvq_artifact *about, const kvq_measure_options *options,
+                             const kvq_sweep_options *sweep, const kvq_processes *processes, const char *path,
+                             bool force, bool eigenvectors, char sha256[KVQ_SHA256_HEX], kvq_error *err);
+
+// Fits from a measurement, in seconds: the artifact that a calibration with the same options gives, tensors and
+// thresholds bit for bit. KVQ_ERR_USAGE when the fraction or weighting was not measured; the message lists what was.
+kvq_status kvq_refit(const kvq_context *ctx, const kvq_measurement *measurement, const kvq_fit_options *options,
+                     kvq_artifact **out, kvq_error *err);
+
+// A calibration from a capture file, without a model. source_name is recorded when the capture does not say what its
+// text was. KVQ_ERR_INPUT when a layer or needed squared gradients are missing. KVQ_ERR_UNSUPPORTED for keys after
+// RoPE: a capture holds those before it.
 kvq_status kvq_calibrate_capture(const kvq_context *ctx, const kvq_capture *capture, const char *source_name,
                                  const kvq_calib_options *options, kvq_artifact **out, kvq_error *err);
 
@@ -180,8 +201,9 @@ kvq_status kvq_calibrate_shard(const kvq_context *ctx, const kvq_backend *be, kv
                                const kvq_sweep_options *sweep, const char *thresholds, kvq_artifact **out,
                                kvq_error *err);
 // Writes what the shard saw, with the template (identity and provenance filled in), as a file for kvq_merge.
-kvq_status kvq_shard_write(const kvq_context *ctx, const kvq_artifact *artifact, const kvq_sweep_options *sweep,
-                           kvq_round round, const char *path, bool force, kvq_error *err);
+kvq_status kvq_shard_write(const kvq_context *ctx, const kvq_artifact *artifact, const kvq_calib_options *options,
+                           const kvq_sweep_options *sweep, kvq_round round, const char *path, bool force,
+                           kvq_error *err);
 
 // All shards of one round, in any order. Round 1: writes the thresholds to `path`. Round 2: writes the artifact and its
 // content hash. KVQ_ERR_MISMATCH, naming the fields, when the files do not belong together; KVQ_ERR_INPUT when a shard

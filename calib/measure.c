@@ -1,45 +1,126 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a calibration keeps of what it sees: in the forward pass the ends of K per channel, which give the thresholds;
-// in the backward pass histograms of the normalised elements of K and V, which give the levels. Both are order
-// statistics, integer counts and fixed-point sums, so parts merge exactly.
+// What a calibration keeps of what it sees: in the forward pass the ends of K per channel, which give the thresholds,
+// and second moments; in the backward pass histograms of the normalised elements of K and V, for every KV head and
+// every outlier fraction. All are order statistics, integer counts and fixed-point sums, so parts merge exactly.
 #include <string.h>
 
 #include "calib_impl.h"
 #include "kvq_fisher.h"
 
-struct measure {
-    const kvq_context       *ctx;
-    const kvq_calib_options *options;
-    kvq_artifact            *artifact;
-    int                      d, n_counters;
-    int64_t                  seq_len, n_rows; // n_rows: of all windows, sinks left out
-    bool                     raw;             // results are what was seen
-    kvq_tails               *tails;           // forward
-    kvq_histogram          **histograms;      // [2 * n_counters], backward: K and V of each thread
-    float                   *w_k, *w_v;       // [S, d]
-    float                   *z_and_r;         // [2 d]
-    kvq_block_spec           specs[2];        // K, V
-};
-
+enum { K, V, N_TENSORS };
 static const char *const TENSOR_NAMES[] = {"K", "V"};
 
-// An array of the artifact, which an earlier pass over the layer may have made.
-static kvq_status make_array(const measure *m, int64_t n, const char *what, float **array, kvq_error *err) {
-    return *array != NULL ? KVQ_OK : KVQ_NEW(m->ctx, n, what, array, err);
+struct measure {
+    const kvq_context         *ctx;
+    const kvq_measure_options *options;
+    measure_shape              shape;
+    measure_conclude           conclude;
+    void                      *user;
+    int                        d;
+    int64_t                    n_rows;     // behind all thresholds
+    bool                       raw;        // results are what was seen
+    kvq_tails                 *tails;      // forward
+    kvq_fixed                 *moments[3]; // forward: of Q, K and V, [heads, D, D]
+    double                    *moment_scratch;
+    kvq_histogram            **histograms;   // backward: [n_fractions, N_TENSORS, Hkv]
+    float                     *thresholds;   // see measure_thresholds
+    float                     *w[N_TENSORS]; // [S, d] squared gradients
+    float                     *scratch;      // of counting
+    float                     *z_and_r;      // [2 d]
+};
+
+measure_shape measure_shape_of(const kvq_model_config *c, int64_t seq_len, int64_t n_windows) {
+    return (measure_shape){c->n_layers, seq_len, n_windows, c->n_heads, c->n_kv_heads, c->head_dim};
 }
 
-static void destroy_histograms(measure *m) {
-    for (int i = 0; m->histograms != NULL && i < 2 * m->n_counters; i++)
-        kvq_histogram_destroy(m->ctx, &m->histograms[i]);
+static int64_t width_of(measure_shape shape) { return (int64_t)shape.n_kv_heads * shape.head_dim; }
+
+// Rows that thresholds are taken over.
+static int64_t threshold_rows(const kvq_measure_options *o, measure_shape shape) {
+    return shape.n_windows * (shape.seq_len - (o->count_sinks ? 0 : o->sink_tokens));
 }
 
-// ---------------------------------------------------------------- forward: thresholds
+static int64_t kept_ends(const kvq_measure_options *o, measure_shape shape) {
+    return kvq_tails_needed(o->fractions[o->n_fractions - 1], o->threshold_scope, width_of(shape),
+                            threshold_rows(o, shape));
+}
 
-static kvq_status begin_forward(measure *m, kvq_error *err) {
-    destroy_histograms(m); // the passes never need both
+static bool has_thresholds(const kvq_measure_options *o) { return o->k_axis == KVQ_AXIS_CHANNEL; }
+
+static int64_t moment_count(measure_shape shape, int which) {
+    return (int64_t)(which == 0 ? shape.n_heads : shape.n_kv_heads) * shape.head_dim * shape.head_dim;
+}
+
+// ---------------------------------------------------------------- thresholds
+
+int64_t measure_thresholds_count(const measure *m) {
+    return has_thresholds(m->options) ? m->shape.n_layers * m->options->n_fractions * 2 * m->d : 0;
+}
+
+float *measure_thresholds(measure *m) { return m->thresholds; }
+
+static float *lower_of(const measure *m, int64_t layer, int fraction) {
+    return m->thresholds + (layer * m->options->n_fractions + fraction) * 2 * m->d;
+}
+
+static kvq_status find_thresholds(measure *m, int64_t layer, kvq_error *err) {
+    for (int f = 0; f < m->options->n_fractions && has_thresholds(m->options); f++) {
+        float     *lower = lower_of(m, layer, f);
+        kvq_status status = kvq_tails_thresholds(m->ctx, m->tails, m->options->fractions[f],
+                                                 m->options->threshold_scope, lower, lower + m->d, err);
+        if (status != KVQ_OK) return status;
+        for (int c = 0; c < 2 * m->d && m->options->half_thresholds; c++)
+            lower[c] = kvq_float_of_half(kvq_half_of_float(lower[c]));
+    }
+    return KVQ_OK;
+}
+
+// ---------------------------------------------------------------- forward
+
+static void drop_histograms(measure *m) {
+    int n = m->options->n_fractions * N_TENSORS * m->shape.n_kv_heads;
+    for (int i = 0; m->histograms != NULL && i < n; i++) kvq_histogram_destroy(m->ctx, &m->histograms[i]);
+}
+
+static void drop_forward(measure *m) {
     kvq_tails_destroy(m->ctx, &m->tails);
-    return kvq_tails_create(m->ctx, m->d, kvq_tails_needed(m->options->outlier_fraction, m->n_rows), &m->tails, err);
+    for (int i = 0; i < 3; i++) {
+        kvq_free(m->ctx, m->moments[i]);
+        m->moments[i] = NULL;
+    }
+    kvq_free(m->ctx, m->moment_scratch);
+    m->moment_scratch = NULL;
+}
+
+// The passes never need what the other one keeps.
+static kvq_status begin_forward(measure *m, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    drop_histograms(m);
+    drop_forward(m);
+    if (has_thresholds(m->options))
+        KVQ_TRY(kvq_tails_create(m->ctx, m->d, kept_ends(m->options, m->shape), &m->tails, err));
+    for (int i = 0; i < 3 && m->options->moments; i++)
+        KVQ_TRY(KVQ_NEW(m->ctx, moment_count(m->shape, i), "second moments", &m->moments[i], err));
+    if (m->options->moments) {
+        KVQ_TRY(KVQ_NEW(m->ctx, kvq_moments_scratch_doubles(m->shape.n_heads, m->shape.head_dim), "second moments",
+                        &m->moment_scratch, err));
+    }
+done:
+    return status;
+}
+
+static kvq_status see_forward(measure *m, const kvq_seen *seen, kvq_error *err) {
+    int64_t skip = m->options->sink_tokens, n = m->shape.seq_len - skip;
+    int     H = m->shape.n_heads, Hkv = m->shape.n_kv_heads, D = m->shape.head_dim;
+    if (m->options->moments) {
+        kvq_moments_add(m->ctx, seen->q + skip * H * D, n, H, D, m->moments[0], m->moment_scratch);
+        kvq_moments_add(m->ctx, seen->k + skip * m->d, n, Hkv, D, m->moments[1], m->moment_scratch);
+        kvq_moments_add(m->ctx, seen->v + skip * m->d, n, Hkv, D, m->moments[2], m->moment_scratch);
+    }
+    if (m->tails == NULL) return KVQ_OK;
+    if (m->options->count_sinks) return kvq_tails_push(m->ctx, m->tails, seen->k, m->shape.seq_len, err);
+    return kvq_tails_push(m->ctx, m->tails, seen->k + skip * m->d, n, err);
 }
 
 static kvq_status save_tails(const measure *m, kvq_blob *out, kvq_error *err) {
@@ -54,7 +135,7 @@ static kvq_status save_tails(const measure *m, kvq_blob *out, kvq_error *err) {
 
 static kvq_status merge_tails(measure *m, blob_reader *in, kvq_error *err) {
     float     *packed = NULL;
-    int64_t    n_rows = 0, n_keep = kvq_tails_needed(m->options->outlier_fraction, m->n_rows);
+    int64_t    n_rows = 0, n_keep = kept_ends(m->options, m->shape);
     kvq_status status = KVQ_OK;
     KVQ_TRY(blob_take(in, &n_rows, sizeof n_rows, err));
     if (n_rows < 0 || n_rows > m->n_rows) {
@@ -71,89 +152,146 @@ done:
     return status;
 }
 
-static kvq_status find_thresholds(measure *m, int64_t layer, kvq_blob *result, kvq_error *err) {
-    kvq_tensor_quant *k = &m->artifact->layers[layer].k;
-    int64_t           bytes = m->d * (int64_t)sizeof(float);
-    kvq_status        status = KVQ_OK;
-    KVQ_TRY(make_array(m, m->d, "lower thresholds", &k->lower, err));
-    KVQ_TRY(make_array(m, m->d, "upper thresholds", &k->upper, err));
-    KVQ_TRY(kvq_tails_thresholds(m->ctx, m->tails, m->options->outlier_fraction, k->lower, k->upper, err));
-    KVQ_TRY(kvq_blob_append(m->ctx, result, k->lower, bytes, err));
-    KVQ_TRY(kvq_blob_append(m->ctx, result, k->upper, bytes, err));
-done:
-    return status;
-}
-
-static kvq_status restore_thresholds(measure *m, int64_t layer, blob_reader *in, kvq_error *err) {
-    kvq_tensor_quant *k = &m->artifact->layers[layer].k;
-    int64_t           bytes = m->d * (int64_t)sizeof(float);
-    kvq_status        status = KVQ_OK;
-    KVQ_TRY(make_array(m, m->d, "lower thresholds", &k->lower, err));
-    KVQ_TRY(make_array(m, m->d, "upper thresholds", &k->upper, err));
-    KVQ_TRY(blob_take(in, k->lower, bytes, err));
-    KVQ_TRY(blob_take(in, k->upper, bytes, err));
-done:
-    return status;
-}
-
-// ---------------------------------------------------------------- backward: histograms
-
-static kvq_status begin_backward(measure *m, int64_t layer, kvq_error *err) {
-    const kvq_layer_quant *quant = &m->artifact->layers[layer];
-    kvq_status             status = KVQ_OK;
-    kvq_tails_destroy(m->ctx, &m->tails);
-    destroy_histograms(m);
-    for (int i = 0; i < 2 * m->n_counters; i++) KVQ_TRY(kvq_histogram_create(m->ctx, &m->histograms[i], err));
-    m->specs[0] = kvq_tensor_block_spec(&quant->k, m->d, m->artifact->quantizer.n_side_k, m->z_and_r);
-    m->specs[1] = kvq_tensor_block_spec(&quant->v, m->d, m->artifact->quantizer.n_side_v, NULL);
-done:
-    return status;
-}
-
-kvq_status measure_count(measure *m, int64_t layer, const float *k, const float *v, const float *w_k, const float *w_v,
-                         kvq_error *err) {
-    kvq_context            counters = *m->ctx;
-    const kvq_count_tensor tensors[] = {{TENSOR_NAMES[0], &m->specs[0], k, w_k},
-                                        {TENSOR_NAMES[1], &m->specs[1], v, w_v}};
-    kvq_count_options      options = {.range_squared = m->options->weighting == KVQ_WEIGHT_FISHER_SCALED,
-                                      .n_skip = m->options->sink_tokens};
-    counters.n_threads = m->n_counters;
-    kvq_status status = kvq_histograms_count(&counters, m->histograms, tensors, 2, m->seq_len, options, err);
-    if (status != KVQ_OK) kvq_error_prefix(err, "layer %lld, ", (long long)layer);
-    return status;
-}
-
-static kvq_status count_seen(measure *m, int64_t layer, const kvq_seen *seen, kvq_error *err) {
-    if (m->options->weighting == KVQ_WEIGHT_NONE) return measure_count(m, layer, seen->k, seen->v, NULL, NULL, err);
-    kvq_fisher_diagonal(seen->dk, m->seq_len * m->d, m->w_k);
-    kvq_fisher_diagonal(seen->dv, m->seq_len * m->d, m->w_v);
-    return measure_count(m, layer, seen->k, seen->v, m->w_k, m->w_v, err);
-}
-
-static kvq_status save_histograms(measure *m, kvq_blob *out, kvq_error *err) {
-    uint8_t   *at = NULL;
+static kvq_status save_forward(const measure *m, kvq_blob *out, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    kvq_histograms_gather(m->histograms, m->n_counters, 2);
-    for (int tensor = 0; tensor < 2; tensor++) {
-        int64_t bytes = kvq_histogram_packed_bytes(m->histograms[tensor]);
-        KVQ_TRY(kvq_blob_append(m->ctx, out, &bytes, sizeof bytes, err));
-        KVQ_TRY(kvq_blob_extend(m->ctx, out, bytes, &at, err));
-        kvq_histogram_pack(m->histograms[tensor], at);
+    int64_t    mark = m->options->n_fractions; // something to save, also without thresholds and moments
+    KVQ_TRY(kvq_blob_append(m->ctx, out, &mark, sizeof mark, err));
+    if (m->tails != NULL) KVQ_TRY(save_tails(m, out, err));
+    for (int i = 0; i < 3 && m->options->moments; i++) {
+        int64_t bytes = moment_count(m->shape, i) * (int64_t)sizeof *m->moments[i];
+        KVQ_TRY(kvq_blob_append(m->ctx, out, m->moments[i], bytes, err));
     }
 done:
     return status;
 }
 
-static kvq_status merge_histograms(measure *m, blob_reader *in, kvq_error *err) {
+static kvq_status merge_forward(measure *m, blob_reader *in, kvq_error *err) {
+    int64_t    mark = 0;
+    kvq_fixed  sum;
     kvq_status status = KVQ_OK;
-    for (int tensor = 0; tensor < 2; tensor++) {
+    KVQ_TRY(blob_take(in, &mark, sizeof mark, err));
+    if (m->tails != NULL) KVQ_TRY(merge_tails(m, in, err));
+    for (int i = 0; i < 3 && m->options->moments; i++) {
+        for (int64_t j = 0, D = m->shape.head_dim; j < moment_count(m->shape, i); j++) {
+            KVQ_TRY(blob_take(in, &sum, sizeof sum, err));
+            kvq_moments_merge(&m->moments[i][j], sum, j / D % D == j % D);
+        }
+    }
+done:
+    return status;
+}
+
+// The result of the forward pass: a mark, thresholds of all fractions, moments of Q, K and V as doubles.
+static kvq_status finish_forward(measure *m, int64_t layer, kvq_blob *result, kvq_error *err) {
+    int64_t    mark = m->options->n_fractions, n = has_thresholds(m->options) ? mark * 2 * m->d : 0;
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(find_thresholds(m, layer, err));
+    KVQ_TRY(kvq_blob_append(m->ctx, result, &mark, sizeof mark, err));
+    KVQ_TRY(kvq_blob_append(m->ctx, result, lower_of(m, layer, 0), n * (int64_t)sizeof(float), err));
+    for (int i = 0; i < 3 && m->options->moments; i++) {
+        uint8_t *at = NULL;
+        int64_t  bytes = moment_count(m->shape, i) * (int64_t)sizeof(double);
+        KVQ_TRY(kvq_blob_extend(m->ctx, result, bytes, &at, err));
+        int        n_heads = i == 0 ? m->shape.n_heads : m->shape.n_kv_heads;
+        double    *to = (double *)(void *)at;
+        kvq_status finished =
+            kvq_moments_finish(m->moments[i], m->shape.n_windows, n_heads, m->shape.head_dim, to, err);
+        if (finished != KVQ_OK) kvq_error_prefix(err, "layer %lld, %c, ", (long long)layer, "QKV"[i]);
+        KVQ_TRY(finished);
+    }
+done:
+    return status;
+}
+
+static kvq_status restore_forward(measure *m, int64_t layer, blob_reader *in, kvq_error *err) {
+    int64_t    mark = 0, n = has_thresholds(m->options) ? m->options->n_fractions * 2 * m->d : 0;
+    kvq_status status = blob_take(in, &mark, sizeof mark, err);
+    return status == KVQ_OK ? blob_take(in, lower_of(m, layer, 0), n * (int64_t)sizeof(float), err) : status;
+}
+
+// ---------------------------------------------------------------- backward
+
+static kvq_histogram **heads_of(const measure *m, int fraction, int tensor) {
+    return m->histograms + (fraction * N_TENSORS + tensor) * m->shape.n_kv_heads;
+}
+
+static kvq_status begin_backward(measure *m, kvq_error *err) {
+    int        n = m->options->n_fractions * N_TENSORS * m->shape.n_kv_heads;
+    kvq_status status = KVQ_OK;
+    drop_forward(m);
+    drop_histograms(m);
+    for (int i = 0; i < n; i++) KVQ_TRY(kvq_histogram_create(m->ctx, m->options->weightings, &m->histograms[i], err));
+done:
+    return status;
+}
+
+static kvq_block_spec spec_of(const measure *m, int64_t layer, int fraction, int tensor) {
+    double         o = m->options->fractions[fraction];
+    kvq_block_spec spec = {.d = m->d, .n_side = kvq_measured_v_side(o, m->d)};
+    if (tensor == V) return spec;
+    spec.n_side = kvq_measured_k_side(m->options, o, m->d);
+    if (!has_thresholds(m->options)) return spec;
+    const float *lower = lower_of(m, layer, fraction), *upper = lower + m->d;
+    for (int c = 0; c < m->d; c++) {
+        m->z_and_r[c] = kvq_range_middle(lower[c], upper[c]);
+        m->z_and_r[m->d + c] = kvq_range_half(lower[c], upper[c]);
+    }
+    spec.z = m->z_and_r;
+    spec.r = m->z_and_r + m->d;
+    return spec;
+}
+
+kvq_status measure_count(measure *m, int64_t layer, const float *k, const float *v, const float *w_k, const float *w_v,
+                         kvq_error *err) {
+    for (int f = 0; f < m->options->n_fractions; f++) {
+        const kvq_block_spec   specs[] = {spec_of(m, layer, f, K), spec_of(m, layer, f, V)};
+        const kvq_count_tensor tensors[] = {{TENSOR_NAMES[K], &specs[K], k, w_k, heads_of(m, f, K)},
+                                            {TENSOR_NAMES[V], &specs[V], v, w_v, heads_of(m, f, V)}};
+        kvq_count_options      options = {.n_heads = m->shape.n_kv_heads,
+                                          .n_skip = m->options->sink_tokens,
+                                          .token_range = m->options->token_range,
+                                          .fraction = m->options->fractions[f]};
+        kvq_status status = kvq_count_rows(m->ctx, tensors, N_TENSORS, m->shape.seq_len, options, m->scratch, err);
+        if (status == KVQ_OK) continue;
+        kvq_error_prefix(err, "layer %lld, ", (long long)layer);
+        return status;
+    }
+    return KVQ_OK;
+}
+
+static kvq_status see_backward(measure *m, int64_t layer, const kvq_seen *seen, kvq_error *err) {
+    if (!kvq_weightings_need_gradients(m->options->weightings))
+        return measure_count(m, layer, seen->k, seen->v, NULL, NULL, err);
+    kvq_fisher_diagonal(seen->dk, m->shape.seq_len * m->d, m->w[K]);
+    kvq_fisher_diagonal(seen->dv, m->shape.seq_len * m->d, m->w[V]);
+    return measure_count(m, layer, seen->k, seen->v, m->w[K], m->w[V], err);
+}
+
+static kvq_status save_backward(const measure *m, kvq_blob *out, kvq_error *err) {
+    uint8_t   *at = NULL;
+    int        n = m->options->n_fractions * N_TENSORS * m->shape.n_kv_heads;
+    kvq_status status = KVQ_OK;
+    for (int i = 0; i < n; i++) {
+        int64_t bytes = kvq_histogram_packed_bytes(m->histograms[i]);
+        KVQ_TRY(kvq_blob_append(m->ctx, out, &bytes, sizeof bytes, err));
+        KVQ_TRY(kvq_blob_extend(m->ctx, out, bytes, &at, err));
+        kvq_histogram_pack(m->histograms[i], at);
+    }
+done:
+    return status;
+}
+
+static kvq_status merge_backward(measure *m, blob_reader *in, kvq_error *err) {
+    int        n = m->options->n_fractions * N_TENSORS * m->shape.n_kv_heads;
+    kvq_status status = KVQ_OK;
+    for (int i = 0; i < n; i++) {
         int64_t bytes = 0;
         KVQ_TRY(blob_take(in, &bytes, sizeof bytes, err));
         if (bytes < 0 || bytes > in->left) {
             KVQ_TRY(kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "saved statistics of %lld bytes end too early",
                              (long long)bytes));
         }
-        KVQ_TRY(kvq_histogram_merge_packed(m->histograms[tensor], in->at, bytes, err));
+        KVQ_TRY(kvq_histogram_merge_packed(m->histograms[i], in->at, bytes, err));
         in->at += bytes;
         in->left -= bytes;
     }
@@ -161,104 +299,151 @@ done:
     return status;
 }
 
-// A fit without any weight would be an unweighted one under the name of a weighted one.
-static kvq_status check_weights(const measure *m, int64_t layer, int tensor, const kvq_fit_report *fit,
-                                kvq_error *err) {
-    if (m->options->weighting == KVQ_WEIGHT_NONE || fit->n_points == 0) return KVQ_OK;
-    if (!(fit->weight_sum > 0)) {
-        return kvq_fail(err, KVQ_ERR_NUMERICAL, "use more or longer windows, or no weighting",
-                        "layer %lld, %s: the loss does not feel any of the %lld elements, their weights are all zero",
-                        (long long)layer, TENSOR_NAMES[tensor], (long long)fit->n_points);
-    }
-    int n_levels = 1 << (tensor == 0 ? m->options->k_bits : m->options->v_bits);
-    if (fit->effective_samples < n_levels) {
-        kvq_log(m->ctx, KVQ_LOG_WARNING,
-                "layer %lld %s: the weights make %lld elements worth %.1f samples, too few for %d levels; use more "
-                "text",
-                (long long)layer, TENSOR_NAMES[tensor], (long long)fit->n_points, fit->effective_samples, n_levels);
+// ---------------------------------------------------------------- layers
+
+static kvq_status create_layer(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
+                               bool moments, kvq_measured_layer **out, kvq_error *err) {
+    kvq_measure_options without = *options;
+    without.moments = moments;
+    return kvq_measured_layer_create(ctx, &without, shape.n_heads, shape.n_kv_heads, shape.head_dim, out, err);
+}
+
+static int64_t part_bytes(const kvq_measured_part *p) {
+    int64_t n = p->type == KVQ_PART_F32 ? (int64_t)sizeof(float) : (int64_t)sizeof(double);
+    for (int i = 0; i < p->n_dims; i++) n *= p->dims[i];
+    return n;
+}
+
+static kvq_status append_layer(const kvq_context *ctx, const kvq_measured_layer *layer, kvq_blob *out, kvq_error *err) {
+    kvq_measured_part part;
+    for (int i = 0; kvq_measured_layer_parts(layer, i, &part); i++) {
+        kvq_status status = kvq_blob_append(ctx, out, part.data, part_bytes(&part), err);
+        if (status != KVQ_OK) return status;
     }
     return KVQ_OK;
 }
 
-static kvq_status fit_tensor(measure *m, int64_t layer, int tensor, kvq_tensor_quant *out, kvq_blob *result,
-                             kvq_error *err) {
-    kvq_status status = KVQ_OK;
-    KVQ_TRY(make_array(m, out->n_levels, "codebook", &out->codebook, err));
-    KVQ_TRY(kvq_fit_histogram(m->ctx, m->histograms[tensor], out->bits, out->codebook, &out->fit, err));
-    KVQ_TRY(check_weights(m, layer, tensor, &out->fit, err));
-    kvq_log(m->ctx, KVQ_LOG_DEBUG,
-            "layer %lld %s: %lld elements worth %.0f samples, %lld outliers, weighted error %.3e", (long long)layer,
-            TENSOR_NAMES[tensor], (long long)out->fit.n_points, out->fit.effective_samples,
-            (long long)out->fit.n_outliers, out->fit.objective);
-    KVQ_TRY(kvq_blob_append(m->ctx, result, out->codebook, out->n_levels * (int64_t)sizeof(float), err));
-    KVQ_TRY(kvq_blob_append(m->ctx, result, &out->fit, sizeof out->fit, err));
+static kvq_status take_layer(kvq_measured_layer *layer, blob_reader *in, kvq_error *err) {
+    kvq_measured_part part;
+    for (int i = 0; kvq_measured_layer_parts(layer, i, &part); i++) {
+        kvq_status status = blob_take(in, part.data, part_bytes(&part), err);
+        if (status != KVQ_OK) return status;
+    }
+    return KVQ_OK;
+}
+
+// What was seen of a layer, as a fit wants it.
+static kvq_status fill_layer(const measure *m, int64_t layer, kvq_measured_layer *to, kvq_error *err) {
+    size_t bytes = (size_t)m->d * sizeof(float);
+    for (int f = 0; f < m->options->n_fractions; f++) {
+        if (has_thresholds(m->options)) {
+            memcpy(to->k[f].lower, lower_of(m, layer, f), bytes);
+            memcpy(to->k[f].upper, lower_of(m, layer, f) + m->d, bytes);
+        }
+        for (int h = 0; h < m->shape.n_kv_heads; h++) {
+            kvq_status status = kvq_distribution_take(heads_of(m, f, K)[h], &to->k[f].heads[h], err);
+            if (status == KVQ_OK) status = kvq_distribution_take(heads_of(m, f, V)[h], &to->v[f].heads[h], err);
+            if (status == KVQ_OK) continue;
+            kvq_error_prefix(err, "layer %lld, KV head %d: ", (long long)layer, h);
+            return status;
+        }
+    }
+    return KVQ_OK;
+}
+
+static kvq_status finish_backward(measure *m, int64_t layer, kvq_blob *result, kvq_error *err) {
+    kvq_measured_layer *measured = NULL;
+    kvq_status          status = KVQ_OK;
+    KVQ_TRY(create_layer(m->ctx, m->options, m->shape, false, &measured, err));
+    KVQ_TRY(fill_layer(m, layer, measured, err));
+    KVQ_TRY(append_layer(m->ctx, measured, result, err));
+    if (m->conclude != NULL) KVQ_TRY(m->conclude(m->user, layer, measured, err));
 done:
+    kvq_measured_layer_destroy(m->ctx, &measured);
     return status;
 }
 
-static kvq_status restore_tensor(measure *m, kvq_tensor_quant *out, blob_reader *in, kvq_error *err) {
-    kvq_status status = KVQ_OK;
-    KVQ_TRY(make_array(m, out->n_levels, "codebook", &out->codebook, err));
-    KVQ_TRY(blob_take(in, out->codebook, out->n_levels * (int64_t)sizeof(float), err));
-    KVQ_TRY(blob_take(in, &out->fit, sizeof out->fit, err));
+static kvq_status restore_backward(measure *m, int64_t layer, blob_reader *in, kvq_error *err) {
+    kvq_measured_layer *measured = NULL;
+    kvq_status          status = KVQ_OK;
+    if (m->conclude == NULL) return KVQ_OK;
+    KVQ_TRY(create_layer(m->ctx, m->options, m->shape, false, &measured, err));
+    KVQ_TRY(take_layer(measured, in, err));
+    KVQ_TRY(m->conclude(m->user, layer, measured, err));
 done:
+    kvq_measured_layer_destroy(m->ctx, &measured);
+    return status;
+}
+
+kvq_status measure_layer_from_results(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
+                                      const kvq_blob *forward, const kvq_blob *backward, kvq_measured_layer **out,
+                                      kvq_error *err) {
+    int64_t             skip = (int64_t)sizeof(int64_t);
+    blob_reader         before = {forward->data, forward->bytes}, after = {backward->data, backward->bytes};
+    kvq_measured_layer *layer = NULL;
+    kvq_status          status = KVQ_OK;
+    if (has_thresholds(options)) skip += options->n_fractions * 2 * width_of(shape) * (int64_t)sizeof(float);
+    KVQ_TRY(create_layer(ctx, options, shape, options->moments, &layer, err));
+    kvq_moments moments = layer->moments; // the backward pass left all parts but these
+    layer->moments = (kvq_moments){NULL, NULL, NULL};
+    status = take_layer(layer, &after, err);
+    layer->moments = moments;
+    if (status != KVQ_OK) goto done;
+    double *parts[] = {moments.q, moments.k, moments.v};
+    KVQ_TRY(blob_take(&before, NULL, skip, err));
+    for (int i = 0; i < 3 && options->moments; i++)
+        KVQ_TRY(blob_take(&before, parts[i], moment_count(shape, i) * (int64_t)sizeof(double), err));
+    *out = layer;
+    layer = NULL;
+done:
+    kvq_measured_layer_destroy(ctx, &layer);
     return status;
 }
 
 // ---------------------------------------------------------------- the observer
 
 static kvq_status begin(void *user, kvq_pass pass, int64_t layer, kvq_error *err) {
-    measure *m = user;
-    return pass == KVQ_PASS_FORWARD ? begin_forward(m, err) : begin_backward(m, layer, err);
+    (void)layer;
+    return pass == KVQ_PASS_FORWARD ? begin_forward(user, err) : begin_backward(user, err);
 }
 
 static kvq_status window(void *user, kvq_pass pass, int64_t layer, const kvq_seen *seen, kvq_error *err) {
-    measure *m = user;
-    int64_t  sinks = m->options->sink_tokens;
-    if (pass == KVQ_PASS_BACKWARD) return count_seen(m, layer, seen, err);
-    return kvq_tails_push(m->ctx, m->tails, seen->k + sinks * m->d, m->seq_len - sinks, err);
+    return pass == KVQ_PASS_FORWARD ? see_forward(user, seen, err) : see_backward(user, layer, seen, err);
 }
 
 static kvq_status save(void *user, kvq_pass pass, int64_t layer, kvq_blob *out, kvq_error *err) {
-    measure *m = user;
     (void)layer;
-    return pass == KVQ_PASS_FORWARD ? save_tails(m, out, err) : save_histograms(m, out, err);
+    return pass == KVQ_PASS_FORWARD ? save_forward(user, out, err) : save_backward(user, out, err);
 }
 
 static kvq_status merge(void *user, kvq_pass pass, int64_t layer, const uint8_t *data, int64_t bytes, kvq_error *err) {
-    measure    *m = user;
     blob_reader in = {data, bytes};
     (void)layer;
-    kvq_status status = pass == KVQ_PASS_FORWARD ? merge_tails(m, &in, err) : merge_histograms(m, &in, err);
+    kvq_status status = pass == KVQ_PASS_FORWARD ? merge_forward(user, &in, err) : merge_backward(user, &in, err);
     if (status != KVQ_OK || in.left == 0) return status;
     return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "saved statistics have %lld bytes too many", (long long)in.left);
 }
 
 static kvq_status finish(void *user, kvq_pass pass, int64_t layer, kvq_blob *result, kvq_error *err) {
-    measure         *m = user;
-    kvq_layer_quant *quant = &m->artifact->layers[layer];
+    measure *m = user;
     if (m->raw) return save(user, pass, layer, result, err);
-    if (pass == KVQ_PASS_FORWARD) return find_thresholds(m, layer, result, err);
-    kvq_histograms_gather(m->histograms, m->n_counters, 2);
-    kvq_status status = fit_tensor(m, layer, 0, &quant->k, result, err);
-    return status == KVQ_OK ? fit_tensor(m, layer, 1, &quant->v, result, err) : status;
+    return pass == KVQ_PASS_FORWARD ? finish_forward(m, layer, result, err) : finish_backward(m, layer, result, err);
 }
 
 static kvq_status restore(void *user, kvq_pass pass, int64_t layer, const uint8_t *data, int64_t bytes,
                           kvq_error *err) {
-    measure         *m = user;
-    kvq_layer_quant *quant = &m->artifact->layers[layer];
-    blob_reader      in = {data, bytes};
+    measure    *m = user;
+    blob_reader in = {data, bytes};
     if (m->raw) return KVQ_OK; // waits in the work directory for whoever merges it
-    if (pass == KVQ_PASS_FORWARD) return restore_thresholds(m, layer, &in, err);
-    kvq_status status = restore_tensor(m, &quant->k, &in, err);
-    return status == KVQ_OK ? restore_tensor(m, &quant->v, &in, err) : status;
+    return pass == KVQ_PASS_FORWARD ? restore_forward(m, layer, &in, err) : restore_backward(m, layer, &in, err);
 }
 
 kvq_observer measure_observer(measure *m) {
     return (kvq_observer){.user = m,
+                          .wants_query = m->options->moments,
                           .wants_second_pass = true,
-                          .wants_gradients = m->options->weighting != KVQ_WEIGHT_NONE,
+                          .wants_gradients = kvq_weightings_need_gradients(m->options->weightings),
+                          .wants_rotated_keys = m->options->k_domain == KVQ_KEYS_POST_ROPE,
                           .begin = begin,
                           .window = window,
                           .finish = finish,
@@ -269,29 +454,39 @@ kvq_observer measure_observer(measure *m) {
 
 void measure_keep_raw(measure *m) { m->raw = true; }
 
-int64_t measure_bytes(const kvq_context *ctx, const kvq_calib_options *options, int d, int64_t n_rows) {
-    int64_t tails = kvq_tails_bytes(d, kvq_tails_needed(options->outlier_fraction, n_rows));
-    int64_t histograms = 2 * ctx->n_threads * (int64_t)(KVQ_HISTOGRAM_BINS * sizeof(kvq_bin));
-    return tails > histograms ? tails : histograms;
+// Forward: what is kept of K, and its packed ends, which are saved and sorted; moments and the same as bytes. Backward:
+// histograms, and the same as bytes with an index for each bin.
+int64_t measure_bytes(const kvq_measure_options *o, measure_shape shape) {
+    int64_t d = width_of(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0;
+    int64_t forward = has_thresholds(o) ? kvq_tails_bytes(d, kept_ends(o, shape)) : 0;
+    int64_t n = (int64_t)o->n_fractions * N_TENSORS * shape.n_kv_heads;
+    int64_t backward = n * kvq_histogram_bytes(o->weightings) * 9 / 4;
+    forward += n_ends * (int64_t)sizeof(float) * (o->threshold_scope == KVQ_SCOPE_MATRIX ? 2 : 1);
+    for (int i = 0; i < 3 && o->moments; i++) forward += 2 * moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
+    if (o->moments) forward += kvq_moments_scratch_doubles(shape.n_heads, shape.head_dim) * (int64_t)sizeof(double);
+    return forward > backward ? forward : backward;
 }
 
-kvq_status measure_create(const kvq_context *ctx, const kvq_calib_options *options, int d, int64_t seq_len,
-                          int64_t n_windows, kvq_artifact *artifact, measure **out, kvq_error *err) {
+kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
+                          measure_conclude conclude, void *user, measure **out, kvq_error *err) {
     measure   *m = NULL;
-    int64_t    n = seq_len * d;
+    int64_t    d = width_of(shape), n = shape.seq_len * d;
     kvq_status status = KVQ_OK;
     KVQ_TRY(KVQ_NEW(ctx, 1, "measurement", &m, err));
     m->ctx = ctx;
     m->options = options;
-    m->artifact = artifact;
-    m->d = d;
-    m->n_counters = ctx->n_threads;
-    m->seq_len = seq_len;
-    m->n_rows = n_windows * (seq_len - options->sink_tokens);
-    KVQ_TRY(KVQ_NEW(ctx, n, "weights of K", &m->w_k, err));
-    KVQ_TRY(KVQ_NEW(ctx, n, "weights of V", &m->w_v, err));
+    m->shape = shape;
+    m->conclude = conclude;
+    m->user = user;
+    m->d = (int)d;
+    m->n_rows = threshold_rows(options, shape);
+    for (int i = 0; i < N_TENSORS && kvq_weightings_need_gradients(options->weightings); i++)
+        KVQ_TRY(KVQ_NEW(ctx, n, "squared gradients", &m->w[i], err));
+    KVQ_TRY(KVQ_NEW(ctx, 2 * kvq_count_scratch_floats(shape.seq_len, d), "normalised elements", &m->scratch, err));
     KVQ_TRY(KVQ_NEW(ctx, 2 * d, "offsets and ranges", &m->z_and_r, err));
-    KVQ_TRY(KVQ_NEW(ctx, 2 * m->n_counters, "histograms", &m->histograms, err));
+    KVQ_TRY(KVQ_NEW(ctx, measure_thresholds_count(m), "thresholds", &m->thresholds, err));
+    KVQ_TRY(
+        KVQ_NEW(ctx, (int64_t)options->n_fractions * N_TENSORS * shape.n_kv_heads, "histograms", &m->histograms, err));
     *out = m;
     m = NULL;
 done:
@@ -299,14 +494,16 @@ done:
     return status;
 }
 
-void measure_destroy(const kvq_context *ctx, measure **m) {
-    if (*m == NULL) return;
-    destroy_histograms(*m);
-    kvq_tails_destroy(ctx, &(*m)->tails);
-    kvq_free(ctx, (*m)->histograms);
-    kvq_free(ctx, (*m)->w_k);
-    kvq_free(ctx, (*m)->w_v);
-    kvq_free(ctx, (*m)->z_and_r);
-    kvq_free(ctx, *m);
-    *m = NULL;
+void measure_destroy(const kvq_context *ctx, measure **measurement) {
+    measure *m = *measurement;
+    if (m == NULL) return;
+    drop_histograms(m);
+    drop_forward(m);
+    kvq_free(ctx, m->histograms);
+    kvq_free(ctx, m->thresholds);
+    for (int i = 0; i < N_TENSORS; i++) kvq_free(ctx, m->w[i]);
+    kvq_free(ctx, m->scratch);
+    kvq_free(ctx, m->z_and_r);
+    kvq_free(ctx, m);
+    *measurement = NULL;
 }

@@ -20,10 +20,15 @@ static int64_t weight_bytes(const kvq_model *model, bool prefetch) {
     return larger(layer, head) + (prefetch ? layer : 0) + kvq_model_mapped_bytes(model);
 }
 
-static int64_t activation_bytes(const kvq_model *model, int64_t seq_len, bool gradients) {
+// Beside the model's own: hidden states, and of K and V the values, gradients, squared gradients and normalised
+// elements on the host; rotated keys and queries where they are wanted.
+static int64_t activation_bytes(const kvq_model *model, const kvq_measure_options *options, int64_t seq_len) {
     const kvq_model_config *c = kvq_model_describe(model);
-    int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim, states = 3 * seq_len * c->hidden_size;
-    return 4 * (kvq_workspace_floats(model, seq_len, gradients) + states + 6 * seq_len * d);
+    bool                    gradients = kvq_weightings_need_gradients(options->weightings);
+    int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim, width = 3 * c->hidden_size;
+    width += (gradients ? 8 : 4) * d + (options->k_domain == KVQ_KEYS_POST_ROPE ? d : 0);
+    if (options->moments) width += (int64_t)c->n_heads * c->head_dim;
+    return 4 * (kvq_workspace_floats(model, seq_len, gradients) + seq_len * width);
 }
 
 static kvq_status fit_memory(const kvq_model *model, int64_t limit, kvq_calib_plan *plan, kvq_error *err) {
@@ -67,17 +72,17 @@ static double layer_flops(const kvq_model_config *c, int64_t tokens, int64_t seq
     return (double)tokens * (2.0 * (double)kvq_layer_products(c) + attention);
 }
 
-kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, const kvq_calib_options *options,
+kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, const kvq_measure_options *options,
                                int64_t n_windows, int64_t seq_len, int64_t n_parts, kvq_calib_limits limits,
                                kvq_calib_plan *out, kvq_error *err) {
     const kvq_model_config *c = kvq_model_describe(model);
-    bool                    gradients = options->weighting != KVQ_WEIGHT_NONE;
-    int                     d = c->n_kv_heads * c->head_dim;
+    bool                    gradients = kvq_weightings_need_gradients(options->weightings);
     int64_t                 mine = (n_windows + n_parts - 1) / n_parts, tokens = mine * seq_len;
     step_plan               steps = {.n_layers = c->n_layers, .second_pass = true, .gradients = gradients};
     kvq_calib_plan          plan = {.program_bytes = PROGRAM_BYTES};
-    plan.activation_bytes = activation_bytes(model, seq_len, gradients);
-    plan.statistics_bytes = measure_bytes(ctx, options, d, n_windows * (seq_len - options->sink_tokens));
+    (void)ctx;
+    plan.activation_bytes = activation_bytes(model, options, seq_len);
+    plan.statistics_bytes = measure_bytes(options, measure_shape_of(c, seq_len, n_windows));
     kvq_status status = fit_memory(model, limits.memory_bytes, &plan, err);
     if (status == KVQ_OK) status = fit_disk(&steps, 4 * tokens * c->hidden_size, limits.scratch_bytes, &plan, err);
     if (status != KVQ_OK) return status;
@@ -101,7 +106,6 @@ typedef struct probe {
     kvq_workspace     *ws;
     kvq_layer         *layer;
     kvq_head          *head;
-    kvq_artifact      *artifact;
     measure           *m;
     float             *x, *y, *dx;                            // [S, C]
     int32_t           *ids;                                   // [S]
@@ -110,9 +114,9 @@ typedef struct probe {
 } probe;
 
 // K and V are host memory in the CPU backend, so the observer may see them where they are.
-static kvq_status see_forward(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+static kvq_status see_forward(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
     kvq_observer o = measure_observer(user);
-    kvq_seen     seen = {.k = x.k, .v = x.v};
+    kvq_seen     seen = {.q = x->q, .k = x->k, .v = x->v};
     (void)n_tokens;
     return o.window(o.user, KVQ_PASS_FORWARD, layer, &seen, err);
 }
@@ -152,12 +156,11 @@ done:
     return status;
 }
 
-static kvq_status prepare_probe(probe *p, const kvq_calib_options *options, kvq_error *err) {
+static kvq_status prepare_probe(probe *p, const kvq_measure_options *options, kvq_error *err) {
     const kvq_model_config *c = kvq_model_describe(p->model);
     int64_t                 S = p->seq_len, n = S * c->hidden_size;
     kvq_status              status = KVQ_OK;
-    KVQ_TRY(calib_create_artifact(p->ctx, c, options, &p->artifact, err));
-    KVQ_TRY(measure_create(p->ctx, options, c->n_kv_heads * c->head_dim, S, 1, p->artifact, &p->m, err));
+    KVQ_TRY(measure_create(p->ctx, options, measure_shape_of(c, S, 1), NULL, NULL, &p->m, err));
     KVQ_TRY(kvq_workspace_create(p->model, S, p->gradients, &p->ws, err));
     KVQ_TRY(p->be->alloc(p->be, n, "hidden state", &p->x, err));
     KVQ_TRY(p->be->alloc(p->be, n, "hidden state", &p->y, err));
@@ -175,10 +178,10 @@ done:
 }
 
 kvq_status kvq_calib_probe(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
-                           const kvq_calib_options *options, int64_t n_windows, int64_t seq_len, int64_t n_parts,
+                           const kvq_measure_options *options, int64_t n_windows, int64_t seq_len, int64_t n_parts,
                            const kvq_calib_plan *plan, double *seconds, kvq_error *err) {
     const kvq_model_config *c = kvq_model_describe(model);
-    bool                    gradients = options->weighting != KVQ_WEIGHT_NONE;
+    bool                    gradients = kvq_weightings_need_gradients(options->weightings);
     double                  L = (double)c->n_layers, mine = (double)((n_windows + n_parts - 1) / n_parts);
     double                  again = (double)(plan->stride - 1) / (double)plan->stride; // share of layers made again
     probe                   p = {.ctx = ctx, .be = be, .model = model, .gradients = gradients, .seq_len = seq_len};
@@ -191,7 +194,6 @@ done:
     kvq_head_release(model, &p.head);
     kvq_workspace_destroy(model, &p.ws);
     measure_destroy(ctx, &p.m);
-    kvq_artifact_destroy(ctx, &p.artifact);
     be->release(be, p.x);
     be->release(be, p.y);
     be->release(be, p.dx);

@@ -53,29 +53,98 @@ static kvq_status get_artifact(const kvq_context *ctx, const kvq_partial *partia
 
 // ---------------------------------------------------------------- one shard
 
-// What only all shards together know is zero in a template, which keeps it a valid artifact.
-static kvq_status fill_template(const kvq_context *ctx, kvq_artifact *a, kvq_error *err) {
-    int64_t    d = a->model.n_kv_heads * a->model.head_dim;
+static kvq_status fill_tensor(const kvq_context *ctx, int64_t d, bool q_norm, kvq_tensor_quant *t, kvq_error *err) {
+    int64_t    n = (int64_t)t->n_groups * t->n_levels;
     kvq_status status = KVQ_OK;
-    for (int64_t l = 0; l < a->model.n_layers; l++) {
-        kvq_layer_quant *layer = &a->layers[l];
-        if (layer->k.lower == NULL) KVQ_TRY(KVQ_NEW(ctx, d, "lower thresholds", &layer->k.lower, err));
-        if (layer->k.upper == NULL) KVQ_TRY(KVQ_NEW(ctx, d, "upper thresholds", &layer->k.upper, err));
-        KVQ_TRY(KVQ_NEW(ctx, layer->k.n_levels, "codebook", &layer->k.codebook, err));
-        KVQ_TRY(KVQ_NEW(ctx, layer->v.n_levels, "codebook", &layer->v.codebook, err));
-    }
+    KVQ_TRY(KVQ_NEW(ctx, n, "codebook", &t->codebook, err));
+    for (int g = 0; g < t->n_groups && t->datatype != KVQ_NUQ; g++)
+        KVQ_TRY(kvq_fixed_levels(t->datatype, t->bits, t->codebook + g * t->n_levels, err));
+    if (q_norm) KVQ_TRY(KVQ_NEW(ctx, n, "levels that codes decode to", &t->decode_levels, err));
+    if (t->axis != KVQ_AXIS_CHANNEL) goto done;
+    KVQ_TRY(KVQ_NEW(ctx, d, "lower thresholds", &t->lower, err));
+    KVQ_TRY(KVQ_NEW(ctx, d, "upper thresholds", &t->upper, err));
 done:
     return status;
 }
 
-static void move_array(const kvq_context *ctx, float **to, float **from) {
-    kvq_free(ctx, *to);
-    *to = *from;
-    *from = NULL;
+// Thresholds between a measurement, which has them for one fraction here, and the artifact that travels.
+typedef enum direction { INTO_ARTIFACT, FROM_ARTIFACT } direction;
+static void copy_thresholds(measure *m, kvq_artifact *a, direction way) {
+    int64_t d = a->model.n_kv_heads * a->model.head_dim;
+    float  *of_measure = measure_thresholds(m);
+    for (int64_t l = 0; l < a->model.n_layers && measure_thresholds_count(m) > 0; l++) {
+        float *of_artifact[] = {a->layers[l].k.lower, a->layers[l].k.upper};
+        for (int i = 0; i < 2; i++, of_measure += d) {
+            size_t bytes = (size_t)d * sizeof *of_measure;
+            memcpy(way == INTO_ARTIFACT ? of_artifact[i] : of_measure,
+                   way == INTO_ARTIFACT ? of_measure : of_artifact[i], bytes);
+        }
+    }
+}
+
+// What only all shards together know is zero in a template, which keeps it a valid artifact.
+static kvq_status fill_template(const kvq_context *ctx, measure *m, bool q_norm, kvq_artifact *a, kvq_error *err) {
+    int64_t    d = a->model.n_kv_heads * a->model.head_dim;
+    kvq_status status = KVQ_OK;
+    for (int64_t l = 0; l < a->model.n_layers; l++) {
+        KVQ_TRY(fill_tensor(ctx, d, q_norm, &a->layers[l].k, err));
+        KVQ_TRY(fill_tensor(ctx, d, q_norm, &a->layers[l].v, err));
+    }
+    copy_thresholds(m, a, INTO_ARTIFACT);
+done:
+    return status;
+}
+
+// What the template does not say of the options.
+typedef struct shard_count {
+    const char *name;
+    int64_t     high;
+} shard_count;
+enum { COUNT_LLOYD, COUNT_HALF, COUNT_RANGE, N_OPTION_COUNTS };
+static const shard_count OPTION_COUNTS[N_OPTION_COUNTS] = {
+    {"compare_lloyd", 1}, {"half_thresholds", 1}, {"token_range", KVQ_RANGE_PERCENTILES}};
+
+static void count_options(const kvq_calib_options *options, kvq_count out[N_OPTION_COUNTS]) {
+    const int64_t values[N_OPTION_COUNTS] = {options->fit.compare_lloyd, options->measure.half_thresholds,
+                                             options->measure.token_range};
+    for (int i = 0; i < N_OPTION_COUNTS; i++) {
+        (void)snprintf(out[i].name, sizeof out[i].name, "%s", OPTION_COUNTS[i].name);
+        out[i].value = values[i];
+    }
+}
+
+static kvq_status read_options(const kvq_partial *partial, const kvq_artifact *a, kvq_calib_options *out,
+                               kvq_error *err) {
+    int64_t                 counts[N_OPTION_COUNTS];
+    const kvq_tensor_quant *k = &a->layers[0].k, *v = &a->layers[0].v;
+    for (int i = 0; i < N_OPTION_COUNTS; i++) {
+        kvq_status status =
+            kvq_partial_count(partial, OPTION_COUNTS[i].name, 0, OPTION_COUNTS[i].high, &counts[i], err);
+        if (status != KVQ_OK) return status;
+    }
+    out->measure = (kvq_measure_options){.sink_tokens = a->quantizer.sink_tokens,
+                                         .count_sinks = a->quantizer.sinks_counted,
+                                         .k_axis = k->axis,
+                                         .k_domain = k->domain,
+                                         .threshold_scope = a->quantizer.threshold_scope,
+                                         .half_thresholds = counts[COUNT_HALF] != 0,
+                                         .k_slots = a->quantizer.n_side_k,
+                                         .token_range = (kvq_token_range)counts[COUNT_RANGE]};
+    out->fit = (kvq_fit_options){.outlier_fraction = a->quantizer.outlier_fraction,
+                                 .k_bits = k->bits,
+                                 .v_bits = v->bits,
+                                 .k_datatype = k->datatype,
+                                 .v_datatype = v->datatype,
+                                 .weighting = a->quantizer.weighting,
+                                 .per_head = k->n_groups > 1,
+                                 .q_norm = k->decode_levels != NULL,
+                                 .compare_lloyd = counts[COUNT_LLOYD] != 0,
+                                 .recent_tokens = a->quantizer.recent_tokens};
+    return KVQ_OK;
 }
 
 static kvq_status take_thresholds(const kvq_context *ctx, const char *path, const kvq_sweep_options *sweep,
-                                  kvq_artifact *out, kvq_error *err) {
+                                  const kvq_artifact *mine, measure *m, kvq_error *err) {
     kvq_partial  *partial = NULL;
     kvq_artifact *merged = NULL;
     int64_t       n = 0, unused = 0;
@@ -89,17 +158,16 @@ static kvq_status take_thresholds(const kvq_context *ctx, const char *path, cons
     const kvq_field *fields = kvq_partial_fields(partial, &n);
     KVQ_TRY(kvq_fields_compare(fields, n, sweep->fingerprint, sweep->n_fingerprint, err));
     KVQ_TRY(get_artifact(ctx, partial, &merged, err));
-    if (merged->model.n_layers != out->model.n_layers || merged->model.n_kv_heads != out->model.n_kv_heads ||
-        merged->model.head_dim != out->model.head_dim) {
+    bool same_shape =
+        merged->model.n_layers == mine->model.n_layers && merged->model.n_kv_heads == mine->model.n_kv_heads &&
+        merged->model.head_dim == mine->model.head_dim && merged->layers[0].k.axis == mine->layers[0].k.axis;
+    if (!same_shape) {
         KVQ_TRY(kvq_fail(
             err, KVQ_ERR_MISMATCH, NULL, "%lld layers of %lld x %lld channels instead of %lld of %lld x %lld",
             (long long)merged->model.n_layers, (long long)merged->model.n_kv_heads, (long long)merged->model.head_dim,
-            (long long)out->model.n_layers, (long long)out->model.n_kv_heads, (long long)out->model.head_dim));
+            (long long)mine->model.n_layers, (long long)mine->model.n_kv_heads, (long long)mine->model.head_dim));
     }
-    for (int64_t l = 0; l < out->model.n_layers; l++) {
-        move_array(ctx, &out->layers[l].k.lower, &merged->layers[l].k.lower);
-        move_array(ctx, &out->layers[l].k.upper, &merged->layers[l].k.upper);
-    }
+    copy_thresholds(m, merged, FROM_ARTIFACT);
 done:
     if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", path);
     kvq_artifact_destroy(ctx, &merged);
@@ -119,16 +187,18 @@ kvq_status kvq_calibrate_shard(const kvq_context *ctx, const kvq_backend *be, kv
     kvq_processes           alone = kvq_processes_single();
     kvq_status              status = KVQ_OK;
     mine.forward_only = thresholds == NULL;
-    KVQ_TRY(kvq_calib_options_check(options, c, windows->seq_len, err));
-    KVQ_TRY(calib_create_artifact(ctx, c, options, &artifact, err));
+    kvq_measure_options measured = kvq_measure_for_fit(options);
+    KVQ_TRY(kvq_measure_options_check(&measured, c, windows->seq_len, err));
+    KVQ_TRY(kvq_fit_options_check(&options->fit, err));
+    KVQ_TRY(calib_create_artifact(ctx, c, &measured, &options->fit, &artifact, err));
     KVQ_TRY(calib_describe_windows(ctx, windows, artifact, err));
-    if (thresholds != NULL) KVQ_TRY(take_thresholds(ctx, thresholds, sweep, artifact, err));
-    KVQ_TRY(measure_create(ctx, options, c->n_kv_heads * c->head_dim, windows->seq_len, windows->n_windows, artifact,
-                           &m, err));
+    KVQ_TRY(
+        measure_create(ctx, &measured, measure_shape_of(c, windows->seq_len, windows->n_windows), NULL, NULL, &m, err));
     measure_keep_raw(m);
+    if (thresholds != NULL) KVQ_TRY(take_thresholds(ctx, thresholds, sweep, artifact, m, err));
     kvq_observer observer = measure_observer(m);
     KVQ_TRY(kvq_sweep(ctx, be, model, windows, &mine, &alone, &observer, &loss, err));
-    KVQ_TRY(fill_template(ctx, artifact, err));
+    KVQ_TRY(fill_template(ctx, m, options->fit.q_norm, artifact, err));
     *out = artifact;
     artifact = NULL;
 done:
@@ -137,16 +207,20 @@ done:
     return status;
 }
 
-kvq_status kvq_shard_write(const kvq_context *ctx, const kvq_artifact *artifact, const kvq_sweep_options *sweep,
-                           kvq_round round, const char *path, bool force, kvq_error *err) {
-    kvq_count           counts[] = {{"round", round}, {"shard", sweep->shard}, {"n_shards", sweep->n_shards}};
+kvq_status kvq_shard_write(const kvq_context *ctx, const kvq_artifact *artifact, const kvq_calib_options *options,
+                           const kvq_sweep_options *sweep, kvq_round round, const char *path, bool force,
+                           kvq_error *err) {
+    kvq_processes alone = kvq_processes_single();
+    kvq_count counts[3 + N_OPTION_COUNTS] = {{"round", round}, {"shard", sweep->shard}, {"n_shards", sweep->n_shards}};
     kvq_partial_writer *writer = NULL;
     work_dir           *work = NULL;
     kvq_blob            blob = {0};
     char                name[64];
     kvq_status          status = KVQ_OK;
-    KVQ_TRY(sweep_open_results(ctx, sweep, &work, err));
-    KVQ_TRY(kvq_partial_create(ctx, path, force, sweep->fingerprint, sweep->n_fingerprint, counts, 3, &writer, err));
+    KVQ_TRY(sweep_open_results(ctx, sweep, &alone, &work, err));
+    count_options(options, counts + 3);
+    KVQ_TRY(kvq_partial_create(ctx, path, force, sweep->fingerprint, sweep->n_fingerprint, counts, 3 + N_OPTION_COUNTS,
+                               &writer, err));
     KVQ_TRY(put_artifact(ctx, writer, artifact, err));
     if (round == KVQ_ROUND_HISTOGRAMS) {
         KVQ_TRY(sweep_get_result(ctx, work, (step){STEP_LOSS, artifact->model.n_layers}, &blob, err));
@@ -169,15 +243,16 @@ done:
 // ---------------------------------------------------------------- merging
 
 typedef struct merger {
-    const kvq_context *ctx;
-    const char *const *paths;
-    int                n;
-    kvq_partial      **partials; // [n], in the order of paths
-    bool              *seen;     // [n] by shard
-    kvq_round          round;
-    kvq_artifact      *artifact;
-    kvq_calib_options  options;
-    measure           *m;
+    const kvq_context  *ctx;
+    const char *const  *paths;
+    int                 n;
+    kvq_partial       **partials; // [n], in the order of paths
+    bool               *seen;     // [n] by shard
+    kvq_round           round;
+    kvq_artifact       *artifact;
+    kvq_calib_options   options;
+    kvq_measure_options measured;
+    measure            *m;
 } merger;
 
 static kvq_status open_shard(merger *g, int i, kvq_error *err) {
@@ -216,21 +291,26 @@ done:
     return status;
 }
 
+static kvq_status fit_merged(void *user, int64_t layer, const kvq_measured_layer *measured, kvq_error *err) {
+    merger *g = user;
+    return kvq_fit_layer(g->ctx, measured, &g->measured, &g->options.fit, g->artifact, layer, err);
+}
+
 // The template says all that a measurement needs to know.
 static kvq_status prepare_merge(merger *g, kvq_error *err) {
     kvq_status status = get_artifact(g->ctx, g->partials[0], &g->artifact, err);
+    if (status == KVQ_OK) status = read_options(g->partials[0], g->artifact, &g->options, err);
     if (status != KVQ_OK) {
         kvq_error_prefix(err, "%s: ", g->paths[0]);
         return status;
     }
     const kvq_artifact *a = g->artifact;
-    g->options = (kvq_calib_options){.k_bits = a->layers[0].k.bits,
-                                     .v_bits = a->layers[0].v.bits,
-                                     .outlier_fraction = a->quantizer.outlier_fraction,
-                                     .sink_tokens = a->quantizer.sink_tokens,
-                                     .weighting = a->quantizer.weighting};
-    return measure_create(g->ctx, &g->options, (int)(a->model.n_kv_heads * a->model.head_dim), a->dataset.seq_len,
-                          a->dataset.n_samples, g->artifact, &g->m, err);
+    measure_shape       shape = {a->model.n_layers,     a->dataset.seq_len,       a->dataset.n_samples,
+                                 (int)a->model.n_heads, (int)a->model.n_kv_heads, (int)a->model.head_dim};
+    g->measured = kvq_measure_for_fit(&g->options);
+    status = measure_create(g->ctx, &g->measured, shape, fit_merged, g, &g->m, err);
+    if (status == KVQ_OK && g->round == KVQ_ROUND_HISTOGRAMS) copy_thresholds(g->m, g->artifact, FROM_ARTIFACT);
+    return status;
 }
 
 static kvq_status merge_layer(merger *g, int64_t l, kvq_error *err) {
@@ -277,6 +357,7 @@ static kvq_status write_thresholds(merger *g, const char *path, bool force, kvq_
     int64_t             n = 0;
     kvq_status          status = KVQ_OK;
     const kvq_field    *fields = kvq_partial_fields(g->partials[0], &n);
+    copy_thresholds(g->m, g->artifact, INTO_ARTIFACT);
     KVQ_TRY(kvq_partial_create(g->ctx, path, force, fields, n, &count, 1, &writer, err));
     KVQ_TRY(put_artifact(g->ctx, writer, g->artifact, err));
     KVQ_TRY(kvq_partial_commit(g->ctx, &writer, err));

@@ -29,6 +29,7 @@ typedef struct sweep {
     work_dir                *work;
     kvq_workspace           *ws;
     float                   *x, *dx;              // backend [S, C]
+    float                   *rotated;             // backend [S, d], when the observer wants keys after RoPE
     float                   *host_x;              // [S, C] between backend and work directory
     float                   *q, *k, *v, *dk, *dv; // host copies of one window for the observer
     int64_t                  state_floats, d, q_width;
@@ -71,24 +72,35 @@ static void drop_state(sweep *s, const char *what, int64_t index) {
 
 // ---------------------------------------------------------------- one window of a step
 
+// Keys or their gradients to the host, as the observer wants them.
+static void download_keys(sweep *s, int64_t layer, kvq_rotation rotation, const float *from, float *to) {
+    int64_t n = s->windows->seq_len * s->d;
+    if (s->rotated != NULL) {
+        s->be->copy(s->be, s->rotated, from, n);
+        kvq_rotate_keys(s->model, s->ws, layer, rotation, s->windows->seq_len, s->rotated);
+        from = s->rotated;
+    }
+    s->be->download(s->be, to, from, n);
+}
+
 // A forward pass shows what enters attention: in the forward step, and in the backward one when no gradients are
 // wanted.
-static kvq_status observe(sweep *s, kvq_pass pass, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+static kvq_status observe(sweep *s, kvq_pass pass, int64_t layer, const kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
     kvq_seen seen = {.window = s->window, .k = s->k, .v = s->v};
     if (s->q != NULL && pass == KVQ_PASS_FORWARD) {
-        s->be->download(s->be, s->q, x.q, n_tokens * s->q_width);
+        s->be->download(s->be, s->q, x->q, n_tokens * s->q_width);
         seen.q = s->q;
     }
-    s->be->download(s->be, s->k, x.k, n_tokens * s->d);
-    s->be->download(s->be, s->v, x.v, n_tokens * s->d);
+    download_keys(s, layer, KVQ_ROTATE_FORWARD, x->k, s->k);
+    s->be->download(s->be, s->v, x->v, n_tokens * s->d);
     return s->observer->window(s->observer->user, pass, layer, &seen, err);
 }
 
-static kvq_status observe_forward(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+static kvq_status observe_forward(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
     return observe(user, KVQ_PASS_FORWARD, layer, x, n_tokens, err);
 }
 
-static kvq_status observe_again(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+static kvq_status observe_again(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
     return observe(user, KVQ_PASS_BACKWARD, layer, x, n_tokens, err);
 }
 
@@ -108,9 +120,9 @@ static kvq_status backward_window(sweep *s, int64_t l, kvq_error *err) {
     KVQ_TRY(load_state(s, "g", l + 1, s->dx, err));
     KVQ_TRY(name_window(s, kvq_layer_backward(s->model, s->layer, s->ws, s->windows->seq_len, s->x, s->dx, err), err));
     kvq_kv_view view = kvq_workspace_kv(s->ws);
-    s->be->download(s->be, s->k, view.k, n);
+    download_keys(s, l, KVQ_ROTATE_FORWARD, view.k, s->k);
+    download_keys(s, l, KVQ_ROTATE_GRADIENT, view.dk, s->dk);
     s->be->download(s->be, s->v, view.v, n);
-    s->be->download(s->be, s->dk, view.dk, n);
     s->be->download(s->be, s->dv, view.dv, n);
     KVQ_TRY(name_window(s, s->observer->window(s->observer->user, KVQ_PASS_BACKWARD, l, &seen, err), err));
     if (l > 0) KVQ_TRY(store_state(s, "g", l, s->dx, err));
@@ -405,6 +417,7 @@ static kvq_status allocate(sweep *s, kvq_error *err) {
     KVQ_TRY(KVQ_NEW(s->ctx, kv, "V of a window", &s->v, err));
     KVQ_TRY(KVQ_NEW(s->ctx, s->plan.gradients ? kv : 0, "gradient of K", &s->dk, err));
     KVQ_TRY(KVQ_NEW(s->ctx, s->plan.gradients ? kv : 0, "gradient of V", &s->dv, err));
+    if (s->observer->wants_rotated_keys) KVQ_TRY(s->be->alloc(s->be, kv, "rotated keys", &s->rotated, err));
     if (s->observer->wants_query) KVQ_TRY(KVQ_NEW(s->ctx, S * s->q_width, "Q of a window", &s->q, err));
 done:
     return status;
@@ -415,6 +428,7 @@ static void release(sweep *s) {
     kvq_workspace_destroy(s->model, &s->ws);
     s->be->release(s->be, s->x);
     s->be->release(s->be, s->dx);
+    s->be->release(s->be, s->rotated);
     float *host[] = {s->host_x, s->q, s->k, s->v, s->dk, s->dv};
     for (size_t i = 0; i < sizeof host / sizeof *host; i++) kvq_free(s->ctx, host[i]);
     kvq_free(s->ctx, s->nll);
@@ -543,10 +557,9 @@ done:
     return status;
 }
 
-kvq_status sweep_open_results(const kvq_context *ctx, const kvq_sweep_options *options, work_dir **out,
-                              kvq_error *err) {
-    kvq_processes alone = kvq_processes_single();
-    return open_work_dir(ctx, options, &alone, false, out, err);
+kvq_status sweep_open_results(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                              work_dir **out, kvq_error *err) {
+    return open_work_dir(ctx, options, processes, false, out, err);
 }
 
 kvq_status kvq_sweep_set_result(const kvq_context *ctx, const kvq_sweep_options *options,

@@ -11,9 +11,9 @@
 typedef struct bench_options {
     kvq_cli_common common;
     kvq_cli_list   cases, shapes;
-    const char    *model, *text;
-    int64_t        repeats, seq_len, windows, layers; // seq_len, layers: 0 = not given
-    int            compute;                           // kvq_compute
+    const char    *model, *text, *points;
+    int64_t        repeats, seq_len, windows, layers, bits; // seq_len, layers, bits: 0 = not given
+    int            compute;                                 // kvq_compute
     bool           csv, json;
 } bench_options;
 
@@ -61,6 +61,7 @@ void       bench_free(bench_report *report);
 kvq_status bench_matmul(bench_report *report, kvq_error *err);
 kvq_status bench_sweep(bench_report *report, kvq_error *err);
 kvq_status bench_fit(bench_report *report, kvq_error *err);
+kvq_status bench_points(bench_report *report, kvq_error *err); // fit, with --points
 kvq_status bench_tokenizer(bench_report *report, kvq_error *err);
 
 // The linear layer that this machine is fastest at, with all threads, among large square ones: "best" in fractions.

@@ -8,6 +8,7 @@
 #include "bench.h"
 
 #define ROWS         4096
+#define HEADS        8
 #define WIDTH        1024 // 8 heads x 128
 #define OUTLIERS     0.01
 #define MIN_BITS     2
@@ -19,7 +20,8 @@
 typedef struct fit_data {
     float              *x, *w; // [ROWS, WIDTH]
     float               z[WIDTH], r[WIDTH];
-    kvq_histogram      *h;
+    float              *scratch;
+    kvq_histogram      *heads[HEADS];
     kvq_weighted_point *points; // [KVQ_HISTOGRAM_BINS]
     int64_t             n_points;
 } fit_data;
@@ -38,7 +40,8 @@ static kvq_status make_data(bench_report *r, fit_data *f, kvq_error *err) {
     KVQ_TRY(KVQ_NEW(ctx, (int64_t)ROWS * WIDTH, "elements", &f->x, err));
     KVQ_TRY(KVQ_NEW(ctx, (int64_t)ROWS * WIDTH, "weights", &f->w, err));
     KVQ_TRY(KVQ_NEW(ctx, KVQ_HISTOGRAM_BINS, "points", &f->points, err));
-    KVQ_TRY(kvq_histogram_create(ctx, &f->h, err));
+    KVQ_TRY(KVQ_NEW(ctx, kvq_count_scratch_floats(ROWS, WIDTH), "normalised elements", &f->scratch, err));
+    for (int h = 0; h < HEADS; h++) KVQ_TRY(kvq_histogram_create(ctx, KVQ_WEIGHTINGS_ALL, &f->heads[h], err));
     for (int64_t i = 0; i < (int64_t)ROWS * WIDTH; i++) {
         double pair[2];
         normal_pair(7, (uint64_t)i, pair);
@@ -55,16 +58,19 @@ done:
 
 static kvq_status measure_counting(bench_report *r, fit_data *f, bool is_k, kvq_error *err) {
     bench_series      rate = {.n = (int)r->options->repeats};
-    kvq_count_options options = {.range_squared = true};
+    kvq_context       alone = r->cli->ctx;
+    kvq_count_options options = {.n_heads = HEADS};
     kvq_block_spec    spec = {.d = WIDTH, .bits = 3, .n_side = kvq_block_n_side(OUTLIERS, WIDTH)};
     if (is_k) {
         spec.z = f->z;
         spec.r = f->r;
     }
+    kvq_count_tensor tensor = {is_k ? "K" : "V", &spec, f->x, f->w, f->heads};
+    alone.n_threads = 1;
     for (int i = 0; i < rate.n; i++) {
-        kvq_histogram_clear(f->h);
+        for (int h = 0; h < HEADS; h++) kvq_histogram_clear(f->heads[h]);
         double     start = kvq_now_s();
-        kvq_status status = kvq_histogram_count_rows(f->h, &spec, f->x, f->w, ROWS, options, err);
+        kvq_status status = kvq_count_rows(&alone, &tensor, 1, ROWS, options, f->scratch, err);
         if (status != KVQ_OK) return status;
         rate.values[i] = (double)ROWS * WIDTH / (kvq_now_s() - start) * 1e-6;
     }
@@ -75,8 +81,10 @@ static kvq_status measure_counting(bench_report *r, fit_data *f, bool is_k, kvq_
 
 // The occupied bins of what was counted last, as the fit sees them.
 static void take_points(fit_data *f) {
+    const kvq_bin *bins = f->heads[0]->by[KVQ_WEIGHT_FISHER_SCALED].bins;
+    for (int h = 1; h < HEADS; h++) kvq_histogram_merge(f->heads[0], f->heads[h]);
     for (int i = 0; i < KVQ_HISTOGRAM_BINS; i++) {
-        double w = kvq_fixed_to_double(f->h->bins[i].w), wx = kvq_fixed_to_double(f->h->bins[i].wx);
+        double w = kvq_fixed_to_double(bins[i].w), wx = kvq_fixed_to_double(bins[i].wx);
         if (!(w > 0)) continue;
         kvq_weighted_point p = {wx / w, w};
         f->points[f->n_points++] = p;
@@ -112,6 +120,7 @@ kvq_status bench_fit(bench_report *r, kvq_error *err) {
     const kvq_context *ctx = &r->cli->ctx;
     kvq_status         status = KVQ_OK;
     fit_data          *f = NULL;
+    if (r->options->points != NULL) return bench_points(r, err);
     KVQ_TRY(KVQ_NEW(ctx, 1, "benchmark", &f, err));
     KVQ_TRY(make_data(r, f, err));
     KVQ_TRY(measure_counting(r, f, false, err));
@@ -121,7 +130,8 @@ kvq_status bench_fit(bench_report *r, kvq_error *err) {
 
 done:
     if (f != NULL) {
-        kvq_histogram_destroy(ctx, &f->h);
+        for (int h = 0; h < HEADS; h++) kvq_histogram_destroy(ctx, &f->heads[h]);
+        kvq_free(ctx, f->scratch);
         kvq_free(ctx, f->x);
         kvq_free(ctx, f->w);
         kvq_free(ctx, f->points);

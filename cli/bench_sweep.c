@@ -12,6 +12,7 @@
 #define USUAL_SEQ_LEN 512
 #define OUTLIERS      0.01
 #define BITS          3
+#define WEIGHTINGS    (KVQ_WEIGHTINGS_BASIC | 1u << KVQ_WEIGHT_FISHER_SCALED) // of a usual calibration
 
 typedef enum stage {
     LOAD,
@@ -62,11 +63,13 @@ typedef struct sweep {
     float                  *dx, *random;       // backend [S, C]
     float                  *k, *v, *w_k, *w_v; // host [S, d]
     float                  *z_and_r;           // [2 * d]
+    float                  *scratch;           // of counting
     float                   levels[1 << BITS];
     double                 *nll;
     kvq_tails              *tails;
-    kvq_histogram         **histograms; // [2 * n_threads]: K and V of each thread
-    kvq_block_spec          specs[2];   // K, V
+    kvq_histogram         **histograms;    // [2, n_kv_heads]: K and V
+    kvq_distribution       *distributions; // [n_kv_heads]
+    kvq_block_spec          specs[2];      // K, V
     attention_arrays        a;
     double                  started_s;
     bench_reference         reference;
@@ -80,8 +83,10 @@ static void stop(sweep *s, stage at) { s->times[at].values[s->repeat] += kvq_now
 // ---------------------------------------------------------------- counting, as the backward sweep does it
 
 static kvq_status count_window(sweep *s, kvq_error *err) {
-    const kvq_count_tensor tensors[] = {{"K", &s->specs[0], s->k, s->w_k}, {"V", &s->specs[1], s->v, s->w_v}};
-    kvq_count_options      options = {.range_squared = true, .n_skip = 1};
+    int                    n_heads = s->config->n_kv_heads;
+    const kvq_count_tensor tensors[] = {{"K", &s->specs[0], s->k, s->w_k, s->histograms},
+                                        {"V", &s->specs[1], s->v, s->w_v, s->histograms + n_heads}};
+    kvq_count_options      options = {.n_heads = n_heads, .n_skip = 1};
     kvq_kv_view            view = kvq_workspace_kv(s->ws);
     int64_t                n = s->S * s->d;
     start(s);
@@ -91,23 +96,23 @@ static kvq_status count_window(sweep *s, kvq_error *err) {
     s->be->download(s->be, s->w_v, view.dv, n);
     kvq_fisher_diagonal(s->w_k, n, s->w_k);
     kvq_fisher_diagonal(s->w_v, n, s->w_v);
-    kvq_status status = kvq_histograms_count(s->ctx, s->histograms, tensors, 2, s->S, options, err);
+    kvq_status status = kvq_count_rows(s->ctx, tensors, 2, s->S, options, s->scratch, err);
     stop(s, COUNT);
     return status;
 }
 
 // ---------------------------------------------------------------- one layer
 
-static kvq_status see_keys(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+static kvq_status see_keys(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
     sweep *s = user;
     (void)layer, (void)err;
-    s->be->download(s->be, s->k, x.k, n_tokens * s->d);
+    s->be->download(s->be, s->k, x->k, n_tokens * s->d);
     return KVQ_OK;
 }
 
 static kvq_status forward_layer(sweep *s, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    int64_t    keep = kvq_tails_needed(OUTLIERS, s->n_windows * s->S);
+    int64_t    keep = kvq_tails_needed(OUTLIERS, KVQ_SCOPE_CHANNEL, s->d, s->n_windows * s->S);
     KVQ_TRY(kvq_tails_create(s->ctx, s->d, keep, &s->tails, err));
     for (int64_t i = 0; i < s->n_windows; i++) {
         float *y = s->y + i * s->S * s->C;
@@ -120,8 +125,8 @@ static kvq_status forward_layer(sweep *s, kvq_error *err) {
         stop(s, THRESHOLDS);
     }
     start(s);
-    KVQ_TRY(
-        kvq_tails_thresholds(s->ctx, s->tails, OUTLIERS, s->z_and_r, s->z_and_r + s->d, err)); // lower, upper for now
+    KVQ_TRY(kvq_tails_thresholds(s->ctx, s->tails, OUTLIERS, KVQ_SCOPE_CHANNEL, s->z_and_r, s->z_and_r + s->d,
+                                 err)); // lower, upper for now
     for (int64_t c = 0; c < s->d; c++) {
         float lower = s->z_and_r[c], upper = s->z_and_r[s->d + c];
         s->z_and_r[c] = kvq_range_middle(lower, upper);
@@ -149,14 +154,17 @@ done:
 }
 
 static kvq_status fit_layer(sweep *s, kvq_error *err) {
-    kvq_status status = KVQ_OK;
+    kvq_status      status = KVQ_OK;
+    int             n_heads = s->config->n_kv_heads;
+    kvq_fit_options options = {.weighting = KVQ_WEIGHT_FISHER_SCALED};
     start(s);
-    kvq_histograms_gather(s->histograms, s->ctx->n_threads, 2);
     for (int i = 0; i < 2; i++) {
         kvq_fit_report fit;
-        KVQ_TRY(kvq_fit_histogram(s->ctx, s->histograms[i], BITS, s->levels, &fit, err));
+        for (int h = 0; h < n_heads; h++)
+            KVQ_TRY(kvq_distribution_take(s->histograms[i * n_heads + h], &s->distributions[h], err));
+        KVQ_TRY(kvq_fit_table(s->ctx, s->distributions, n_heads, KVQ_NUQ, BITS, &options, s->levels, NULL, &fit, err));
     }
-    for (int i = 0; i < 2; i++) kvq_histogram_clear(s->histograms[i]);
+    for (int i = 0; i < 2 * n_heads; i++) kvq_histogram_clear(s->histograms[i]);
     stop(s, FIT);
 
 done:
@@ -267,7 +275,7 @@ static void run_attention(sweep *s) {
     for (int64_t i = 0; i < s->n_layers * s->n_windows; i++) {
         kvq_attention_shape shape = shape_of(s, i / s->n_windows);
         start(s);
-        s->be->attention(s->be, &shape, a->q, a->k, a->v, a->out, a->scratch);
+        s->be->attention(s->be, &shape, a->q, a->k, a->v, NULL, NULL, a->out, a->scratch);
         stop(s, ATTENTION_FORWARD);
         start(s);
         s->be->attention_backward(s->be, &shape, a->q, a->k, a->v, a->out, a->q, a->dq, a->dk, a->dv, a->scratch);
@@ -368,8 +376,11 @@ static kvq_status make_buffers(sweep *s, kvq_error *err) {
     KVQ_TRY(KVQ_NEW(ctx, n_kv, "weights of values", &s->w_v, err));
     KVQ_TRY(KVQ_NEW(ctx, 2 * s->d, "thresholds", &s->z_and_r, err));
     KVQ_TRY(KVQ_NEW(ctx, s->S, "losses", &s->nll, err));
-    KVQ_TRY(KVQ_NEW(ctx, 2 * ctx->n_threads, "histograms", &s->histograms, err));
-    for (int i = 0; i < 2 * ctx->n_threads; i++) KVQ_TRY(kvq_histogram_create(ctx, &s->histograms[i], err));
+    KVQ_TRY(KVQ_NEW(ctx, 2 * kvq_count_scratch_floats(s->S, s->d), "normalised elements", &s->scratch, err));
+    KVQ_TRY(KVQ_NEW(ctx, 2 * s->config->n_kv_heads, "histograms", &s->histograms, err));
+    for (int i = 0; i < 2 * s->config->n_kv_heads; i++)
+        KVQ_TRY(kvq_histogram_create(ctx, WEIGHTINGS, &s->histograms[i], err));
+    KVQ_TRY(kvq_distributions_create(ctx, WEIGHTINGS, s->config->n_kv_heads, &s->distributions, err));
     for (int i = 0; i < 2; i++) {
         kvq_block_spec spec = {.d = (int)s->d, .bits = BITS, .n_side = kvq_block_n_side(OUTLIERS, (int)s->d)};
         s->specs[i] = spec;
@@ -382,9 +393,10 @@ done:
 }
 
 static void free_sweep(sweep *s) {
-    for (int i = 0; s->histograms != NULL && i < 2 * s->ctx->n_threads; i++)
+    for (int i = 0; s->histograms != NULL && i < 2 * s->config->n_kv_heads; i++)
         kvq_histogram_destroy(s->ctx, &s->histograms[i]);
-    void *const host[] = {s->histograms, s->ids, s->k, s->v, s->w_k, s->w_v, s->z_and_r, s->nll};
+    kvq_distributions_free(s->ctx, &s->distributions);
+    void *const host[] = {s->histograms, s->scratch, s->ids, s->k, s->v, s->w_k, s->w_v, s->z_and_r, s->nll};
     for (int i = 0; i < CLI_COUNT_OF(host); i++) kvq_free(s->ctx, host[i]);
     if (s->be != NULL) {
         float *const arrays[] = {s->x, s->y, s->dx, s->random};

@@ -25,6 +25,8 @@ static void describe_text(kvq_json *json, const calibration *c) {
     kvq_json_count(json, json->root, "samples", c->windows.n_windows);
     kvq_json_count(json, json->root, "seq_len", c->windows.seq_len);
     kvq_json_seed(json, json->root, "seed", c->o->seed.value);
+    kvq_json_text(json, json->root, "draw", calibrate_draw_names[c->python_draw]);
+    kvq_json_count(json, json->root, "held_out", c->windows.n_heldout);
     kvq_json_text(json, json->root, "bos", kvq_cli_bos_names[c->o->source.bos]);
     kvq_json_text(json, json->root, "compute", kvq_compute_names[c->o->compute]);
 }
@@ -32,17 +34,28 @@ static void describe_text(kvq_json *json, const calibration *c) {
 // Every option as it took effect. What a capture was made with is not known here.
 static kvq_status describe_options(const calibration *c, char **out, kvq_error *err) {
     kvq_json json;
+    setting  settings[MAX_SETTINGS];
+    int      n = list_settings(c, settings);
     kvq_json_init(&json);
-    if (c->o->capture == NULL) {
-        describe_text(&json, c);
-    } else {
+    if (c->o->from != NULL) {
+        kvq_json_text(&json, json.root, "measurement", kvq_file_name(c->o->from));
+        kvq_json_text(&json, json.root, "measurement_sha256", kvq_measurement_sha256(c->measurement));
+        kvq_json_text(&json, json.root, "measured_with",
+                      kvq_measurement_about(c->measurement)->provenance.options_json);
+        if (c->o->held_out > 0) kvq_json_text(&json, json.root, "held_out_source", c->windows.source);
+        kvq_json_count(&json, json.root, "held_out", c->windows.n_heldout);
+    } else if (c->o->capture != NULL) {
         kvq_json_text(&json, json.root, "capture", kvq_file_name(c->o->capture));
+    } else {
+        describe_text(&json, c);
     }
-    kvq_json_count(&json, json.root, "k_bits", c->options.k_bits);
-    kvq_json_count(&json, json.root, "v_bits", c->options.v_bits);
-    kvq_json_number(&json, json.root, "outliers", c->options.outlier_fraction);
-    kvq_json_count(&json, json.root, "sink_tokens", c->options.sink_tokens);
-    kvq_json_text(&json, json.root, "weighting", kvq_weighting_name(c->options.weighting));
+    for (int i = 0; i < n; i++) {
+        if (settings[i].text != NULL)
+            kvq_json_text(&json, json.root, settings[i].name, settings[i].text);
+        else
+            kvq_json_number(&json, json.root, settings[i].name, settings[i].number);
+    }
+    kvq_json_text(&json, json.root, "compat", calibrate_compat_names[c->o->compat]);
     kvq_status status = kvq_json_line(&json, out, err);
     kvq_json_free(&json);
     return status;
@@ -56,8 +69,10 @@ kvq_status record_provenance(kvq_cli *cli, const calibration *c, kvq_error *err)
     kvq_cli_describe_cpu(cpu, sizeof cpu);
     KVQ_TRY(describe_options(c, &options_json, err));
     KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.producer_version, KVQ_VERSION, err));
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.matmul, c->be != NULL ? c->be->matmul : "none", err));
-    KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.cpu, cpu, err));
+    if (c->o->from == NULL) { // a measurement says which ones it was made with
+        KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.matmul, c->be != NULL ? c->be->matmul : "none", err));
+        KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.cpu, cpu, err));
+    }
     KVQ_TRY(kvq_artifact_set_text(&cli->ctx, &a->provenance.options_json, options_json, err));
 done:
     free(options_json);
@@ -91,7 +106,9 @@ static void add(calibration *c, const char *name, const char *format, ...) {
 }
 
 void make_fingerprint(calibration *c) {
-    char cpu[256];
+    char    cpu[256];
+    setting settings[MAX_SETTINGS];
+    int     n = list_settings(c, settings);
     kvq_cli_describe_cpu(cpu, sizeof cpu);
     c->n_fingerprint = 0;
     add(c, "kvq", "%s", KVQ_VERSION);
@@ -104,11 +121,14 @@ void make_fingerprint(calibration *c) {
     add(c, "samples", "%" PRId64, c->windows.n_windows);
     add(c, "seq_len", "%" PRId64, c->windows.seq_len);
     add(c, "seed", "%" PRIu64, c->o->seed.value);
-    add(c, "k_bits", "%d", c->options.k_bits);
-    add(c, "v_bits", "%d", c->options.v_bits);
-    add(c, "outliers", "%.17g", c->options.outlier_fraction);
-    add(c, "sink_tokens", "%" PRId64, c->options.sink_tokens);
-    add(c, "weighting", "%s", kvq_weighting_name(c->options.weighting));
+    for (int i = 0; i < n; i++) {
+        if (settings[i].text != NULL)
+            add(c, settings[i].name, "%s", settings[i].text);
+        else
+            add(c, settings[i].name, "%.17g", settings[i].number);
+    }
+    add(c, "held_out", "%" PRId64, c->o->held_out);
+    add(c, "draw", "%s", calibrate_draw_names[c->python_draw]);
     add(c, "matrix_products", "%s", c->be->matmul);
     add(c, "processor", "%.200s", cpu);
 }

@@ -28,10 +28,51 @@ static void print_needs(kvq_cli *cli, const calibration *c) {
                 c->be->matmul);
 }
 
-void print_calibration_plan(kvq_cli *cli, const calibration *c) {
-    const kvq_model_config  *config = kvq_checkpoint_config(c->checkpoint);
-    const kvq_calib_options *q = &c->options;
+// Only what is not as usual is said beyond the first line.
+static void print_unusual(kvq_cli *cli, const calibration *c) {
+    const kvq_measure_options *m = &c->measured;
+    const kvq_fit_options     *f = &c->options.fit;
+    char                       recent[48] = "";
+    if (f->recent_tokens > 0)
+        (void)snprintf(recent, sizeof recent, "  last %lld tokens in f16", (long long)f->recent_tokens);
+    bool usual = m->k_axis == KVQ_AXIS_CHANNEL && m->k_domain == KVQ_KEYS_PRE_ROPE &&
+                 m->threshold_scope == KVQ_SCOPE_CHANNEL && !m->count_sinks && m->token_range == KVQ_RANGE_EXTREMES;
+    if (usual && !f->per_head && !f->q_norm && recent[0] == 0) return;
+    kvq_cli_say(cli, "           K ranges per %s, %s, thresholds by %s%s%s  tables per %s%s%s",
+                kvq_axis_names[m->k_axis], kvq_key_domain_names[m->k_domain], kvq_scope_names[m->threshold_scope],
+                m->count_sinks ? " over sinks too" : "",
+                m->token_range == KVQ_RANGE_PERCENTILES ? "  V ranges by percentiles" : "",
+                calibrate_group_names[f->per_head], f->q_norm ? "  Q-Norm" : "", recent);
+}
 
+void print_quantizer(kvq_cli *cli, const calibration *c) {
+    const kvq_measure_options *m = &c->measured;
+    const kvq_fit_options     *f = &c->options.fit;
+    char                       fractions[128] = "", weightings[96] = "";
+    if (!c->o->measure_only) {
+        kvq_cli_say(cli, "quantizer  K %s %d bits  V %s %d bits  outliers %g%%  sink tokens %lld  weighting %s",
+                    kvq_datatype_names[f->k_datatype], f->k_bits, kvq_datatype_names[f->v_datatype], f->v_bits,
+                    f->outlier_fraction * 100, (long long)m->sink_tokens, kvq_weighting_names[f->weighting]);
+        print_unusual(cli, c);
+        return;
+    }
+    for (int i = 0; i < m->n_fractions; i++) {
+        size_t used = strlen(fractions);
+        (void)snprintf(fractions + used, sizeof fractions - used, "%s%g%%", i > 0 ? ", " : "", m->fractions[i] * 100);
+    }
+    for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
+        size_t used = strlen(weightings);
+        if (kvq_weightings_have(m->weightings, (kvq_weighting)w))
+            (void)snprintf(weightings + used, sizeof weightings - used, "%s%s", used > 0 ? ", " : "",
+                           kvq_weighting_names[w]);
+    }
+    kvq_cli_say(cli, "measures   outliers %s  weightings %s  sink tokens %lld%s", fractions, weightings,
+                (long long)m->sink_tokens, m->moments ? "  second moments of Q, K and V" : "");
+    print_unusual(cli, c);
+}
+
+void print_calibration_plan(kvq_cli *cli, const calibration *c) {
+    const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
     kvq_cli_say(cli, "model      %s  %s  %lld layers  %d KV heads x %d", c->identity.name, config->architecture,
                 (long long)config->n_layers, config->n_kv_heads, config->head_dim);
     kvq_cli_say(cli, "windows    %lld x %lld tokens  seed %llu", (long long)c->o->samples, (long long)c->seq_len,
@@ -46,8 +87,7 @@ void print_calibration_plan(kvq_cli *cli, const calibration *c) {
                     "text       the model writes its own, which keeps all of it in memory: about %s before the sweeps",
                     writing);
     }
-    kvq_cli_say(cli, "quantizer  K %d bits  V %d bits  outliers %g%%  sink tokens %lld  weighting %s", q->k_bits,
-                q->v_bits, q->outlier_fraction * 100, (long long)q->sink_tokens, kvq_weighting_name(q->weighting));
+    print_quantizer(cli, c);
     print_needs(cli, c);
 }
 
@@ -87,8 +127,7 @@ static kvq_status print_worst_layers(kvq_cli *cli, const kvq_artifact *a, kvq_er
     return KVQ_OK;
 }
 
-// What the plan said against what was.
-static void print_memory(kvq_cli *cli, const calibration *c) {
+void print_memory(kvq_cli *cli, const calibration *c) {
     int64_t peak = kvq_peak_memory(), limit = c->o->memory_limit;
     char    was[32], planned[32], allowed[32];
     if (peak < 0 || c->plan.memory_bytes == 0) return; // a fit from a capture has no plan

@@ -1,34 +1,45 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Private to kvq-calibrate: one run, and what is said and recorded about it.
+// Private to kvq-calibrate: one run, what its options mean, and what is said and recorded about it.
 #ifndef KVQ_CALIBRATE_REPORT_H
 #define KVQ_CALIBRATE_REPORT_H
 
 #include "kvq_cli.h"
 
-#define MAX_FINGERPRINT 24
+#define MAX_FINGERPRINT 48
+#define NOT_GIVEN       (-1) // of a choice or count that has no default of its own
 
 typedef struct calibrate_options {
-    kvq_cli_common common;
-    kvq_cli_source source;
-    const char    *model, *output, *work_dir, *shard, *thresholds, *capture;
-    int64_t        samples, seq_len, bits, k_bits, v_bits, sink_tokens; // bits: 0 = not given
-    kvq_cli_seed   seed;
-    double         outliers;
-    int            weighting;                   // kvq_weighting
-    int            compute;                     // kvq_compute
-    int64_t        memory_limit, scratch_limit; // bytes, 0 = none
-    bool           force, dry_run, restart;
+    kvq_cli_common    common;
+    kvq_cli_source    source;
+    const char       *model, *output, *work_dir, *shard, *thresholds, *capture, *from;
+    int64_t           samples, seq_len, bits, k_bits, v_bits;        // bits: 0 = not given
+    int64_t           sink_tokens, recent_window, k_slots, held_out; // sink_tokens: NOT_GIVEN
+    kvq_cli_seed      seed;
+    kvq_cli_fractions outliers;
+    int               datatype, k_datatype, v_datatype; // kvq_datatype, or NOT_GIVEN
+    int               weighting;                        // kvq_weighting, or NOT_GIVEN
+    int               groups, k_axis, k_domain, threshold_scope, draw, compat;
+    int               compute;                     // kvq_compute
+    int64_t           memory_limit, scratch_limit; // bytes, 0 = none
+    bool              force, dry_run, restart, measure_only, eigenvectors, q_norm, compare_lloyd, count_sinks;
 } calibrate_options;
+
+// calibrate_options.c: how the choices are spelled, in the order of their values.
+extern const char *const calibrate_group_names[];  // layer, head
+extern const char *const calibrate_draw_names[];   // kvq, python
+extern const char *const calibrate_compat_names[]; // none, kvquant
 
 typedef struct calibration {
     const calibrate_options *o;
     kvq_calib_options        options;
+    kvq_measure_options      measured; // by the sweeps: what a fit needs, or all of options.measure
     kvq_calib_plan           plan;
     double                   writing_bytes; // memory while the model writes its own text, 0 = it does not
     kvq_sweep_options        sweep;
     kvq_processes            processes;
     bool                     finished; // the output is what this run wrote before it was killed
+    bool                     python_draw;
     char                     work_dir[CLI_MAX_PATH];
     kvq_field                fingerprint[MAX_FINGERPRINT];
     int64_t                  n_fingerprint;
@@ -39,18 +50,49 @@ typedef struct calibration {
     kvq_model               *model;
     kvq_windows              windows;
     kvq_cli_tokenizer        tokenizer;
+    kvq_measurement         *measurement; // --from
     kvq_artifact            *artifact;
     char                     content_sha256[KVQ_SHA256_HEX];
     double                   start_s;
 } calibration;
 
+// Contradictions, and what every kind of run needs. KVQ_ERR_USAGE.
+kvq_status check_calibrate_options(const calibrate_options *o, int n_ranks, kvq_error *err);
+// Fills what a calibration knows from its options alone.
+kvq_status resolve_calibrate_options(calibration *c, kvq_error *err);
+// A warning when outliers of the first token will find no slots.
+void warn_of_cut_sinks(const kvq_cli *cli, const calibration *c);
+
+// Every setting that decides the result of a fit or a measurement, as it took effect; the same list is recorded in the
+// artifact and compared before a run goes on. Returns the number of settings.
+#define MAX_SETTINGS 32
+typedef struct setting {
+    const char *name, *text; // text NULL: a number
+    double      number;
+} setting;
+int list_settings(const calibration *c, setting out[MAX_SETTINGS]);
+
 void print_calibration_plan(kvq_cli *cli, const calibration *c);
+void print_quantizer(kvq_cli *cli, const calibration *c);
 void make_fingerprint(calibration *c);
 // Fills identity and provenance of the artifact: what the sweeps, which record the shapes, cannot know. A capture
 // brings its identity along, so it needs the provenance alone.
 kvq_status record_provenance(kvq_cli *cli, const calibration *c, kvq_error *err);
 kvq_status record_identity(kvq_cli *cli, const calibration *c, kvq_error *err);
 void       print_shard_summary(kvq_cli *cli, const calibration *c);
+void       print_memory(kvq_cli *cli, const calibration *c); // the plan against what was
 kvq_status print_calibration_summary(kvq_cli *cli, const calibration *c, kvq_error *err);
+
+// calibrate_prepare.c: the model, the windows and the plan; with them a run can start, and a dry run ends.
+kvq_status prepare_calibration(kvq_cli *cli, calibration *c, kvq_error *err);
+kvq_status open_model(kvq_cli *cli, calibration *c, kvq_error *err);
+kvq_status find_windows(kvq_cli *cli, calibration *c, kvq_error *err);
+bool       continues(const calibration *c); // the work directory holds a run that this one would continue
+
+// calibrate_measured.c: measurements into files, and fits from them.
+kvq_status run_measurement(kvq_cli *cli, calibration *c, kvq_error *err);
+kvq_status run_from(kvq_cli *cli, calibration *c, kvq_error *err);
+// Errors on the held-out windows into the artifact, when there are any.
+kvq_status measure_held_out(kvq_cli *cli, calibration *c, kvq_error *err);
 
 #endif

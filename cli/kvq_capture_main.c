@@ -148,18 +148,17 @@ done:
 // The sweeps are those of a calibration; its statistics are not kept here. A disk that is too small for the capture is
 // found before hours are spent on filling it; the work directory makes do with what is left.
 static kvq_status make_plan(kvq_cli *cli, capture_run *r, kvq_error *err) {
-    kvq_calib_options options = kvq_calib_options_default();
-    kvq_calib_limits  limits = {0, 0};
-    double            free_bytes = kvq_cli_free_bytes(r->o->output), bytes = (double)kvq_capture_bytes(&r->info);
-    char              needed[32], available[32];
+    kvq_measure_options options = {.n_fractions = 1, .weightings = KVQ_WEIGHTINGS_BASIC};
+    kvq_calib_limits    limits = {0, 0};
+    double              free_bytes = kvq_cli_free_bytes(r->o->output), bytes = (double)kvq_capture_bytes(&r->info);
+    char                needed[32], available[32];
     if (free_bytes >= 0 && free_bytes < bytes) {
         kvq_cli_format_bytes(bytes, needed, sizeof needed);
         kvq_cli_format_bytes(free_bytes, available, sizeof available);
         return kvq_fail(err, KVQ_ERR_DISK, "capture fewer layers or windows, or with --dtype f16",
                         "%s: the capture needs %s, but %s are free", r->o->output, needed, available);
     }
-    options.sink_tokens = 0;
-    options.weighting = r->o->with_fisher ? KVQ_WEIGHT_FISHER : KVQ_WEIGHT_NONE;
+    if (r->o->with_fisher) options.weightings |= 1u << KVQ_WEIGHT_FISHER;
     if (free_bytes > bytes && r->o->work_dir == NULL) limits.scratch_bytes = (int64_t)(free_bytes - bytes);
     return kvq_calib_plan_make(&cli->ctx, r->model, &options, r->o->samples, r->info.dataset.seq_len, 1, limits,
                                &r->plan, err);

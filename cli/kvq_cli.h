@@ -19,16 +19,17 @@
 // ---------------------------------------------------------------- options (option_table.c)
 
 typedef enum kvq_cli_kind {
-    CLI_FLAG,     // bool
-    CLI_TEXT,     // const char *
-    CLI_LIST,     // kvq_cli_list; the option may be repeated
-    CLI_COUNT,    // int64_t in [min, max]
-    CLI_SEED,     // kvq_cli_seed
-    CLI_FRACTION, // double in [min, max]; "1%" or "0.01"
-    CLI_BYTES,    // int64_t above 0; "16GiB", "500MB", "1000000"
-    CLI_CHOICE,   // int, index into choices
-    CLI_OPERAND,  // const char *; the one argument without a dash; `name` is its word in help
-    CLI_OPERANDS  // kvq_cli_list; all arguments without a dash
+    CLI_FLAG,      // bool
+    CLI_TEXT,      // const char *
+    CLI_LIST,      // kvq_cli_list; the option may be repeated
+    CLI_COUNT,     // int64_t in [min, max]
+    CLI_SEED,      // kvq_cli_seed
+    CLI_FRACTION,  // double in [min, max]; "1%" or "0.01"
+    CLI_FRACTIONS, // kvq_cli_fractions; some of them with commas between, "0,0.25%,1%"
+    CLI_BYTES,     // int64_t above 0; "16GiB", "500MB", "1000000"
+    CLI_CHOICE,    // int, index into choices
+    CLI_OPERAND,   // const char *; the one argument without a dash; `name` is its word in help
+    CLI_OPERANDS   // kvq_cli_list; all arguments without a dash
 } kvq_cli_kind;
 
 #define CLI_MAX_LIST 32
@@ -37,6 +38,11 @@ typedef struct kvq_cli_list {
     const char *items[CLI_MAX_LIST];
     int         count;
 } kvq_cli_list;
+
+typedef struct kvq_cli_fractions {
+    double values[KVQ_MAX_FRACTIONS];
+    int    count;
+} kvq_cli_fractions;
 
 typedef struct kvq_cli_seed {
     bool     given;
@@ -51,8 +57,9 @@ typedef struct kvq_cli_option {
     size_t             at;       // offsetof the field in the program's options struct
     const char        *value;    // word for the value in help, NULL for flags
     const char        *help;     // one line
-    double             min, max; // CLI_COUNT, CLI_FRACTION
+    double             min, max; // CLI_COUNT, CLI_FRACTION, CLI_FRACTIONS
     const char *const *choices;  // CLI_CHOICE, ends with NULL
+    bool               rare;     // shown by --help-all only
 } kvq_cli_option;
 
 typedef enum kvq_cli_progress {
@@ -64,7 +71,7 @@ typedef enum kvq_cli_progress {
 
 // Options of every program; the first member of each options struct.
 typedef struct kvq_cli_common {
-    bool    quiet, verbose, help, version;
+    bool    quiet, verbose, help, help_all, version;
     int     progress;  // kvq_cli_progress
     int64_t n_threads; // 0 = one per core
 } kvq_cli_common;
@@ -172,13 +179,13 @@ typedef struct kvq_cli_source {
     {"text", 0, CLI_LIST, AT(source.texts), "FILE",                                                                    \
      .help = "text or jsonl, also .gz .zst .xz; repeatable; the word self: the model writes its own"},                 \
     {"mix", 0, CLI_TEXT, AT(source.mix), "A=W,B=W",                                                                    \
-     .help = "share of each text by its file name (in proportion to tokens)"},                                         \
+     .help = "share of each text by its file name (in proportion to tokens)", .rare = true},                           \
     {"text-format", 0, CLI_CHOICE, AT(source.format), "HOW", .help = "auto (by the name), raw or jsonl",               \
-     .choices = kvq_cli_text_format_names},                                                                            \
+     .choices = kvq_cli_text_format_names, .rare = true},                                                              \
     {"text-field", 0, CLI_TEXT, AT(source.field), "NAME",                                                              \
-     .help = "member of a jsonl object that holds its text (text)"},                                                   \
+     .help = "member of a jsonl object that holds its text (text)", .rare = true},                                     \
     {"documents", 0, CLI_CHOICE, AT(source.documents), "HOW",                                                          \
-     .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names}
+     .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names, .rare = true}
 
 // Rows for the windows that are drawn from it, or from given ids: samples, seq_len and seed beside the source.
 #define CLI_WINDOW_ROWS                                                                                                \
@@ -208,7 +215,9 @@ kvq_status kvq_cli_seq_len(kvq_cli *cli, const kvq_model_config *config, int64_t
 typedef struct kvq_cli_window_request {
     int64_t  seq_len, n_windows; // n_windows 0 = all, for consecutive windows only
     uint64_t seed;
-    bool     drawn; // windows drawn from the whole text, otherwise consecutive ones
+    bool     drawn;       // windows drawn from the whole text, otherwise consecutive ones
+    bool     python_draw; // as kvq_window_rule
+    int64_t  n_heldout;   // likewise; of files only
 } kvq_cli_window_request;
 
 // What turned text into ids; kind "none" when token ids were given or the model wrote them.

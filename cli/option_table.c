@@ -22,6 +22,8 @@ static const kvq_cli_option COMMON[] = {
     {"quiet", 'q', CLI_FLAG, offsetof(kvq_cli_common, quiet), NULL, .help = "only results, warnings and errors"},
     {"verbose", 'v', CLI_FLAG, offsetof(kvq_cli_common, verbose), NULL, .help = "more about what is being done"},
     {"help", 'h', CLI_FLAG, offsetof(kvq_cli_common, help), NULL, .help = "print this and exit"},
+    {"help-all", 0, CLI_FLAG, offsetof(kvq_cli_common, help_all), NULL, .help = "all options, also those that few need",
+     .rare = true},
     {"version", 'V', CLI_FLAG, offsetof(kvq_cli_common, version), NULL, .help = "print the version and exit"},
 };
 
@@ -164,6 +166,26 @@ static kvq_status set_fraction(const kvq_cli_option *option, const char *text, v
     return KVQ_OK;
 }
 
+static kvq_status set_fractions(const kvq_cli_option *option, const char *text, void *field, kvq_error *err) {
+    kvq_cli_fractions list = {.count = 0};
+    for (const char *at = text; at != NULL;) {
+        char        one[32];
+        const char *comma = strchr(at, ',');
+        size_t      length = comma != NULL ? (size_t)(comma - at) : strlen(at);
+        if (length >= sizeof one || list.count == KVQ_MAX_FRACTIONS) {
+            return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--%s: '%s' is not a list of up to %d shares like 0,0.25%%,1%%",
+                            option->name, text, KVQ_MAX_FRACTIONS);
+        }
+        memcpy(one, at, length);
+        one[length] = 0;
+        kvq_status status = set_fraction(option, one, &list.values[list.count++], err);
+        if (status != KVQ_OK) return status;
+        at = comma != NULL ? comma + 1 : NULL;
+    }
+    *(kvq_cli_fractions *)field = list;
+    return KVQ_OK;
+}
+
 static kvq_status set_choice(const kvq_cli_option *option, const char *text, void *field, kvq_error *err) {
     char list[256] = "";
     for (int i = 0; option->choices[i] != NULL; i++) {
@@ -202,9 +224,9 @@ static kvq_status set_bytes(const kvq_cli_option *option, const char *text, void
 
 typedef kvq_status (*setter)(const kvq_cli_option *option, const char *text, void *field, kvq_error *err);
 static const setter SETTERS[] = {
-    [CLI_FLAG] = set_flag,   [CLI_TEXT] = set_text,         [CLI_LIST] = set_list,     [CLI_COUNT] = set_count,
-    [CLI_SEED] = set_seed,   [CLI_FRACTION] = set_fraction, [CLI_CHOICE] = set_choice, [CLI_OPERAND] = set_text,
-    [CLI_BYTES] = set_bytes, [CLI_OPERANDS] = set_list,
+    [CLI_FLAG] = set_flag,   [CLI_TEXT] = set_text,         [CLI_LIST] = set_list,           [CLI_COUNT] = set_count,
+    [CLI_SEED] = set_seed,   [CLI_FRACTION] = set_fraction, [CLI_CHOICE] = set_choice,       [CLI_OPERAND] = set_text,
+    [CLI_BYTES] = set_bytes, [CLI_OPERANDS] = set_list,     [CLI_FRACTIONS] = set_fractions,
 };
 
 static kvq_status set_value(const kvq_cli_option *option, const char *text, void *options, kvq_error *err) {
@@ -329,9 +351,10 @@ static void print_row(const kvq_cli_option *option) {
     printf("%-*s %s\n", HELP_COLUMN, left, option->help);
 }
 
-void print_help(const kvq_cli_program *program) {
+void print_help(const kvq_cli_program *program, bool with_rare) {
     option_rows all = collect_options(program);
     const char *lead = "usage:";
+    int         n_rare = 0;
     for (const char *line = program->synopsis; *line != 0;) {
         int length = (int)strcspn(line, "\n");
         if (*line == ' ') { // goes on with the command above
@@ -343,6 +366,10 @@ void print_help(const kvq_cli_program *program) {
         line += length + (line[length] == '\n');
     }
     printf("\n%s\n\n", program->summary);
-    for (int i = 0; i < all.n; i++) print_row(all.rows[i]);
+    for (int i = 0; i < program->n_options; i++) n_rare += program->options[i].rare;
+    for (int i = 0; i < all.n; i++) {
+        if (!all.rows[i]->rare || with_rare) print_row(all.rows[i]);
+    }
+    if (n_rare > 0 && !with_rare) printf("      --help-all             these, and %d more options\n", n_rare);
     printf("\n%s", program->notes);
 }

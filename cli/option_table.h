@@ -7,7 +7,7 @@
 #include "kvq_cli.h"
 
 // The program's own rows followed by the rows every program has.
-#define CLI_MAX_OPTIONS 48
+#define CLI_MAX_OPTIONS 64
 typedef struct option_rows {
     const kvq_cli_option *rows[CLI_MAX_OPTIONS];
     int                   n;
@@ -25,6 +25,6 @@ kvq_status parse_arguments(const kvq_cli_program *program, int argc, char **argv
                            kvq_error *err);
 void       free_arguments(arguments *args);
 
-void print_help(const kvq_cli_program *program); // to stdout
+void print_help(const kvq_cli_program *program, bool with_rare); // to stdout
 
 #endif

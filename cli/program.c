@@ -113,8 +113,8 @@ int kvq_cli_main(const kvq_cli_program *program, int argc, char **argv, void *op
     kvq_cli_console_init(&cli, program->name, common);
     cli.argc = argc;
     cli.argv = (const char *const *)argv;
-    if (status == KVQ_OK && common->help) {
-        print_help(program);
+    if (status == KVQ_OK && (common->help || common->help_all)) {
+        print_help(program, common->help_all);
     } else if (status == KVQ_OK && common->version) {
         printf("%s %s\n", program->name, KVQ_VERSION);
     } else if (status == KVQ_OK) {

@@ -93,7 +93,9 @@ kvq_status kvq_cli_text_windows(kvq_cli *cli, const kvq_model_config *config, co
     kvq_window_rule rule = {.seq_len = request->seq_len,
                             .n_windows = request->n_windows,
                             .seed = request->seed,
-                            .keep_documents = source->documents == 1};
+                            .keep_documents = source->documents == 1,
+                            .python_draw = request->python_draw,
+                            .n_heldout = request->n_heldout};
 
     KVQ_TRY(open_texts(&set, config, model_path, request->drawn, err));
     kvq_tokenizer_info info = kvq_tokenizer_describe(set.tokenizer);

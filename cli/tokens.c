@@ -104,6 +104,10 @@ static kvq_status token_windows(kvq_cli *cli, const kvq_model_config *config, co
     char            sha256[1][KVQ_SHA256_HEX];
     int64_t         bos_id;
 
+    if (request->python_draw || request->n_heldout > 0) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_USAGE, "give the text itself", "--tokens %s: %s needs a text", from->tokens,
+                         request->python_draw ? "--draw python" : "--held-out"));
+    }
     KVQ_TRY(kvq_map_file(from->tokens, &file, err));
     KVQ_TRY(kvq_sha256_of(file.data, file.bytes, sha256[0], err));
     KVQ_TRY(kvq_ids_read_npy(&cli->ctx, from->tokens, config->vocab_size, &ids, err));

@@ -7,18 +7,10 @@
 
 // ---------------------------------------------------------------- names
 
-const char *const kvq_weighting_names[] = {"none", "fisher", "fisher-scaled", NULL};
-
-const char *kvq_weighting_name(kvq_weighting weighting) { return kvq_weighting_names[weighting]; }
-
-bool kvq_weighting_parse(const char *name, kvq_weighting *out) {
-    for (int i = 0; i <= KVQ_WEIGHT_FISHER_SCALED; i++) {
-        if (strcmp(name, kvq_weighting_names[i]) != 0) continue;
-        *out = (kvq_weighting)i;
-        return true;
-    }
-    return false;
-}
+const char *const kvq_weighting_names[] = {"none", "fisher", "fisher-scaled", "range", NULL};
+const char *const kvq_axis_names[] = {"channel", "token", NULL};
+const char *const kvq_key_domain_names[] = {"pre_rope", "post_rope", NULL};
+const char *const kvq_token_range_names[] = {"extremes", "percentiles", NULL};
 
 // ---------------------------------------------------------------- ownership
 
@@ -61,6 +53,7 @@ done:
 
 static void free_tensor(const kvq_context *ctx, kvq_tensor_quant *tensor) {
     kvq_free(ctx, tensor->codebook);
+    kvq_free(ctx, tensor->decode_levels);
     kvq_free(ctx, tensor->lower);
     kvq_free(ctx, tensor->upper);
 }
@@ -77,47 +70,87 @@ void kvq_artifact_destroy(const kvq_context *ctx, kvq_artifact **artifact) {
     *artifact = NULL;
 }
 
+// ---------------------------------------------------------------- settings
+
+static void describe_tensor(kvq_tensor_quant *t, int bits, kvq_datatype datatype, kvq_axis axis, int n_groups) {
+    t->bits = bits;
+    t->datatype = datatype;
+    t->axis = axis;
+    t->domain = KVQ_KEYS_PRE_ROPE;
+    t->n_groups = n_groups;
+    t->n_levels = 1 << bits;
+    t->dim = 1;
+}
+
+void kvq_artifact_describe_quantizer(kvq_artifact *a, const kvq_measure_options *measure, const kvq_fit_options *fit) {
+    int d = (int)(a->model.n_kv_heads * a->model.head_dim), n_groups = fit->per_head ? (int)a->model.n_kv_heads : 1;
+    a->quantizer.outlier_fraction = fit->outlier_fraction;
+    a->quantizer.n_side_k = kvq_measured_k_side(measure, fit->outlier_fraction, d);
+    a->quantizer.n_side_v = kvq_measured_v_side(fit->outlier_fraction, d);
+    a->quantizer.sink_tokens = measure->sink_tokens;
+    a->quantizer.recent_tokens = fit->recent_tokens;
+    a->quantizer.weighting = fit->weighting;
+    a->quantizer.threshold_scope = measure->threshold_scope;
+    a->quantizer.sinks_counted = measure->count_sinks;
+    for (int64_t l = 0; l < a->model.n_layers; l++) {
+        describe_tensor(&a->layers[l].k, fit->k_bits, fit->k_datatype, measure->k_axis, n_groups);
+        describe_tensor(&a->layers[l].v, fit->v_bits, fit->v_datatype, KVQ_AXIS_TOKEN, n_groups);
+        a->layers[l].k.domain = measure->k_domain;
+    }
+}
+
 // ---------------------------------------------------------------- views and sizes
 
 kvq_block_spec kvq_tensor_block_spec(const kvq_tensor_quant *tensor, int d, int n_side, float *storage) {
-    kvq_block_spec spec = {.d = d, .bits = tensor->bits, .n_side = n_side, .levels = tensor->codebook};
+    kvq_block_spec spec = {.d = d,
+                           .bits = tensor->bits,
+                           .n_side = n_side,
+                           .levels = tensor->codebook,
+                           .n_groups = tensor->n_groups,
+                           .decoded = tensor->decode_levels,
+                           .clamp_zero = tensor->datatype == KVQ_INT_CLAMPED};
+    float         *z = storage, *r = storage + d, *grid_z = storage + 2 * (int64_t)d;
     if (tensor->axis == KVQ_AXIS_TOKEN) return spec;
     for (int c = 0; c < d; c++) {
-        storage[c] = kvq_range_middle(tensor->lower[c], tensor->upper[c]);
-        storage[d + c] = kvq_range_half(tensor->lower[c], tensor->upper[c]);
+        z[c] = kvq_range_middle(tensor->lower[c], tensor->upper[c]);
+        r[c] = kvq_range_half(tensor->lower[c], tensor->upper[c]);
+        grid_z[c] = kvq_block_clamped_middle(z[c], r[c], tensor->n_levels);
     }
-    spec.z = storage;
-    spec.r = storage + d;
+    spec.z = z;
+    spec.r = r;
+    if (spec.clamp_zero) spec.grid_z = grid_z;
     return spec;
 }
 
-// One tensor of one layer; d channels, of n_tokens tokens n_sinks are kept in f16.
+// One tensor of one layer; d channels, of n_tokens tokens n_exact are kept in f16.
 static void add_tensor(kvq_cache_size *size, const kvq_tensor_quant *tensor, int d, int n_side, int64_t n_tokens,
-                       int64_t n_sinks) {
+                       int64_t n_exact) {
     static const float PRESENT = 0; // only says that the ranges belong to channels; no range is read
     kvq_block_spec     spec = {.d = d, .bits = tensor->bits, .n_side = n_side};
+    int64_t            n_levels = (int64_t)tensor->n_groups * tensor->n_levels * tensor->dim;
     if (tensor->axis == KVQ_AXIS_CHANNEL) {
         spec.r = &PRESENT;
         size->tables_bytes += 2 * (int64_t)d * (int64_t)sizeof(float); // thresholds
     }
     size->n_elements += d * n_tokens;
-    size->row_bytes += kvq_block_row_bytes(&spec) * (n_tokens - n_sinks);
-    size->sink_bytes += 2 * (int64_t)d * n_sinks;
-    size->tables_bytes += (int64_t)tensor->n_groups * tensor->n_levels * tensor->dim * (int64_t)sizeof(float);
+    size->row_bytes += kvq_block_row_bytes(&spec) * (n_tokens - n_exact);
+    size->exact_bytes += 2 * (int64_t)d * n_exact;
+    size->tables_bytes += n_levels * (int64_t)sizeof(float) * (tensor->decode_levels != NULL ? 2 : 1);
 }
 
 kvq_cache_size kvq_artifact_cache_size(const kvq_artifact *artifact, int64_t n_tokens) {
     kvq_cache_size size = {0};
     int            d = (int)(artifact->model.n_kv_heads * artifact->model.head_dim);
-    int64_t        n_sinks = artifact->quantizer.sink_tokens < n_tokens ? artifact->quantizer.sink_tokens : n_tokens;
+    int64_t        n_exact = artifact->quantizer.sink_tokens + artifact->quantizer.recent_tokens;
+    if (n_exact > n_tokens) n_exact = n_tokens;
     for (int64_t layer = 0; layer < artifact->model.n_layers; layer++) {
-        add_tensor(&size, &artifact->layers[layer].k, d, artifact->quantizer.n_side_k, n_tokens, n_sinks);
-        add_tensor(&size, &artifact->layers[layer].v, d, artifact->quantizer.n_side_v, n_tokens, n_sinks);
+        add_tensor(&size, &artifact->layers[layer].k, d, artifact->quantizer.n_side_k, n_tokens, n_exact);
+        add_tensor(&size, &artifact->layers[layer].v, d, artifact->quantizer.n_side_v, n_tokens, n_exact);
     }
     return size;
 }
 
 double kvq_cache_bits_per_element(kvq_cache_size size) {
-    int64_t bytes = size.row_bytes + size.sink_bytes + size.tables_bytes;
+    int64_t bytes = size.row_bytes + size.exact_bytes + size.tables_bytes;
     return size.n_elements > 0 ? 8.0 * (double)bytes / (double)size.n_elements : 0;
 }

@@ -7,7 +7,8 @@
 //     best(m, j) = min over i of best(m-1, i) + cost(i, j)        best m runs of the first j points
 //
 // (Wang and Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011). The best i never falls as j grows, because cost is concave
-// Monge, so finding it for the middle j first bounds the search on both sides: O(n log n) per m instead of O(n^2).
+// Monge, so finding it for the middle j first bounds the search on both sides: O(n log n) per m instead of O(n^2). Nor
+// does it fall as m grows, which bounds the search from below once more.
 //
 // Costs come from prefix sums of w, w y and w y^2 with y = x - the weighted mean. Weights span many decades, and beside
 // a point of weight 10^15 a plain prefix sum would lose the others, so each sum is kept as an unevaluated pair of
@@ -17,6 +18,7 @@
 
 #include "codebook_impl.h"
 
+#define SHORT_SCAN 12 // up to as many candidates, the usual case with many levels, a plain loop is faster
 #define SCAN_CHUNK 64 // candidates whose costs are computed together, so that the compiler can vectorise them
 
 // ---------------------------------------------------------------- the sample
@@ -153,16 +155,30 @@ static void take_positions(const sample *s, int k, double *levels) {
 
 // One step of the dynamic programme, from m - 1 runs to m.
 typedef struct step {
-    const sample *s;
-    const double *previous; // [n + 1] best(m - 1, .)
-    double       *current;  // [n + 1] best(m, .)
-    int32_t      *split;    // [n + 1] start of the last run
+    const sample  *s;
+    const double  *previous; // [n + 1] best(m - 1, .)
+    double        *current;  // [n + 1] best(m, .)
+    int32_t       *split;    // [n + 1] start of the last run
+    const int32_t *lowest;   // [n + 1] the same of the step before, NULL = none
 } step;
 
 // The best start of a last run that ends before j, among i_first .. i_last; the lowest on a tie.
+static int64_t cheapest_of_few(const step *t, int64_t j, int64_t i_first, int64_t i_last, double *cost) {
+    double  least = HUGE_VAL;
+    int64_t best = i_first;
+    for (int64_t i = i_first; i <= i_last; i++) {
+        double candidate = t->previous[i] + run_cost(t->s, i, j);
+        best = candidate < least ? i : best;
+        least = candidate < least ? candidate : least;
+    }
+    *cost = least;
+    return best;
+}
+
 static int64_t cheapest_start(const step *t, int64_t j, int64_t i_first, int64_t i_last, double *cost) {
     double  costs[SCAN_CHUNK];
     int64_t best = i_first;
+    if (i_last - i_first < SHORT_SCAN) return cheapest_of_few(t, j, i_first, i_last, cost);
     *cost = HUGE_VAL;
     for (int64_t first = i_first; first <= i_last; first += SCAN_CHUNK) {
         int64_t n = i_last - first + 1 < SCAN_CHUNK ? i_last - first + 1 : SCAN_CHUNK;
@@ -181,8 +197,9 @@ static int64_t cheapest_start(const step *t, int64_t j, int64_t i_first, int64_t
 // Recursion on the left half and iteration on the right one: the depth is log2 n.
 static void fill(const step *t, int64_t j_first, int64_t j_last, int64_t i_first, int64_t i_last) {
     while (j_first <= j_last) {
-        int64_t j = j_first + (j_last - j_first) / 2;
-        int64_t i = cheapest_start(t, j, i_first, i_last < j - 1 ? i_last : j - 1, &t->current[j]);
+        int64_t j = j_first + (j_last - j_first) / 2, lowest = t->lowest != NULL ? t->lowest[j] : 0;
+        int64_t i =
+            cheapest_start(t, j, i_first > lowest ? i_first : lowest, i_last < j - 1 ? i_last : j - 1, &t->current[j]);
         t->split[j] = (int32_t)i;
         fill(t, j_first, j - 1, i_first, i);
         j_first = j + 1;
@@ -195,7 +212,8 @@ static void cut(const sample *s, int k, double *costs, int32_t *splits, double *
     double *previous = costs, *current = costs + (s->n + 1);
     for (int64_t j = 1; j <= s->n; j++) previous[j] = run_cost(s, 0, j);
     for (int m = 2; m <= k; m++) { // the first m-1 points cannot be m runs, the last k-m are needed by later runs
-        step t = {s, previous, current, splits + (m - 2) * (s->n + 1)};
+        int32_t *split = splits + (m - 2) * (s->n + 1);
+        step     t = {s, previous, current, split, m > 2 ? split - (s->n + 1) : NULL};
         fill(&t, m == k ? s->n : m, s->n - (k - m), m - 1, s->n - 1);
         current = previous;
         previous = t.current;

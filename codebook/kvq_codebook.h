@@ -6,14 +6,16 @@
 //
 // How is a codebook made?  Elements are normalised to [-1, 1] (per channel for K with fixed thresholds, per token for
 // V),
-//   elements kept apart as outliers and the sink tokens left out, the rest counted into 2^16 bins with their weights,
-//   and the levels are the exact optimum of weighted squared error over the bins.
+//   elements kept apart as outliers and the sink tokens left out, the rest counted into KVQ_HISTOGRAM_BINS bins with
+//   their weights, and the levels are the exact optimum of weighted squared error over the bins.
 // Which weights?  Fisher information times the squared range (KVQuant, arXiv 2401.18079, Eq. 7): the squared gradient
 // of
 //   the loss with respect to the element, because an error in normalised units is r times larger in real ones.
 // How many samples?  The effective sample size says: (sum w)^2 / sum w^2. Fewer than some hundreds per level is noise.
 // Why a histogram?  Adding into bins is associative in fixed point: any order, thread or process count gives the same
 //   bytes, and the fit costs the same for ten thousand and for a billion elements. What binning can hide is bounded.
+// Why per KV head, when a layer has one table?  Histograms add, so one measurement serves tables of either kind; a
+//   fit for a layer adds those of its heads.
 #ifndef KVQ_CODEBOOK_H
 #define KVQ_CODEBOOK_H
 
@@ -39,7 +41,13 @@ float             kvq_quantile_interpolate(float low, float high, double fractio
 // n_keep largest values. All that exact thresholds need, in one pass and a fraction of the data's memory; the ends of
 // parts (threads, processes, shards) merge into the ends of the whole.
 typedef struct kvq_tails kvq_tails;
-int64_t    kvq_tails_needed(double fraction, int64_t n_rows); // values per end for thresholds over n_rows rows
+// What a threshold is a quantile of: each channel by itself, or all of K together ("per-vector" and "per-matrix" in
+// KVQuant, table 12).
+typedef enum kvq_scope { KVQ_SCOPE_CHANNEL, KVQ_SCOPE_MATRIX } kvq_scope;
+extern const char *const kvq_scope_names[]; // "channel", "matrix", NULL at the end
+// Values per end for thresholds over n_rows rows. Those of a matrix may all come from a few channels, so they need
+// more: up to all rows.
+int64_t    kvq_tails_needed(double fraction, kvq_scope scope, int64_t n_columns, int64_t n_rows);
 int64_t    kvq_tails_bytes(int64_t n_columns, int64_t n_keep);
 kvq_status kvq_tails_create(const kvq_context *ctx, int64_t n_columns, int64_t n_keep, kvq_tails **out, kvq_error *err);
 void       kvq_tails_destroy(const kvq_context *ctx, kvq_tails **tails);
@@ -53,69 +61,143 @@ void    kvq_tails_pack(const kvq_context *ctx, kvq_tails *tails, float *out);
 // Adds n_rows rows of which only the packed ends [n_columns, 2, min(n_keep, n_rows)] are known.
 kvq_status kvq_tails_merge(const kvq_context *ctx, kvq_tails *tails, const float *packed, int64_t n_rows,
                            kvq_error *err);
-// Per-channel K thresholds of a two-sided outlier fraction in [0, 1) (0: minimum and maximum) over all rows, which are
-// the layer's K without sink rows. lower, upper: [n_columns].
-kvq_status kvq_tails_thresholds(const kvq_context *ctx, kvq_tails *tails, double fraction, float *lower, float *upper,
-                                kvq_error *err);
+// K thresholds of a two-sided outlier fraction in [0, 1) (0: minimum and maximum) over all rows. lower, upper:
+// [n_columns]. Scope matrix: a channel's thresholds are its smallest and largest value between the two quantiles of all
+// values; a channel without a value between them keeps its own minimum and maximum.
+kvq_status kvq_tails_thresholds(const kvq_context *ctx, kvq_tails *tails, double fraction, kvq_scope scope,
+                                float *lower, float *upper, kvq_error *err);
 
 // Middle and half width of a range in f32: z = (u + l) / 2, r = (u - l) / 2.
 static inline float kvq_range_middle(float lower, float upper) { return (upper + lower) / 2.0f; }
 static inline float kvq_range_half(float lower, float upper) { return (upper - lower) / 2.0f; }
 
+// ---------------------------------------------------------------- weights
+
+// Element weights of a fit. Fisher information is the squared gradient g^2; r is the half range of the element's
+// channel or token, and turns an error in normalised units into one in the tensor's.
+typedef enum kvq_weighting {
+    KVQ_WEIGHT_NONE,          // 1
+    KVQ_WEIGHT_FISHER,        // g^2: what the public code of KVQuant does
+    KVQ_WEIGHT_FISHER_SCALED, // g^2 r^2: Eq. 7 of the paper
+    KVQ_WEIGHT_RANGE,         // r^2: plain squared error in the tensor's own units
+    KVQ_N_WEIGHTINGS
+} kvq_weighting;
+extern const char *const kvq_weighting_names[]; // "none", "fisher", "fisher-scaled", "range", NULL at the end
+static inline bool       kvq_weighting_needs_gradients(kvq_weighting w) {
+          return w == KVQ_WEIGHT_FISHER || w == KVQ_WEIGHT_FISHER_SCALED;
+}
+
+// A set of weightings, as bits 1 << weighting. `none` and `range` are always counted: the error reports need them.
+typedef unsigned kvq_weighting_set;
+#define KVQ_WEIGHTINGS_BASIC (1u << KVQ_WEIGHT_NONE | 1u << KVQ_WEIGHT_RANGE)
+#define KVQ_WEIGHTINGS_ALL   ((1u << KVQ_N_WEIGHTINGS) - 1u)
+static inline bool kvq_weightings_have(kvq_weighting_set set, kvq_weighting w) { return (set >> w & 1u) != 0; }
+static inline bool kvq_weightings_need_gradients(kvq_weighting_set set) {
+    return kvq_weightings_have(set, KVQ_WEIGHT_FISHER) || kvq_weightings_have(set, KVQ_WEIGHT_FISHER_SCALED);
+}
+
 // ---------------------------------------------------------------- weighted histogram
 
-#define KVQ_HISTOGRAM_BINS 65536 // over [-1, 1]; what lies outside is clipped to the end bins' edges
+#define KVQ_HISTOGRAM_BINS 8192 // over [-1, 1]; what lies outside is clipped to the edges of the end bins
 
 typedef struct kvq_bin {
     kvq_fixed w, wx; // sum of weights, sum of weight * normalised value
-    kvq_fixed x;     // sum of normalised values
-    int64_t   n;
 } kvq_bin;
 
+// The sums of one weighting.
+typedef struct kvq_weight_sums {
+    kvq_bin  *bins;     // [KVQ_HISTOGRAM_BINS], NULL = not counted
+    kvq_fixed wxx;      // sum of weight * normalised value^2
+    kvq_fixed w2_large; // sum of w^2 over weights of 2^-27 and more, and ...
+    kvq_fixed w2_small; // ... of w^2 * 2^45 over smaller ones: Fisher weights span many decades
+} kvq_weight_sums;
+
+// Elements by what became of them, and sums over elements in the tensor's units.
+typedef struct kvq_element_counts {
+    int64_t n_points;   // in the bins
+    int64_t n_outliers; // kept apart
+    int64_t n_constant; // of a constant channel or token, which decode exactly
+    int64_t n_clipped;  // of the points of ranges per channel: outliers for which no slot of their side was left
+} kvq_element_counts;
+
+// The elements of one KV head of one tensor at one outlier fraction.
 typedef struct kvq_histogram {
-    kvq_bin  *bins;       // [KVQ_HISTOGRAM_BINS]
-    kvq_fixed w2_large;   // sum of w^2 over weights of 2^-27 and more, and ...
-    kvq_fixed w2_small;   // ... of w^2 * 2^45 over smaller ones: Fisher weights span many decades
-    int64_t   n_outliers; // elements kept apart
-    int64_t   n_constant; // elements of a constant channel or token, which decode exactly
+    kvq_weight_sums    by[KVQ_N_WEIGHTINGS];
+    kvq_element_counts counts;
+    kvq_fixed          energy;         // sum of x^2 of all elements
+    kvq_fixed          beyond[2];      // sum of r^2 (|x'| - 1) of elements beyond [-1, 1] below and above, and ...
+    kvq_fixed          beyond_squared; // ... of r^2 (|x'| - 1)^2: what clipping adds to squared errors
 } kvq_histogram;
 
-kvq_status kvq_histogram_create(const kvq_context *ctx, kvq_histogram **out, kvq_error *err);
+kvq_status kvq_histogram_create(const kvq_context *ctx, kvq_weighting_set weightings, kvq_histogram **out,
+                                kvq_error *err);
 void       kvq_histogram_destroy(const kvq_context *ctx, kvq_histogram **h);
-void       kvq_histogram_add(kvq_histogram *h, float x, double weight); // x clipped to [-1, 1]; 0 <= weight < 2^15
-void       kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from);
+int64_t    kvq_histogram_bytes(kvq_weighting_set weightings);
 void       kvq_histogram_clear(kvq_histogram *h);
+// Both count the same weightings.
+void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from);
+// Elements x [n], clipped to [-1, 1], with weights[w] [n] of each weighting w that is counted, 0 <= weight < 2^15, or
+// NULL for 1 each.
+void kvq_histogram_add(kvq_histogram *h, const float *x, const double *const weights[KVQ_N_WEIGHTINGS], int64_t n);
 // The occupied bins and all sums as bytes, to be saved or sent and merged elsewhere. KVQ_ERR_INTEGRITY when merged
-// bytes are not what pack gives; h may then hold a part of them.
+// bytes are not what pack gives for the same weightings; h may then hold a part of them.
 int64_t    kvq_histogram_packed_bytes(const kvq_histogram *h);
 void       kvq_histogram_pack(const kvq_histogram *h, uint8_t *out);
 kvq_status kvq_histogram_merge_packed(kvq_histogram *into, const uint8_t *packed, int64_t bytes, kvq_error *err);
-double     kvq_histogram_effective_samples(const kvq_histogram *h); // (sum w)^2 / sum w^2; 0 when all weights are 0
 
-// Counts the rows x [n_rows, d] of one tensor by the decoder's own rule (kvq_block_hd.h): outliers apart, the rest
-// normalised. Element weight: weights[row, c] * r^2 (r of the channel for K, of the token for V), or weights alone when
-// range_squared is false; weights NULL = 1. spec->z, r NULL means the V rule. Rows below n_skip are sinks and left out.
-// KVQ_ERR_NUMERICAL, naming row and channel, for a non-finite element or weight, a negative weight, or one outside the
-// range of the fixed-point sums; h then holds a part of the rows. Allocates nothing, so it may be called in parallel
-// loops.
-typedef struct kvq_count_options {
-    bool    range_squared;
-    int64_t n_skip;
-} kvq_count_options;
-kvq_status kvq_histogram_count_rows(kvq_histogram *h, const kvq_block_spec *spec, const float *x, const float *weights,
-                                    int64_t n_rows, kvq_count_options options, kvq_error *err);
+// How the range of a token is found while counting (spec->r NULL). The decoder's rule is `extremes`; `percentiles`,
+// what the public code of KVQuant calibrates with and does not decode by, exists for comparison.
+typedef enum kvq_token_range { KVQ_RANGE_EXTREMES, KVQ_RANGE_PERCENTILES } kvq_token_range;
+extern const char *const kvq_token_range_names[]; // "extremes", "percentiles", NULL at the end
 
-// The same for several tensors with the same rows, on all threads of ctx: histograms [n_threads, n_tensors], each
-// thread counts into its own. Errors name tensor and position. Which thread counts what leaves no trace once
-// kvq_histograms_gather has added all of them to the first n_tensors and cleared the others.
+// One tensor over the rows of one window: counted by the decoder's own rule (kvq_block_hd.h), outliers apart, the rest
+// normalised. Each KV head has a histogram of its own.
 typedef struct kvq_count_tensor {
-    const char           *name; // "K"
-    const kvq_block_spec *spec;
-    const float          *x, *weights; // [n_rows, spec->d]; weights NULL = 1
+    const char           *name;      // "K"
+    const kvq_block_spec *spec;      // levels are not used
+    const float          *x;         // [n_rows, spec->d]
+    const float          *gradients; // [n_rows, spec->d] squared; NULL = none
+    kvq_histogram       **heads;     // [n_heads], n_heads divides spec->d
 } kvq_count_tensor;
-kvq_status kvq_histograms_count(const kvq_context *ctx, kvq_histogram **histograms, const kvq_count_tensor *tensors,
-                                int n_tensors, int64_t n_rows, kvq_count_options options, kvq_error *err);
-void       kvq_histograms_gather(kvq_histogram **histograms, int n_threads, int n_tensors);
+typedef struct kvq_count_options {
+    int             n_heads;
+    int64_t         n_skip; // first rows, which are left out: sink tokens
+    kvq_token_range token_range;
+    double          fraction; // of the percentiles
+} kvq_count_options;
+// On all threads of ctx; each histogram is filled by one of them, so the count of threads leaves no trace. scratch:
+// kvq_count_scratch_floats for every tensor, one behind the other. KVQ_ERR_NUMERICAL, naming tensor, row and channel,
+// for a non-finite element, a squared gradient that is negative, not finite, or beyond the range of the sums, or the
+// range of a token beyond f16; the histograms then hold a part of the rows. KVQ_ERR_USAGE when the outliers leave
+// nothing of a row.
+int64_t    kvq_count_scratch_floats(int64_t n_rows, int64_t d);
+kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensors, int n_tensors, int64_t n_rows,
+                          kvq_count_options options, float *scratch, kvq_error *err);
+
+// ---------------------------------------------------------------- distributions
+
+// What a fit needs of a histogram, in the precision in which it is stored: a fit from a file and a fit right after
+// counting see the same numbers.
+typedef struct kvq_weighted_bins {
+    float *w, *x; // [KVQ_HISTOGRAM_BINS] weight, and weighted mean of the normalised values; NULL = not counted
+} kvq_weighted_bins;
+typedef struct kvq_distribution_sums {        // doubles only, so that an array of them is one of doubles
+    double energy, beyond[2], beyond_squared; // as in kvq_histogram
+    double scatter[KVQ_N_WEIGHTINGS];         // sum of w (x' - mean of its bin)^2
+    double w2[KVQ_N_WEIGHTINGS];              // sum of w^2
+} kvq_distribution_sums;
+typedef struct kvq_distribution {
+    kvq_weighted_bins      by[KVQ_N_WEIGHTINGS];
+    kvq_element_counts    *counts;
+    kvq_distribution_sums *sums;
+} kvq_distribution;
+// Of n KV heads: arrays of all heads lie behind each other. Free with kvq_distributions_free, which takes NULL.
+kvq_status kvq_distributions_create(const kvq_context *ctx, kvq_weighting_set weightings, int n, kvq_distribution **out,
+                                    kvq_error *err);
+void       kvq_distributions_free(const kvq_context *ctx, kvq_distribution **distributions);
+// Fills one of them from a histogram of the same weightings. KVQ_ERR_NUMERICAL when a sum left the range of fixed
+// point.
+kvq_status kvq_distribution_take(const kvq_histogram *h, kvq_distribution *out, kvq_error *err);
 
 // ---------------------------------------------------------------- exact k-means
 
@@ -137,35 +219,71 @@ kvq_status kvq_kmeans_exact(const kvq_context *ctx, const kvq_weighted_point *po
 kvq_status kvq_kmeans_lloyd(const kvq_context *ctx, const kvq_weighted_point *points, int64_t n, int k, uint64_t seed,
                             int n_starts, int max_rounds, double *levels, double *cost, kvq_error *err);
 
+// ---------------------------------------------------------------- datatypes
+
+typedef enum kvq_datatype {
+    KVQ_NUQ,         // levels fitted by weighted k-means
+    KVQ_NF,          // NormalFloat: fixed quantiles of a normal distribution (method of QLoRA, both halves scaled to 1)
+    KVQ_INT,         // evenly spaced levels from end to end: integers with a real-valued zero point
+    KVQ_INT_CLAMPED, // the same, moved so that one level is 0: integers with an integer zero point in range
+    KVQ_N_DATATYPES
+} kvq_datatype;
+extern const char *const kvq_datatype_names[]; // "nuq", "nf", "int", "int-clamped", NULL at the end
+// The levels of a datatype that needs no fit, ascending [2^bits] from -1 to 1. KVQ_ERR_USAGE for nuq and for other
+// widths than 1 .. KVQ_MAX_BITS.
+kvq_status kvq_fixed_levels(kvq_datatype datatype, int bits, float *levels, kvq_error *err);
+
 // ---------------------------------------------------------------- the artifact in memory
 
 typedef enum kvq_axis { KVQ_AXIS_CHANNEL, KVQ_AXIS_TOKEN } kvq_axis;
+extern const char *const kvq_axis_names[]; // "channel", "token", NULL at the end
 
-// Element weights of the fit.
-typedef enum kvq_weighting { KVQ_WEIGHT_NONE, KVQ_WEIGHT_FISHER, KVQ_WEIGHT_FISHER_SCALED } kvq_weighting;
-extern const char *const kvq_weighting_names[]; // in the order of the enumeration, NULL at the end
-const char              *kvq_weighting_name(kvq_weighting weighting); // "none", "fisher", "fisher-scaled"
-bool                     kvq_weighting_parse(const char *name, kvq_weighting *out);
+// Which keys are stored: as they enter the rotary embedding, or as they leave it.
+typedef enum kvq_key_domain { KVQ_KEYS_PRE_ROPE, KVQ_KEYS_POST_ROPE } kvq_key_domain;
+extern const char *const kvq_key_domain_names[]; // "pre_rope", "post_rope", NULL at the end
 
+// The fit, over the calibration windows. Errors are of elements that are coded: neither outliers nor sinks.
 typedef struct kvq_fit_report {
-    int64_t n_points, n_outliers, n_constant;
-    double  weight_sum, effective_samples;
-    double  objective;     // weighted mean squared error in normalised units, over the bins
-    double  binning_bound; // the true optimum is at most this much below `objective`
+    int64_t n_points, n_outliers, n_constant, n_clipped;
+    double  weight_sum, effective_samples; // (sum w)^2 / sum w^2 of the fit's weighting; 0 when all weights are 0
+    double  objective;                     // weighted mean squared error in normalised units of the levels as stored
+    double  binning_bound;                 // the true optimum is at most this much below `objective`
+    double  lloyd_objective; // what k-means++ and Lloyd's iteration reach on the same bins; 0 = not asked for
+    // 0 = not known for int-clamped, whose levels differ from channel to channel or token to token:
+    double normalised_mse; // unweighted, normalised units, of what codes decode to
+    double mse;            // unweighted, in the tensor's units, clipping included
+    double energy;         // mean square of all elements in the tensor's units
+    double entropy_bits;   // of the codes: what an ideal entropy coder would need per element
 } kvq_fit_report;
+double kvq_fit_nmse(const kvq_fit_report *fit);    // mse / energy; 0 when energy is 0
+double kvq_fit_sqnr_db(const kvq_fit_report *fit); // -10 log10 of it; infinite without error
 
-// One tensor (K or V) of one layer. Which fields are set depends on the axis: K has thresholds per channel, V has none.
+// Errors on held-out windows, through the codec.
+typedef struct kvq_heldout_report {
+    int64_t n_tokens; // 0 = not measured
+    double  nmse;     // of all elements but sinks: sum (x - decoded)^2 / sum x^2
+    double  clipped_share, outlier_share;
+    double  attention_error; // |o - o'| / |o| over the outputs of all heads when this tensor alone is quantised
+} kvq_heldout_report;
+
+// One tensor (K or V) of one layer. Which fields are set depends on the axis: ranges per channel are thresholds, ranges
+// per token are found by the codec.
 typedef struct kvq_tensor_quant {
-    int      bits;
-    kvq_axis axis;
-    int      n_groups, n_levels, dim; // codebook [n_groups, n_levels, dim]; 1, 2^bits, 1 for one scalar table per layer
-    float   *codebook;                // ascending within a group
-    float   *lower, *upper;           // [Hkv, D] or NULL
-    kvq_fit_report fit;
+    int                bits;
+    kvq_datatype       datatype;
+    kvq_axis           axis;
+    kvq_key_domain     domain;                  // of K
+    int                n_groups, n_levels, dim; // codebook [n_groups, n_levels, dim]; groups: 1, or one per KV head
+    float             *codebook;                // ascending within a group
+    float             *decode_levels; // [n_groups, n_levels] with Q-Norm, else NULL: codes decode to the codebook
+    float             *lower, *upper; // [Hkv, D] or NULL
+    kvq_fit_report     fit;
+    kvq_heldout_report heldout;
 } kvq_tensor_quant;
 
 typedef struct kvq_layer_quant {
     kvq_tensor_quant k, v;
+    double           attention_error; // held out, both tensors quantised
 } kvq_layer_quant;
 
 // Text fields are owned, never NULL after kvq_artifact_create ("" = not known).
@@ -194,9 +312,12 @@ typedef struct kvq_artifact {
     struct {
         double        outlier_fraction; // two-sided
         int           n_side_k, n_side_v;
-        int64_t       sink_tokens;
+        int64_t       sink_tokens;   // first tokens of a sequence, kept in f16
+        int64_t       recent_tokens; // last tokens, kept in f16 until they leave this window
         kvq_weighting weighting;
-        char         *scheme; // "nuq"
+        kvq_scope     threshold_scope;
+        bool          sinks_counted; // thresholds were taken over sink tokens too
+        char         *scheme;        // "nuq": tables of levels of one width per tensor, outliers apart
     } quantizer;
     struct {
         char *producer_version, *matmul, *cpu, *options_json; // options_json: every option as resolved
@@ -211,23 +332,120 @@ void       kvq_artifact_destroy(const kvq_context *ctx, kvq_artifact **artifact)
 // Replaces an owned text field.
 kvq_status kvq_artifact_set_text(const kvq_context *ctx, char **field, const char *value, kvq_error *err);
 
-// Views of an artifact tensor as the codec wants it. z and r [Hkv * D] of K are computed from the thresholds into
-// `storage` (caller's, 2 * d floats); for V storage may be NULL.
+// Views of an artifact tensor as the codec wants it. What belongs to channels is computed from the thresholds into
+// `storage` (caller's, 3 * d floats); where ranges are found per token storage may be NULL.
 kvq_block_spec kvq_tensor_block_spec(const kvq_tensor_quant *tensor, int d, int n_side, float *storage);
+
+// ---------------------------------------------------------------- measurements
+
+#define KVQ_MAX_FRACTIONS 8
+
+// What is measured of a model, once; many fits can follow.
+typedef struct kvq_measure_options {
+    int    n_fractions;
+    double fractions[KVQ_MAX_FRACTIONS]; // outlier fractions, ascending, two-sided: normalisation depends on it
+    kvq_weighting_set weightings;        // includes KVQ_WEIGHTINGS_BASIC
+    int64_t           sink_tokens;       // left out of the fit
+    bool              count_sinks;       // but not out of the thresholds
+    kvq_axis          k_axis;
+    kvq_key_domain    k_domain;
+    kvq_scope         threshold_scope;
+    bool              half_thresholds; // thresholds are rounded to f16, as in the public code
+    int64_t           k_slots; // outliers of K per side and token; 0 = kvq_block_n_side, -1 = as many as there can be
+    kvq_token_range   token_range; // of V (and of K per token)
+    bool              moments;     // second moments of Q, K and V; of keys before RoPE only
+} kvq_measure_options;
+int kvq_measured_k_side(const kvq_measure_options *options, double fraction, int d); // outliers of K per side
+int kvq_measured_v_side(double fraction, int d);
+// Index of a fraction, -1 when it was not measured.
+int kvq_measured_fraction(const kvq_measure_options *options, double fraction);
+
+// How a table is fitted.
+typedef struct kvq_fit_options {
+    double        outlier_fraction; // one of those measured
+    int           k_bits, v_bits;   // 2, 3, 4, 5 or 8
+    kvq_datatype  k_datatype, v_datatype;
+    kvq_weighting weighting; // of nuq; one of those measured
+    bool          per_head;  // a table for each KV head instead of one for the layer
+    bool          q_norm;    // codes decode to levels with the mean and deviation of the data (KVQuant v1, section 3.4)
+    bool          compare_lloyd;
+    int64_t       recent_tokens;
+} kvq_fit_options;
+
+typedef struct kvq_measured_tensor {
+    float            *lower, *upper; // [d] thresholds, NULL where ranges are found per token
+    kvq_distribution *heads;         // [n_kv_heads]
+} kvq_measured_tensor;
+
+// Second moments, uncentred: mean over tokens (sinks left out) of x x^T of each head.
+typedef struct kvq_moments {
+    double *q, *k, *v; // [H, D, D], [Hkv, D, D], [Hkv, D, D]; Q and K before RoPE
+} kvq_moments;
+
+// All that was measured of one layer. Arrays [n_fractions].
+typedef struct kvq_measured_layer {
+    int                  n_fractions, n_heads, n_kv_heads, head_dim;
+    kvq_weighting_set    weightings;
+    kvq_measured_tensor *k, *v;
+    kvq_moments          moments; // NULL unless measured
+} kvq_measured_layer;
+kvq_status kvq_measured_layer_create(const kvq_context *ctx, const kvq_measure_options *options, int n_heads,
+                                     int n_kv_heads, int head_dim, kvq_measured_layer **out, kvq_error *err);
+void       kvq_measured_layer_destroy(const kvq_context *ctx, kvq_measured_layer **layer);
+// Every array of a layer with its name and extent, in a fixed order; what files and saved states are made of. Scalars
+// come as arrays of one element.
+typedef enum kvq_part_type { KVQ_PART_I64, KVQ_PART_F32, KVQ_PART_F64 } kvq_part_type;
+typedef struct kvq_measured_part {
+    char          name[64]; // "k/0/weight_fisher": fraction 0; unique in a layer
+    kvq_part_type type;
+    int           n_dims;
+    int64_t       dims[3];
+    void         *data;
+} kvq_measured_part;
+int kvq_measured_layer_parts(const kvq_measured_layer *layer, int index, kvq_measured_part *out); // 0 behind the last
+
+// Adds the mean over rows of x x^T of every head to sums [n_heads, D, D], of which the triangle i >= j is used.
+// x [n_rows, n_heads * D]; scratch: kvq_moments_scratch_doubles. Sums of other windows merge element by element. At the
+// end moments [n_heads, D, D] = sums / n_windows, both triangles; KVQ_ERR_NUMERICAL when squares left the range of the
+// sums, which ends at 2^51.
+int64_t kvq_moments_scratch_doubles(int n_heads, int head_dim);
+void kvq_moments_add(const kvq_context *ctx, const float *x, int64_t n_rows, int n_heads, int head_dim, kvq_fixed *sums,
+                     double *scratch);
+void kvq_moments_merge(kvq_fixed *sum, kvq_fixed x, bool diagonal);
+kvq_status kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_heads, int head_dim, double *moments,
+                              kvq_error *err);
+
+// Eigenvalues of second moments [n_heads, D, D], descending [n_heads, D], by LAPACK's dsyevd; eigenvectors (NULL = not
+// wanted) [n_heads, D, D], row i belongs to value i, signs made unique: the component of largest magnitude is positive
+// (the first of them on a tie). KVQ_ERR_NUMERICAL when a moment is not finite or it does not converge.
+kvq_status kvq_spectrum(const kvq_context *ctx, const double *moments, int n_heads, int head_dim, double *values,
+                        double *vectors, kvq_error *err);
+// exp of the entropy of the normalised eigenvalues (Roy and Vetterli 2007): 1 .. n; negative ones count as 0; 0 when
+// all are.
+double kvq_effective_rank(const double *values, int n);
 
 // ---------------------------------------------------------------- fit
 
-// Levels of one histogram: 2^bits ascending f32 values into codebook, and the report.
-kvq_status kvq_fit_histogram(const kvq_context *ctx, const kvq_histogram *h, int bits, float *codebook,
-                             kvq_fit_report *report, kvq_error *err);
+// The levels of one table from the elements of `parts` together, in the order given.
+kvq_status kvq_fit_table(const kvq_context *ctx, const kvq_distribution *parts, int n_parts, kvq_datatype datatype,
+                         int bits, const kvq_fit_options *options, float *levels, float *decode_levels,
+                         kvq_fit_report *report, kvq_error *err);
+
+// Settings and empty tensors of an artifact whose model shape is known.
+void kvq_artifact_describe_quantizer(kvq_artifact *artifact, const kvq_measure_options *measure,
+                                     const kvq_fit_options *fit);
+// Codebooks, thresholds and reports of one layer of such an artifact. KVQ_ERR_NUMERICAL, naming layer and tensor, when
+// a weighted fit has no weight at all; a warning when the weights are worth fewer samples than there are levels.
+kvq_status kvq_fit_layer(const kvq_context *ctx, const kvq_measured_layer *measured, const kvq_measure_options *measure,
+                         const kvq_fit_options *fit, kvq_artifact *artifact, int64_t layer, kvq_error *err);
 
 // ---------------------------------------------------------------- bit accounting
 
-// Every byte a cache of n_tokens tokens of one sequence needs: packed rows, sink tokens in f16, thresholds (f32) and
-// codebooks (f32). `tables_bytes` is the part that does not grow with tokens and is shared by all sequences.
+// Every byte a cache of n_tokens tokens of one sequence needs: packed rows, sink and recent tokens in f16, thresholds
+// (f32) and tables (f32). `tables_bytes` is the part that does not grow with tokens and is shared by all sequences.
 typedef struct kvq_cache_size {
-    int64_t n_elements; // K and V elements of all layers
-    int64_t row_bytes, sink_bytes, tables_bytes;
+    int64_t n_elements;                           // K and V elements of all layers
+    int64_t row_bytes, exact_bytes, tables_bytes; // exact: sink and recent tokens
 } kvq_cache_size;
 kvq_cache_size kvq_artifact_cache_size(const kvq_artifact *artifact, int64_t n_tokens);
 double         kvq_cache_bits_per_element(kvq_cache_size size); // all bytes * 8 / elements

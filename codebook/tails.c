@@ -53,9 +53,10 @@ float kvq_quantile_interpolate(float low, float high, double fraction) {
     return (float)((double)low + fraction * ((double)high - (double)low));
 }
 
-int64_t kvq_tails_needed(double fraction, int64_t n_rows) {
-    int64_t low = kvq_quantile_position(fraction / 2, n_rows).rank + 2;
-    int64_t high = n_rows - kvq_quantile_position(1 - fraction / 2, n_rows).rank;
+int64_t kvq_tails_needed(double fraction, kvq_scope scope, int64_t n_columns, int64_t n_rows) {
+    int64_t n = scope == KVQ_SCOPE_MATRIX ? n_rows * n_columns : n_rows;
+    int64_t low = kvq_quantile_position(fraction / 2, n).rank + 2;
+    int64_t high = n - kvq_quantile_position(1 - fraction / 2, n).rank;
     int64_t needed = low > high ? low : high;
     return needed < n_rows ? needed : n_rows;
 }
@@ -213,33 +214,94 @@ kvq_status kvq_tails_merge(const kvq_context *ctx, kvq_tails *t, const float *pa
 
 // ---------------------------------------------------------------- thresholds
 
-kvq_status kvq_tails_thresholds(const kvq_context *ctx, kvq_tails *t, double fraction, float *lower, float *upper,
-                                kvq_error *err) {
-    int64_t    n = t->n_rows, width = kvq_tails_width(t);
-    float     *ends = NULL;
-    kvq_status status = check_fraction(fraction, err);
-    if (status != KVQ_OK) return status;
-    if (n < 1) {
+const char *const kvq_scope_names[] = {"channel", "matrix", NULL};
+
+// Where in the sorted values the two quantiles lie: ranks counted from the smallest, and from the largest.
+typedef struct quantile_pair {
+    int64_t low, low_next, high, high_next;
+    double  low_fraction, high_fraction;
+} quantile_pair;
+
+static quantile_pair quantiles_of(double fraction, int64_t n) {
+    kvq_quantile_rank low = kvq_quantile_position(fraction / 2, n), high = kvq_quantile_position(1 - fraction / 2, n);
+    int64_t           high_next = high.rank + 1 < n ? high.rank + 1 : n - 1;
+    return (quantile_pair){low.rank,          low.rank + 1 < n ? low.rank + 1 : n - 1,
+                           n - 1 - high.rank, n - 1 - high_next,
+                           low.fraction,      high.fraction};
+}
+
+// ends [n_columns, N_ENDS, width], as packed.
+static void by_channel(const kvq_tails *t, const float *ends, double fraction, float *lower, float *upper) {
+    int64_t       width = kvq_tails_width(t);
+    quantile_pair q = quantiles_of(fraction, t->n_rows);
+    for (int64_t c = 0; c < t->n_columns; c++) {
+        const float *smallest = ends + (c * N_ENDS + LOW) * width, *largest = ends + (c * N_ENDS + HIGH) * width;
+        lower[c] = kvq_quantile_interpolate(smallest[q.low], smallest[q.low_next], q.low_fraction);
+        upper[c] = kvq_quantile_interpolate(largest[q.high], largest[q.high_next], q.high_fraction);
+    }
+}
+
+static int by_value(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+// The values that all columns keep of one end, ascending: those at the end of the whole matrix are among them.
+static void sort_end(const kvq_tails *t, const float *ends, int end, float *sorted) {
+    int64_t width = kvq_tails_width(t);
+    for (int64_t c = 0; c < t->n_columns; c++)
+        memcpy(sorted + c * width, ends + (c * N_ENDS + end) * width, (size_t)width * sizeof *sorted);
+    qsort(sorted, (size_t)(t->n_columns * width), sizeof *sorted, by_value);
+}
+
+static void by_matrix(const kvq_tails *t, const float *ends, float *sorted, double fraction, float *lower,
+                      float *upper) {
+    int64_t       width = kvq_tails_width(t), last = t->n_columns * width - 1;
+    quantile_pair q = quantiles_of(fraction, t->n_rows * t->n_columns);
+    sort_end(t, ends, LOW, sorted);
+    float low = kvq_quantile_interpolate(sorted[q.low], sorted[q.low_next], q.low_fraction);
+    sort_end(t, ends, HIGH, sorted);
+    float high = kvq_quantile_interpolate(sorted[last - q.high], sorted[last - q.high_next], q.high_fraction);
+    for (int64_t c = 0; c < t->n_columns; c++) {
+        const float *smallest = ends + (c * N_ENDS + LOW) * width, *largest = ends + (c * N_ENDS + HIGH) * width;
+        int64_t      i = 0, j = 0;
+        while (i < width && smallest[i] < low) i++;
+        while (j < width && largest[j] > high) j++;
+        bool between = i < width && j < width && smallest[i] <= high && largest[j] >= low;
+        lower[c] = between ? smallest[i] : smallest[0];
+        upper[c] = between ? largest[j] : largest[0];
+    }
+}
+
+static kvq_status check_enough(const kvq_tails *t, double fraction, kvq_scope scope, kvq_error *err) {
+    int64_t needed = kvq_tails_needed(fraction, scope, t->n_columns, t->n_rows);
+    if (t->n_rows < 1) {
         return kvq_fail(err, KVQ_ERR_INPUT, "use more or longer windows, or fewer sink tokens",
                         "thresholds: no rows are left to take them from");
     }
-    if (kvq_tails_needed(fraction, n) > width) {
-        return kvq_fail(err, KVQ_ERR_INTERNAL, NULL,
-                        "thresholds: %lld values are kept at either end, but %lld rows with an outlier share of %g "
-                        "need %lld",
-                        (long long)width, (long long)n, fraction, (long long)kvq_tails_needed(fraction, n));
-    }
+    if (needed <= kvq_tails_width(t)) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_INTERNAL, NULL,
+                    "thresholds: %lld values are kept at either end, but %lld rows with an outlier share of %g need "
+                    "%lld",
+                    (long long)kvq_tails_width(t), (long long)t->n_rows, fraction, (long long)needed);
+}
+
+kvq_status kvq_tails_thresholds(const kvq_context *ctx, kvq_tails *t, double fraction, kvq_scope scope, float *lower,
+                                float *upper, kvq_error *err) {
+    int64_t    width = kvq_tails_width(t);
+    float     *ends = NULL, *sorted = NULL;
+    kvq_status status = check_fraction(fraction, err);
+    if (status == KVQ_OK) status = check_enough(t, fraction, scope, err);
+    if (status != KVQ_OK) return status;
     KVQ_TRY(KVQ_NEW(ctx, t->n_columns * N_ENDS * width, "extreme values", &ends, err));
+    if (scope == KVQ_SCOPE_MATRIX) KVQ_TRY(KVQ_NEW(ctx, t->n_columns * width, "extreme values", &sorted, err));
     kvq_tails_pack(ctx, t, ends);
-    kvq_quantile_rank low = kvq_quantile_position(fraction / 2, n), high = kvq_quantile_position(1 - fraction / 2, n);
-    int64_t           low_next = low.rank + 1 < n ? low.rank + 1 : n - 1;
-    int64_t           high_next = high.rank + 1 < n ? high.rank + 1 : n - 1;
-    for (int64_t c = 0; c < t->n_columns; c++) {
-        const float *smallest = ends + (c * N_ENDS + LOW) * width, *largest = ends + (c * N_ENDS + HIGH) * width;
-        lower[c] = kvq_quantile_interpolate(smallest[low.rank], smallest[low_next], low.fraction);
-        upper[c] = kvq_quantile_interpolate(largest[n - 1 - high.rank], largest[n - 1 - high_next], high.fraction);
-    }
+    if (scope == KVQ_SCOPE_MATRIX)
+        by_matrix(t, ends, sorted, fraction, lower, upper);
+    else
+        by_channel(t, ends, fraction, lower, upper);
 done:
+    kvq_free(ctx, sorted);
     kvq_free(ctx, ends);
     return status;
 }

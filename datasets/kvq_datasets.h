@@ -23,6 +23,8 @@ typedef struct kvq_windows {
     char     source[256];                   // file names, or "self"
     char     source_sha256[KVQ_SHA256_HEX]; // of the texts (kvq_windows_name); "" when self-generated
     char     ids_sha256[KVQ_SHA256_HEX];    // of ids as int32 little-endian
+    int64_t  n_heldout;                     // further windows of the same text that share no token with the others
+    int32_t *heldout_ids;                   // [n_heldout, S]
 } kvq_windows;
 void kvq_windows_free(const kvq_context *ctx, kvq_windows *windows);
 
@@ -69,6 +71,9 @@ typedef struct kvq_window_rule {
     bool     keep_documents; // no window holds tokens of two documents; those of fewer than M tokens are left out
     int32_t  joint[2];       // otherwise: ids that stand between two documents that are not empty, [n_joint]
     int      n_joint;
+    bool python_draw;  // drawn starts are random.Random(seed).randint(0, T - M - 1) of Python, T tokens in one joined
+                       // source, in ascending order; they may overlap. For comparison with the code of KVQuant
+    int64_t n_heldout; // of drawn windows: as many more, where the gaps between the others leave room
 } kvq_window_rule;
 
 // What a source had, as far as it was read, and what was taken from it.
@@ -96,6 +101,13 @@ typedef struct kvq_source_use {
 //                  window fits into its document is possible, and windows overlap
 // KVQ_ERR_INPUT when a source that windows are dealt to cannot fill one. Warnings say what was left out and what
 // overlaps. uses [n_sources] may be NULL.
+//
+// Held-out windows lie in the middle of the widest gaps between the others (the ends of the text are gaps too; the
+// earlier one on a tie, no gap holds two), of joined sources that give windows, none of which overlap; never beside a
+// python_draw. They stand in the order of sources and text, do not change which windows are drawn, and are read with
+// them. out->n_heldout says how many there was room for.
+//
+// KVQ_ERR_USAGE for a python_draw of several sources or of documents that are kept.
 kvq_status kvq_windows_draw(const kvq_context *ctx, const kvq_token_source *sources, const double *weights,
                             int n_sources, const kvq_window_rule *rule, kvq_source_use *uses, kvq_windows *out,
                             kvq_error *err);

@@ -7,13 +7,16 @@
 // source passes by, each batch is copied to where the windows that it reaches into want it. A document's extent is
 // known only at its end. Windows that began in it, but beyond its extent, then move on to the next document and are
 // written over. So nothing is kept but the windows themselves.
+#include <stdlib.h>
 #include <string.h>
 
 #include "kvq_datasets.h"
+#include "python_random.h"
 #include "windows_impl.h"
 
 void kvq_windows_free(const kvq_context *ctx, kvq_windows *windows) {
     kvq_free(ctx, windows->ids);
+    kvq_free(ctx, windows->heldout_ids);
     *windows = (kvq_windows){0};
 }
 
@@ -129,7 +132,9 @@ static void warn(const kvq_context *ctx, const kvq_token_source *source, const k
                 "%s: %lld of %lld documents are shorter than a window of %lld tokens and left out", name,
                 (long long)use->n_short, (long long)use->n_documents, (long long)rule->seq_len);
     }
-    if (use->overlap) {
+    if (use->overlap && rule->python_draw) {
+        kvq_log(ctx, KVQ_LOG_WARNING, "%s: some windows share tokens, as Python happens to draw them", name);
+    } else if (use->overlap) {
         kvq_log(ctx, KVQ_LOG_WARNING, "%s has fewer than %lld x %lld tokens%s, so windows overlap", name,
                 (long long)use->n_windows, (long long)rule->seq_len,
                 rule->keep_documents ? " in documents that hold whole windows" : "");
@@ -159,40 +164,67 @@ static start_kind draw_starts(const kvq_window_rule *rule, const census *c, uint
     return places ? STARTS_PLACES : STARTS_ANY;
 }
 
+static int by_start(const void *left, const void *right) {
+    int64_t a = *(const int64_t *)left, b = *(const int64_t *)right;
+    return (a > b) - (a < b);
+}
+
+// Of the T - M + 1 starts there are, Python programs leave out the last; so T must be more than M.
+static kvq_status draw_python_starts(const kvq_token_source *source, const kvq_window_rule *rule, census *c,
+                                     int64_t *starts, kvq_error *err) {
+    python_random r;
+    int64_t       n = c->use.n_windows, step = window_step(rule), last = c->use.n_tokens - step - 1;
+    if (last < 0) {
+        kvq_status status = kvq_fail(err, KVQ_ERR_INPUT, "use a longer text or shorter windows",
+                                     "the text has %lld tokens, but one window as Python draws it needs %lld",
+                                     (long long)c->use.n_tokens, (long long)(step + 1));
+        return fail_named(source, status, err);
+    }
+    python_random_seed(&r, rule->seed);
+    for (int64_t i = 0; i < n; i++) starts[i] = python_random_up_to(&r, last);
+    qsort(starts, (size_t)n, sizeof *starts, by_start);
+    for (int64_t i = 1; i < n; i++) c->use.overlap = c->use.overlap || starts[i] - starts[i - 1] < step;
+    return KVQ_OK;
+}
+
 // ---------------------------------------------------------------- filling
 
+// Where the tokens of one window lie and where they go.
+typedef struct place {
+    int64_t  start;
+    int32_t *ids; // [M]
+} place;
+
 typedef struct filling {
-    kvq_windows *w;
-    int64_t      first, n;   // windows of *w that this source fills
-    int64_t      step, skip; // tokens of the text in a window; tokens before them
-    int64_t      n_filled;
+    const place *places; // [n], ascending starts
+    int64_t      n, step, n_filled;
     int64_t      base, position; // extents before the present document; tokens of it so far
     start_kind   kind;
 } filling;
 
 // Copies what the windows want of a batch at the present position. Windows end in the order of their starts.
-static void copy_batch(filling *f, const int64_t *starts, const kvq_token_batch *batch) {
+static void copy_batch(filling *f, const kvq_token_batch *batch) {
     int64_t behind = f->position + batch->n;
-    for (int64_t i = f->n_filled; i < f->n && starts[i] - f->base < behind; i++) {
-        int64_t  start = starts[i] - f->base, from = start > f->position ? start : f->position;
+    for (int64_t i = f->n_filled; i < f->n && f->places[i].start - f->base < behind; i++) {
+        int64_t  start = f->places[i].start - f->base, from = start > f->position ? start : f->position;
         int64_t  end = start + f->step < behind ? start + f->step : behind;
-        int32_t *window = f->w->ids + (f->first + i) * f->w->seq_len + f->skip;
+        int32_t *ids = f->places[i].ids;
         if (from < end)
-            memcpy(window + (from - start), batch->ids + (from - f->position), (size_t)(end - from) * sizeof *window);
+            memcpy(ids + (from - start), batch->ids + (from - f->position), (size_t)(end - from) * sizeof *ids);
     }
     f->position = behind;
-    while (f->n_filled < f->n && starts[f->n_filled] - f->base + f->step <= behind) f->n_filled++;
+    while (f->n_filled < f->n && f->places[f->n_filled].start - f->base + f->step <= behind) f->n_filled++;
 }
 
-static kvq_status fill_windows(const kvq_token_source *source, const kvq_window_rule *rule, const int64_t *starts,
-                               filling *f, kvq_error *err) {
+static kvq_status fill_windows(const kvq_token_source *source, const kvq_window_rule *rule, filling *f,
+                               kvq_error *err) {
     source_reader   reader;
     kvq_token_batch batch = {0};
     kvq_status      status = KVQ_OK;
     KVQ_TRY(reader_begin(&reader, source, rule, err));
     while (f->n_filled < f->n && !batch.end) {
         KVQ_TRY(reader_next(&reader, &batch, err));
-        copy_batch(f, starts, &batch);
+        copy_batch(f, &batch);
         if (batch.ends_document) {
             f->base += extent(f->kind, f->position, f->step);
             f->position = 0;
@@ -209,6 +241,7 @@ done:
 
 static void put_bos(kvq_windows *w, int64_t bos_id) {
     for (int64_t i = 0; bos_id >= 0 && i < w->n_windows; i++) w->ids[i * w->seq_len] = (int32_t)bos_id;
+    for (int64_t i = 0; bos_id >= 0 && i < w->n_heldout; i++) w->heldout_ids[i * w->seq_len] = (int32_t)bos_id;
 }
 
 // ---------------------------------------------------------------- drawn
@@ -245,46 +278,129 @@ static kvq_status check_sources(int n_sources, kvq_error *err) {
     return kvq_fail(err, KVQ_ERR_USAGE, NULL, "%d texts; from 1 to %d can be mixed", n_sources, KVQ_MAX_SOURCES);
 }
 
-static kvq_status draw_source(const kvq_context *ctx, const kvq_token_source *source, const kvq_window_rule *rule,
-                              uint32_t stream, census *c, int64_t first, kvq_windows *w, kvq_error *err) {
-    int64_t   *starts = NULL;
-    int64_t    n = c->use.n_windows, step = window_step(rule);
-    filling    f = {.w = w, .first = first, .n = n, .step = step, .skip = rule->seq_len - step};
+static kvq_status check_drawing(int n_sources, const kvq_window_rule *rule, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    w->n_available += c->use.n_tokens;
-    c->use.overlap = c->n_places < n;
-    warn(ctx, source, rule, &c->use);
-    if (n == 0) return KVQ_OK;
-    KVQ_TRY(KVQ_NEW(ctx, n, "places of windows", &starts, err));
-    f.kind = draw_starts(rule, c, stream, n, starts);
-    status = fill_windows(source, rule, starts, &f, err);
+    KVQ_TRY(check_sources(n_sources, err));
+    KVQ_TRY(check_shape(rule->seq_len, rule->n_windows, rule->bos_id, err));
+    if (rule->n_heldout < 0) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_USAGE, NULL, "%lld held-out windows", (long long)rule->n_heldout));
+    }
+    if (rule->python_draw && (n_sources != 1 || rule->keep_documents)) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_USAGE, "use one text and join its documents",
+                         "windows as Python draws them come from one text without bounds, not from %s",
+                         n_sources != 1 ? "several texts" : "documents that are kept apart"));
+    }
 done:
-    kvq_free(ctx, starts);
+    return status;
+}
+
+// Windows while they are drawn: those of a source stand together, in the order of sources.
+typedef struct drawing {
+    const kvq_token_source *sources;
+    const kvq_window_rule  *rule;
+    int                     n_sources;
+    census                  counts[KVQ_MAX_SOURCES];
+    start_kind              kinds[KVQ_MAX_SOURCES];
+    int64_t                *starts;  // [n_windows]
+    text_gap               *heldout; // the first w.n_heldout: where held-out windows lie
+    place                  *places;  // [n_windows + w.n_heldout] scratch
+    kvq_windows             w;
+} drawing;
+
+static kvq_status draw_all_starts(const kvq_context *ctx, drawing *d, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    int64_t   *starts = NULL;
+    KVQ_TRY(KVQ_NEW(ctx, d->rule->n_windows, "places of windows", &d->starts, err));
+    starts = d->starts;
+    for (int j = 0; j < d->n_sources; j++) {
+        census *c = &d->counts[j];
+        d->w.n_available += c->use.n_tokens;
+        if (d->rule->python_draw) {
+            KVQ_TRY(draw_python_starts(&d->sources[j], d->rule, c, starts, err));
+        } else if (c->use.n_windows > 0) {
+            c->use.overlap = c->n_places < c->use.n_windows;
+            d->kinds[j] = draw_starts(d->rule, c, (uint32_t)j, c->use.n_windows, starts);
+        }
+        warn(ctx, &d->sources[j], d->rule, &c->use);
+        starts += c->use.n_windows;
+    }
+done:
+    return status;
+}
+
+// Windows that Python draws overlap or not by chance, so none is held out beside them.
+static kvq_status hold_out(const kvq_context *ctx, drawing *d, kvq_error *err) {
+    kvq_status     status = KVQ_OK;
+    const int64_t *starts = d->starts;
+    int64_t        step = window_step(d->rule), n_gaps = 0;
+    if (d->rule->n_heldout == 0 || d->rule->keep_documents || d->rule->python_draw) return KVQ_OK;
+    KVQ_TRY(KVQ_NEW(ctx, d->rule->n_windows + d->n_sources, "gaps between windows", &d->heldout, err));
+    for (int j = 0; j < d->n_sources; j++) {
+        const kvq_source_use *use = &d->counts[j].use;
+        if (use->n_windows > 0 && !use->overlap)
+            n_gaps += gaps_between(starts, use->n_windows, step, j, use->n_tokens, d->heldout + n_gaps);
+        starts += use->n_windows;
+    }
+    d->w.n_heldout = choose_gaps(d->heldout, n_gaps, d->rule->n_heldout);
+    KVQ_TRY(KVQ_NEW(ctx, d->w.n_heldout * d->w.seq_len, "held-out windows", &d->w.heldout_ids, err));
+done:
+    return status;
+}
+
+// Both kinds in one reading: the places of source j by their starts. Counts those before in *first and *first_heldout.
+static int64_t places_of(const drawing *d, int j, int64_t *first, int64_t *first_heldout) {
+    int64_t step = window_step(d->rule), skip = d->rule->seq_len - step, n = 0;
+    int64_t end = *first + d->counts[j].use.n_windows;
+    for (;;) {
+        bool            more = *first < end;
+        const text_gap *gap = *first_heldout < d->w.n_heldout ? &d->heldout[*first_heldout] : NULL;
+        if (gap != NULL && gap->source != j) gap = NULL;
+        if (!more && gap == NULL) return n;
+        if (gap == NULL || (more && d->starts[*first] < gap->begin)) {
+            d->places[n++] = (place){d->starts[*first], d->w.ids + *first * d->w.seq_len + skip};
+            ++*first;
+        } else {
+            d->places[n++] = (place){gap->begin + (gap->n_tokens - step) / 2,
+                                     d->w.heldout_ids + *first_heldout * d->w.seq_len + skip};
+            ++*first_heldout;
+        }
+    }
+}
+
+static kvq_status fill_sources(const kvq_context *ctx, drawing *d, kvq_error *err) {
+    int64_t    first = 0, first_heldout = 0;
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(KVQ_NEW(ctx, d->w.n_windows + d->w.n_heldout, "places of windows", &d->places, err));
+    for (int j = 0; j < d->n_sources; j++) {
+        filling f = {.places = d->places, .step = window_step(d->rule), .kind = d->kinds[j]};
+        f.n = places_of(d, j, &first, &first_heldout);
+        if (f.n > 0) KVQ_TRY(fill_windows(&d->sources[j], d->rule, &f, err));
+    }
+    put_bos(&d->w, d->rule->bos_id);
+done:
     return status;
 }
 
 kvq_status kvq_windows_draw(const kvq_context *ctx, const kvq_token_source *sources, const double *weights,
                             int n_sources, const kvq_window_rule *rule, kvq_source_use *uses, kvq_windows *out,
                             kvq_error *err) {
-    census      counts[KVQ_MAX_SOURCES] = {{.n_starts = 0}};
-    kvq_windows w = {0};
-    int64_t     first = 0;
-    kvq_status  status = KVQ_OK;
-    KVQ_TRY(check_sources(n_sources, err));
-    KVQ_TRY(check_shape(rule->seq_len, rule->n_windows, rule->bos_id, err));
-    KVQ_TRY(count_sources(ctx, sources, weights, n_sources, rule, counts, err));
-    KVQ_TRY(windows_create(ctx, rule->seq_len, rule->n_windows, rule->bos_id, &w, err));
-    for (int j = 0; j < n_sources; j++) {
-        KVQ_TRY(draw_source(ctx, &sources[j], rule, (uint32_t)j, &counts[j], first, &w, err));
-        first += counts[j].use.n_windows;
-    }
-    put_bos(&w, rule->bos_id);
-    KVQ_TRY(windows_hash(&w, err));
-    for (int j = 0; j < n_sources && uses != NULL; j++) uses[j] = counts[j].use;
-    *out = w;
-    w.ids = NULL;
+    drawing    d = {.sources = sources, .rule = rule, .n_sources = n_sources};
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(check_drawing(n_sources, rule, err));
+    KVQ_TRY(count_sources(ctx, sources, weights, n_sources, rule, d.counts, err));
+    KVQ_TRY(windows_create(ctx, rule->seq_len, rule->n_windows, rule->bos_id, &d.w, err));
+    KVQ_TRY(draw_all_starts(ctx, &d, err));
+    KVQ_TRY(hold_out(ctx, &d, err));
+    KVQ_TRY(fill_sources(ctx, &d, err));
+    KVQ_TRY(windows_hash(&d.w, err));
+    for (int j = 0; j < n_sources && uses != NULL; j++) uses[j] = d.counts[j].use;
+    *out = d.w;
+    d.w = (kvq_windows){0};
 done:
-    kvq_free(ctx, w.ids);
+    kvq_free(ctx, d.places);
+    kvq_free(ctx, d.heldout);
+    kvq_free(ctx, d.starts);
+    kvq_windows_free(ctx, &d.w);
     return status;
 }
 
@@ -370,6 +486,8 @@ kvq_status kvq_windows_take(const kvq_context *ctx, const kvq_token_source *sour
     int64_t        dealt[KVQ_MAX_SOURCES], capacity = 0;
     kvq_status     status = KVQ_OK;
     KVQ_TRY(check_sources(n_sources, err));
+    if (rule->python_draw)
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_USAGE, NULL, "consecutive windows are not drawn as Python does"));
     KVQ_TRY(check_shape(rule->seq_len, rule->n_windows > 0 ? rule->n_windows : 1, rule->bos_id, err));
     KVQ_TRY(deal_consecutive(sources, weights, n_sources, rule, dealt, err));
     for (int j = 0; j < n_sources; j++) {

@@ -29,6 +29,16 @@ kvq_status reader_begin(source_reader *reader, const kvq_token_source *source, c
 // Behind the batch with `end` nothing may be read.
 kvq_status reader_next(source_reader *reader, kvq_token_batch *batch, kvq_error *err);
 
+// A stretch of a source, long enough for a window, of which no drawn window has a token.
+typedef struct text_gap {
+    int     source;
+    int64_t begin, n_tokens;
+} text_gap;
+// The gaps of a source of n_tokens tokens around n windows that do not overlap: out [n + 1]. Returns how many.
+int64_t gaps_between(const int64_t *starts, int64_t n, int64_t step, int source, int64_t n_tokens, text_gap *out);
+// Puts the widest, at most n_wanted, first and in the order of the text; the earlier one on a tie. Returns how many.
+int64_t choose_gaps(text_gap *gaps, int64_t n_gaps, int64_t n_wanted);
+
 // n windows to sources: n * w / sum(w), by largest remainders. The weights are 0 or more, and not all 0.
 void deal_windows(const double *weights, int n_sources, int64_t n, int64_t *dealt);
 

@@ -16,21 +16,45 @@ extern "C" {
 
 // ---------------------------------------------------------------- packed cache
 
-// K and V of one layer and one sequence as an engine would store them: the first sink_tokens tokens in f16, the rest as
-// rows of kvq_block_hd.h. Keys are stored before RoPE.
+// K and V of one layer and one sequence as an engine would store them: the first sink_tokens and the last recent_tokens
+// tokens in f16, the rest as rows of kvq_block_hd.h. A recent token is encoded, from its f16 values, when it leaves
+// that window. Keys are given and stored before or after RoPE, as the artifact's key domain says.
 typedef struct kvq_packed_layer kvq_packed_layer;
 kvq_status kvq_packed_layer_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t layer,
                                    int64_t capacity, kvq_packed_layer **out, kvq_error *err);
 void       kvq_packed_layer_destroy(const kvq_context *ctx, kvq_packed_layer **cache);
 void       kvq_packed_layer_reset(kvq_packed_layer *cache); // length 0; the memory is kept
 // Appends n tokens; k, v [n, d] in backend memory. KVQ_ERR_USAGE beyond the capacity, KVQ_ERR_NUMERICAL when a number
-// does not fit into f16 (layer, tensor, position are named).
+// does not fit into f16 (layer, tensor, position are named); the cache is then as before. Any pieces give the same
+// bytes.
 kvq_status kvq_packed_layer_append(const kvq_backend *be, kvq_packed_layer *cache, const float *k, const float *v,
                                    int64_t n, kvq_error *err);
+// Encodes what is in the recent window before its time; the tokens that follow fill a new one.
+kvq_status kvq_packed_layer_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err);
+// All that the queries of a window see when its n tokens come one by one, at once: k, v [n, d] go through the empty
+// cache, which is flushed, and become what it gives back; k_recent, v_recent [n, d] (NULL = not wanted) become what was
+// given in f16. Query i reads the keys j > i - recent_tokens from the second pair and all others from the first. Why
+// that is the same: a row depends on the f16 values of its token and on the artifact, not on other tokens, nor on when
+// it is encoded; and right after token i was appended, the tokens (i - recent_tokens, i] but the sinks, which are in
+// f16 in both pairs, are the recent window.
+kvq_status kvq_packed_layer_prefill(const kvq_backend *be, kvq_packed_layer *cache, int64_t n, float *k, float *v,
+                                    float *k_recent, float *v_recent, kvq_error *err);
 // Decodes positions [0, length) into k, v [length, d].
 void    kvq_packed_layer_decode(const kvq_backend *be, const kvq_packed_layer *cache, float *k, float *v);
 int64_t kvq_packed_layer_length(const kvq_packed_layer *cache);
 int64_t kvq_packed_layer_bytes(const kvq_packed_layer *cache); // stored for the current length, tables excluded
+
+// ---------------------------------------------------------------- held-out errors
+
+// Fills the held-out reports of every layer: the windows pass through the model in full precision, and beside it each
+// layer's K and V go through the packed cache and its attention is computed from K alone, V alone, and both quantised.
+// Element errors are those of rows: sink tokens are left out, recent ones count as the rows that they become. Clipped
+// are elements beyond the range of their channel for which no outlier slot was left; ranges per token clip nothing.
+// Attention sees sinks and recent tokens in f16. Memory: one layer of weights and the hidden states of a group of
+// windows. KVQ_ERR_INPUT without windows, KVQ_ERR_INTERRUPTED when ctx->stop asks for it; reports are then as before.
+int64_t    kvq_heldout_bytes(const kvq_model *model, int64_t seq_len, int64_t n_windows); // beside weights
+kvq_status kvq_measure_heldout(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, kvq_artifact *artifact,
+                               const kvq_windows *windows, kvq_error *err);
 
 // ---------------------------------------------------------------- validation
 
@@ -58,8 +82,9 @@ typedef struct kvq_validation {
 void kvq_validation_free(const kvq_context *ctx, kvq_validation *validation);
 
 // Scores every window with full precision and, when artifact is not NULL, with every K and V of the window replaced by
-// what the packed cache gives back (KVQuant's protocol). Both passes run over the same windows side by side; memory is
-// one layer of weights plus the hidden states of a group of windows.
+// what the packed cache gives back (KVQuant's protocol); with a recent window each query sees the last recent_tokens
+// keys and values, its own included, as f16, which is what it would see if the tokens came one by one. Both passes run
+// over the same windows side by side; memory is one layer of weights plus the hidden states of a group of windows.
 kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
                         const kvq_windows *windows, kvq_validation *out, kvq_error *err);
 

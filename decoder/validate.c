@@ -6,9 +6,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "kvq_decoder.h"
-
-#define GROUP_BYTES ((int64_t)256 << 20) // hidden states of one group of windows
+#include "decoder_impl.h"
 
 typedef struct run {
     const kvq_context      *ctx;
@@ -20,19 +18,28 @@ typedef struct run {
     kvq_validation         *result;
     kvq_workspace          *ws;
     kvq_packed_layer       *cache;
+    float                  *recent[2]; // [S, d] K, V in f16; NULL without a recent window
     float                  *states[2]; // [group, S, C] baseline, quantised
     double                 *nll;       // [S - 1]
     kvq_position_score     *scores;    // [S - 1]
     int64_t                 group, state_floats;
 } run;
 
-// The protocol itself: what attention sees is what the cache gives back, for every token of the window.
-static kvq_status through_the_cache(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
-    run *r = user;
-    (void)layer;
-    kvq_packed_layer_reset(r->cache);
-    kvq_status status = kvq_packed_layer_append(r->be, r->cache, x.k, x.v, n_tokens, err);
-    if (status == KVQ_OK) kvq_packed_layer_decode(r->be, r->cache, x.k, x.v);
+// The protocol itself: what attention sees is what the cache gives back, for every token of the window. Keys that are
+// stored after RoPE are rotated here, and back, for the layer rotates what it is given.
+static kvq_status through_the_cache(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
+    run       *r = user;
+    bool       post = r->artifact->layers[layer].k.domain == KVQ_KEYS_POST_ROPE;
+    kvq_status status = KVQ_OK;
+    if (post) kvq_rotate_keys(r->model, r->ws, layer, KVQ_ROTATE_FORWARD, n_tokens, x->k);
+    KVQ_TRY(kvq_packed_layer_prefill(r->be, r->cache, n_tokens, x->k, x->v, r->recent[0], r->recent[1], err));
+    x->k_recent = r->recent[0];
+    x->v_recent = r->recent[1];
+    x->recent = r->artifact->quantizer.recent_tokens;
+    if (post) kvq_rotate_keys(r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, x->k);
+    if (post && x->recent > 0) kvq_rotate_keys(r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, x->k_recent);
+
+done:
     return status;
 }
 
@@ -154,11 +161,14 @@ static kvq_status allocate(run *r, kvq_error *err) {
     int64_t    S = r->windows->seq_len, N = r->windows->n_windows, n_states = r->artifact != NULL ? 2 : 1;
     kvq_status status = KVQ_OK;
     r->state_floats = S * r->config->hidden_size;
-    r->group = GROUP_BYTES / (n_states * r->state_floats * (int64_t)sizeof(float));
+    r->group = KVQ_GROUP_BYTES / (n_states * r->state_floats * (int64_t)sizeof(float));
     if (r->group < 1) r->group = 1;
     if (r->group > N) r->group = N;
     for (int i = 0; i < n_states; i++)
         KVQ_TRY(r->be->alloc(r->be, r->group * r->state_floats, "hidden states", &r->states[i], err));
+    for (int i = 0; i < 2 && r->artifact != NULL && r->artifact->quantizer.recent_tokens > 0; i++)
+        KVQ_TRY(r->be->alloc(r->be, S * r->config->n_kv_heads * r->config->head_dim, "recent keys and values",
+                             &r->recent[i], err));
     KVQ_TRY(kvq_workspace_create(r->model, S, false, &r->ws, err));
     KVQ_TRY(KVQ_NEW(r->ctx, S - 1, "losses", &r->nll, err));
     KVQ_TRY(KVQ_NEW(r->ctx, S - 1, "scores", &r->scores, err));
@@ -207,8 +217,10 @@ kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model
 
 done:
     kvq_workspace_destroy(model, &r.ws);
-    be->release(be, r.states[0]);
-    be->release(be, r.states[1]);
+    for (int i = 0; i < 2; i++) {
+        be->release(be, r.states[i]);
+        be->release(be, r.recent[i]);
+    }
     kvq_free(ctx, r.nll);
     kvq_free(ctx, r.scores);
     kvq_validation_free(ctx, &result);

@@ -21,6 +21,7 @@ typedef struct array_spec {
     int            rank; // 1 .. ARRAYS_MAX_RANK
     int64_t        shape[ARRAYS_MAX_RANK];
     int64_t        chunk[ARRAYS_MAX_RANK]; // for writing; all 0 = in one piece, without checksums
+    bool           deflate;                // chunks are compressed
 } array_spec;
 int64_t array_elements(const array_spec *spec);
 int64_t array_row_bytes(const array_spec *spec);                 // of one index of the first axis
@@ -44,9 +45,9 @@ kvq_status arrays_create(arrays_writer *w, const char *path, const array_spec *s
 // Rows [row, row + n_rows) of the first axis, in the array's own type.
 kvq_status arrays_write(arrays_writer *w, const char *path, int64_t row, int64_t n_rows, const void *data,
                         kvq_error *err);
-// Completes the file, with `sealed` puts the line of container.h behind it, and moves it into place. Frees the writer
-// in any case.
-kvq_status arrays_commit(const kvq_context *ctx, arrays_writer **writer, bool sealed, kvq_error *err);
+// Completes the file and moves it into place. With `sha256` it is sealed: the line of container.h is put behind it, and
+// sha256 receives the digits of that line. Frees the writer in any case.
+kvq_status arrays_commit(const kvq_context *ctx, arrays_writer **writer, char *sha256, kvq_error *err);
 
 // ---------------------------------------------------------------- reading
 
@@ -59,6 +60,7 @@ kvq_status  arrays_open(const kvq_context *ctx, const char *path, bool sealed, c
                         kvq_error *err);
 void        arrays_close(const kvq_context *ctx, arrays_reader **reader);
 const char *arrays_path(const arrays_reader *r);
+const char *arrays_sha256(const arrays_reader *r); // of a sealed file, the digits of its seal
 
 // An attribute with one value: text of fixed length, any integer of up to 64 bits (an h5py bool is one), f32 or f64;
 // numbers little-endian.

@@ -19,6 +19,7 @@
 #include "hdf5_impl.h"
 
 #define MAX_CHUNK_BYTES ((uint64_t)256 << 20) // HDF5 holds a chunk in memory, twice where it is filtered
+#define DEFLATE_LEVEL   4                     // of 9: higher ones gain little on shuffled floats
 #define MAX_EXPANSION   1032 // no allowed filter expands more: deflate's limit (zlib's technical notes)
 
 static const char DISK_ADVICE[] = "check free space and permissions of the folder, or choose another one";
@@ -220,7 +221,10 @@ static bool set_storage(hid_t settings, const array_spec *spec) {
     if (!hdf5_keep_compact(settings)) return false;
     if (spec->chunk[0] == 0) return true;
     for (int i = 0; i < spec->rank; i++) chunk[i] = (hsize_t)spec->chunk[i];
-    return H5Pset_chunk(settings, spec->rank, chunk) >= 0 && H5Pset_fletcher32(settings) >= 0;
+    if (H5Pset_chunk(settings, spec->rank, chunk) < 0) return false;
+    // what is stored is summed, so damage is found before it is expanded
+    if (spec->deflate && (H5Pset_shuffle(settings) < 0 || H5Pset_deflate(settings, DEFLATE_LEVEL) < 0)) return false;
+    return H5Pset_fletcher32(settings) >= 0;
 }
 
 kvq_status arrays_create(arrays_writer *w, const char *path, const array_spec *spec, kvq_error *err) {
@@ -280,7 +284,12 @@ kvq_status arrays_write(arrays_writer *w, const char *path, int64_t row, int64_t
     return status;
 }
 
-static kvq_status append_seal(const arrays_writer *w, kvq_error *err) {
+static void seal_digits(const void *line, char sha256[KVQ_SHA256_HEX]) {
+    memcpy(sha256, (const char *)line + strlen(SEAL), KVQ_SHA256_HEX - 1);
+    sha256[KVQ_SHA256_HEX - 1] = 0;
+}
+
+static kvq_status append_seal(const arrays_writer *w, char sha256[KVQ_SHA256_HEX], kvq_error *err) {
     kvq_mapped_file file = {0};
     char            line[SEAL_BYTES + 1];
     kvq_status      status = kvq_map_file(w->output.temporary, &file, err);
@@ -291,19 +300,24 @@ static kvq_status append_seal(const arrays_writer *w, kvq_error *err) {
     int  fd = open(w->output.temporary, O_WRONLY | O_APPEND | O_CLOEXEC);
     bool ok = fd >= 0 && write(fd, line, SEAL_BYTES) == (ssize_t)SEAL_BYTES;
     if (fd >= 0) ok = close(fd) == 0 && ok;
-    if (ok) return KVQ_OK;
-    return kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: its last line cannot be written: %s", w->output.path,
-                    strerror(errno));
+    if (!ok) {
+        return kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: its last line cannot be written: %s", w->output.path,
+                        strerror(errno));
+    }
+    seal_digits(line, sha256);
+    return KVQ_OK;
 }
 
-kvq_status arrays_commit(const kvq_context *ctx, arrays_writer **writer, bool sealed, kvq_error *err) {
+kvq_status arrays_commit(const kvq_context *ctx, arrays_writer **writer, char *sha256, kvq_error *err) {
     arrays_writer *w = *writer;
     hdf5_printing  saved = hdf5_printing_off();
     bool           closed = close_file(w);
     kvq_status     status = written(w, "the end of the file", closed, err);
     hdf5_printing_restore(saved);
-    if (status == KVQ_OK && sealed) status = append_seal(w, err);
+    char digits[KVQ_SHA256_HEX];
+    if (status == KVQ_OK && sha256 != NULL) status = append_seal(w, digits, err);
     if (status == KVQ_OK) status = kvq_output_commit(ctx, &w->output, err);
+    if (status == KVQ_OK && sha256 != NULL) strcpy(sha256, digits);
     arrays_discard(ctx, writer);
     return status;
 }
@@ -314,8 +328,10 @@ struct arrays_reader {
     char    *path;
     uint64_t bytes; // of the file
     hid_t    file;
+    char     sha256[KVQ_SHA256_HEX]; // sealed
 };
 
+const char *arrays_sha256(const arrays_reader *r) { return r->sha256; }
 const char *arrays_path(const arrays_reader *r) { return r->path; }
 
 static kvq_status damaged(const arrays_reader *r, const char *path, kvq_error *err) {
@@ -336,17 +352,21 @@ static kvq_status check_has_checksums(const kvq_mapped_file *file, kvq_error *er
                     "an HDF5 file in the format of before 1.10, whose structures have no checksums");
 }
 
-// What must be known of the bytes before HDF5 may open them.
-static kvq_status check_bytes(const char *path, bool sealed, container_kind kind, uint64_t *bytes, kvq_error *err) {
+// What must be known of the bytes before HDF5 may open them: that they are those which were written, or at least that
+// HDF5 will find out. Fills r->bytes and r->sha256.
+static kvq_status check_bytes(arrays_reader *r, bool sealed, container_kind kind, kvq_error *err) {
     kvq_mapped_file file = {0};
-    kvq_status      status = kvq_map_file(path, &file, err);
+    kvq_status      status = kvq_map_file(r->path, &file, err);
     if (status != KVQ_OK) return status;
-    *bytes = file.bytes;
-    status =
-        sealed ? seal_check(file.data, &file.bytes, kind, err) : container_is_hdf5(file.data, file.bytes, kind, err);
-    if (status == KVQ_OK) status = check_has_checksums(&file, err);
-    if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", path);
-    file.bytes = (size_t)*bytes;
+    size_t bytes = r->bytes = file.bytes;
+    if (sealed) {
+        status = seal_check(file.data, &bytes, kind, err);
+        if (status == KVQ_OK) seal_digits(file.data + bytes, r->sha256);
+    } else {
+        status = container_is_hdf5(file.data, bytes, kind, err);
+        if (status == KVQ_OK) status = check_has_checksums(&file, err);
+    }
+    if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", r->path);
     kvq_unmap_file(&file);
     return status;
 }
@@ -364,7 +384,7 @@ kvq_status arrays_open(const kvq_context *ctx, const char *path, bool sealed, co
         status = kvq_fail(err, KVQ_ERR_MEMORY, NULL, "no memory for the name %s", path);
         goto done;
     }
-    KVQ_TRY(check_bytes(path, sealed, kind, &r->bytes, err));
+    KVQ_TRY(check_bytes(r, sealed, kind, err));
     if (H5Pset_fclose_degree(access, H5F_CLOSE_STRONG) >= 0) r->file = H5Fopen(path, H5F_ACC_RDONLY, access);
     if (r->file < 0) {
         status = damaged(r, "the file", err);

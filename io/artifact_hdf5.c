@@ -43,29 +43,11 @@ static const char *take_text(record_list *list, const char *path) {
 }
 
 // Comes before everything else: a newer format may define the hash itself differently.
-static kvq_status check_version(record_list *list, bool *is_newer, kvq_error *err) {
-    const char *format = take_text(list, "/@kvq_format"), *version = take_text(list, "/@kvq_format_version");
-    const char *reader = take_text(list, "/@kvq_min_reader");
-    int         major = 0, minor = 0, reader_major = 0, reader_minor = 0;
-    if (strcmp(format, ARTIFACT_FORMAT) != 0) {
-        return kvq_fail(err, KVQ_ERR_INPUT, "kvq artifacts are made by kvq-calibrate",
-                        "an HDF5 file, but its attribute kvq_format is '%.80s' instead of '%s'", format,
-                        ARTIFACT_FORMAT);
-    }
-    if (!container_parse_version(version, &major, &minor) ||
-        !container_parse_version(reader, &reader_major, &reader_minor)) {
-        return kvq_fail(err, KVQ_ERR_INPUT, NULL,
-                        "the versions '%.80s' (kvq_format_version) and '%.80s' (kvq_min_reader) cannot be read",
-                        version, reader);
-    }
-    if (major != ARTIFACT_MAJOR || reader_major != ARTIFACT_MAJOR || reader_minor > ARTIFACT_MINOR) {
-        return kvq_fail(err, KVQ_ERR_VERSION, NULL,
-                        "artifact format %s, which needs a reader of format %s; this is kvq " KVQ_VERSION
-                        ", which reads %d.%d",
-                        version, reader, ARTIFACT_MAJOR, ARTIFACT_MINOR);
-    }
-    *is_newer = minor > ARTIFACT_MINOR;
-    return KVQ_OK;
+static kvq_status check_version(record_list *list, int *minor, kvq_error *err) {
+    kvq_status status = container_check_format(take_text(list, "/@kvq_format"), ARTIFACT_FORMAT, err);
+    if (status != KVQ_OK) return status;
+    return container_check_version("artifact", take_text(list, "/@kvq_format_version"),
+                                   take_text(list, "/@kvq_min_reader"), ARTIFACT_MAJOR, ARTIFACT_MINOR, minor, err);
 }
 
 static kvq_status check_hashes(record_list *list, char content[KVQ_SHA256_HEX], kvq_error *err) {
@@ -88,17 +70,17 @@ kvq_status artifact_from_image(const kvq_context *ctx, const uint8_t *image, siz
     record_list   list = {0};
     kvq_artifact *artifact = NULL;
     char          content[KVQ_SHA256_HEX];
-    bool          is_newer = false;
+    int           minor = 0;
     kvq_status    status = KVQ_OK;
     KVQ_TRY(seal_check(image, &bytes, ARTIFACTS, err));
     KVQ_TRY(records_from_hdf5(ctx, image, bytes, &list, err));
-    KVQ_TRY(check_version(&list, &is_newer, err));
+    KVQ_TRY(check_version(&list, &minor, err));
     KVQ_TRY(check_hashes(&list, content, err));
-    KVQ_TRY(artifact_from_records(ctx, &list, &artifact, err));
+    KVQ_TRY(artifact_from_records(ctx, &list, minor, &artifact, err));
     const record *unknown = record_first_untaken(&list);
-    if (unknown != NULL && !is_newer) { // ignoring it could change what the numbers mean
-        status = kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s is not part of format %d.%d", unknown->path, ARTIFACT_MAJOR,
-                          ARTIFACT_MINOR);
+    if (unknown != NULL && minor <= ARTIFACT_MINOR) { // ignoring it could change what the numbers mean
+        status =
+            kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s is not part of format %d.%d", unknown->path, ARTIFACT_MAJOR, minor);
         goto done;
     }
     *out = artifact;
@@ -136,11 +118,17 @@ kvq_status kvq_artifact_unpack(const kvq_context *ctx, const uint8_t *data, size
 kvq_status kvq_artifact_read(const kvq_context *ctx, const char *path, kvq_artifact **out,
                              char content_sha256[KVQ_SHA256_HEX], kvq_error *err) {
     kvq_mapped_file file = {0};
+    char            format[KVQ_FORMAT_NAME];
     kvq_status      status = kvq_map_file(path, &file, err);
     if (status != KVQ_OK) return status;
     status = artifact_from_image(ctx, file.data, file.bytes, out, content_sha256, err);
-    if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", path);
     kvq_unmap_file(&file);
+    // a sound file of another kind fails in many ways, none of which says so
+    if (status != KVQ_OK && status != KVQ_ERR_MEMORY && kvq_file_format(ctx, path, format, NULL) == KVQ_OK &&
+        strcmp(format, ARTIFACT_FORMAT) != 0) {
+        status = container_check_format(format, ARTIFACT_FORMAT, err);
+    }
+    if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", path);
     return status;
 }
 

@@ -6,22 +6,22 @@
 #ifndef KVQ_IO_ARTIFACT_SCHEMA_H
 #define KVQ_IO_ARTIFACT_SCHEMA_H
 
+#include "artifact_fields.h"
 #include "container.h"
-#include "kvq_io.h"
-#include "records.h"
 
 #define ARTIFACT_FORMAT       "kvq.artifact"
-#define ARTIFACT_MAJOR        1    // other numbers are refused
-#define ARTIFACT_MINOR        0    // larger ones are read when the file's kvq_min_reader allows it
-#define ARTIFACT_MAX_LAYERS   1000 // three digits name a layer
+#define ARTIFACT_MAJOR        1 // other numbers are refused
+#define ARTIFACT_MINOR        1 // larger ones are read when the file's kvq_min_reader allows it
 #define ARTIFACT_CONTENT_HASH "/@content_sha256"
 #define ARTIFACT_NUMERIC_HASH "/@numeric_sha256"
 
 // All records of an artifact, sorted, without the two hashes. Every range is checked: an artifact that could not be
 // read again is not written.
 kvq_status artifact_to_records(const kvq_context *ctx, const kvq_artifact *artifact, record_list *out, kvq_error *err);
-// The artifact that a sorted list describes. Checks the same ranges; marks the records it understood.
-kvq_status artifact_from_records(const kvq_context *ctx, record_list *list, kvq_artifact **out, kvq_error *err);
+// The artifact that a sorted list of this minor version describes. Checks the same ranges; marks the records it
+// understood.
+kvq_status artifact_from_records(const kvq_context *ctx, record_list *list, int minor, kvq_artifact **out,
+                                 kvq_error *err);
 
 // The two hashes of docs/format.md over a sorted list.
 kvq_status artifact_content_hash(const record_list *list, char hex[KVQ_SHA256_HEX], kvq_error *err);

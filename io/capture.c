@@ -109,7 +109,8 @@ static array_spec spec_of(const kvq_capture_info *info, kvq_capture_part part) {
     array_spec spec = {is_fisher(part) ? KVQ_ARRAY_F32 : info->type,
                        4,
                        {info->dataset.n_windows, info->dataset.seq_len, heads_of(info, part), info->model.head_dim},
-                       {0}};
+                       {0},
+                       false};
     // one window or an equal part of it
     int64_t n_parts = (array_row_bytes(&spec) + CHUNK_BYTES - 1) / CHUNK_BYTES;
     if (n_parts > info->dataset.seq_len) n_parts = info->dataset.seq_len;
@@ -234,7 +235,7 @@ static kvq_status create_arrays(const kvq_capture_writer *w, kvq_error *err) {
 }
 
 static kvq_status write_ids(const kvq_capture_writer *w, const int32_t *ids, kvq_error *err) {
-    array_spec spec = {KVQ_ARRAY_I32, 2, {w->info.dataset.n_windows, w->info.dataset.seq_len}, {0}};
+    array_spec spec = {KVQ_ARRAY_I32, 2, {w->info.dataset.n_windows, w->info.dataset.seq_len}, {0}, false};
     if (ids == NULL) return KVQ_OK;
     kvq_status status = arrays_create(w->file, TOKEN_IDS, &spec, err);
     return status == KVQ_OK ? arrays_write(w->file, TOKEN_IDS, 0, spec.shape[0], ids, err) : status;
@@ -360,7 +361,7 @@ kvq_status kvq_capture_commit(const kvq_context *ctx, kvq_capture_writer **write
     KVQ_TRY(check_info(w->path, &w->info, err));
     KVQ_TRY(check_complete(w, err));
     KVQ_TRY(write_attributes(w, err));
-    KVQ_TRY(arrays_commit(ctx, &w->file, false, err));
+    KVQ_TRY(arrays_commit(ctx, &w->file, NULL, err));
 done:
     kvq_capture_discard(ctx, writer);
     return status;
@@ -577,7 +578,7 @@ static kvq_status read_specs(kvq_capture *c, kvq_error *err) {
 
 static kvq_status read_ids_spec(kvq_capture *c, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    array_spec wanted = {KVQ_ARRAY_I32, 2, {c->info.dataset.n_windows, c->info.dataset.seq_len}, {0}};
+    array_spec wanted = {KVQ_ARRAY_I32, 2, {c->info.dataset.n_windows, c->info.dataset.seq_len}, {0}, false};
     c->info.has_ids = arrays_has(c->file, TOKEN_IDS);
     if (!c->info.has_ids) return KVQ_OK;
     KVQ_TRY(arrays_describe(c->file, TOKEN_IDS, &c->ids, err));

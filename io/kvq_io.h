@@ -44,6 +44,12 @@ kvq_status kvq_write_file(const kvq_context *ctx, const char *path, bool force, 
 
 const char *kvq_file_name(const char *path); // the part after the last slash; trailing slashes are ignored by callers
 
+// What an HDF5 file of kvq says it is: "kvq.artifact", "kvq.measurement", "kvq.capture", "kvq.partial", or a kind that
+// this version does not know. KVQ_ERR_NOT_FOUND; KVQ_ERR_INPUT when it is not one; KVQ_ERR_INTEGRITY when it is
+// damaged.
+#define KVQ_FORMAT_NAME 32
+kvq_status kvq_file_format(const kvq_context *ctx, const char *path, char out[KVQ_FORMAT_NAME], kvq_error *err);
+
 // ---------------------------------------------------------------- named texts
 
 // What a run depends on, or how far it came, as names and texts; a flat JSON object in a file.
@@ -232,11 +238,12 @@ kvq_status kvq_ids_read_npy(const kvq_context *ctx, const char *path, int64_t vo
 
 // ---------------------------------------------------------------- artifacts
 
-// HDF5, format 1.0, layout in docs/format.md. Written by temporary file and rename, read back and its content hash
+// HDF5, format 1.1, layout in docs/format.md. Written by temporary file and rename, read back and its content hash
 // compared before the rename. Identical content gives identical bytes. content_sha256 receives the hash.
 kvq_status kvq_artifact_write(const kvq_context *ctx, const kvq_artifact *artifact, const char *path, bool force,
                               char content_sha256[KVQ_SHA256_HEX], kvq_error *err);
-// Reads and verifies: format name, version, every shape and value range, content hash (KVQ_ERR_INTEGRITY).
+// Reads and verifies: format name, version, every shape and value range, content hash (KVQ_ERR_INTEGRITY). What a file
+// of format 1.0 does not say is 0: plain nuq tables of pre-RoPE keys, and "not measured".
 kvq_status kvq_artifact_read(const kvq_context *ctx, const char *path, kvq_artifact **out,
                              char content_sha256[KVQ_SHA256_HEX], kvq_error *err);
 
@@ -371,6 +378,46 @@ kvq_status kvq_partial_dims(const kvq_partial *partial, const char *name, kvq_ar
 // The whole array into data, after the same checks; its shape must be dims. Values are not looked at.
 kvq_status kvq_partial_get(const kvq_partial *partial, const char *name, kvq_array_type type, int n_dims,
                            const int64_t *dims, void *data, kvq_error *err);
+
+// ---------------------------------------------------------------- measurements
+
+// What kvq-calibrate --measure-only saw of a model, in a sealed HDF5 file (docs/format.md): everything a fit needs,
+// layer by layer, so that many fits can follow without model and text. Readable by any HDF5 program. Not for two
+// threads at a time, as captures.
+
+typedef struct kvq_measurement_writer kvq_measurement_writer;
+
+// about: identity, dataset and provenance of the run; its quantizer and layers are not looked at. eigenvectors: of the
+// second moments, which options then include. KVQ_ERR_EXISTS without force.
+kvq_status kvq_measurement_create(const kvq_context *ctx, const char *path, bool force, const kvq_artifact *about,
+                                  const kvq_measure_options *options, bool eigenvectors, kvq_measurement_writer **out,
+                                  kvq_error *err);
+// Layers in any order, each once. Computes and stores the spectrum of the moments.
+kvq_status kvq_measurement_put(const kvq_context *ctx, kvq_measurement_writer *writer, int64_t layer,
+                               const kvq_measured_layer *measured, kvq_error *err);
+// The writer is gone afterwards, also on failure. KVQ_ERR_INTERNAL names the first layer that was not put. sha256: of
+// the file before its seal, by which artifacts remember it.
+kvq_status kvq_measurement_commit(const kvq_context *ctx, kvq_measurement_writer **writer, char sha256[KVQ_SHA256_HEX],
+                                  kvq_error *err);
+void kvq_measurement_discard(const kvq_context *ctx, kvq_measurement_writer **writer); // NULL is fine; leaves nothing
+
+typedef struct kvq_measurement kvq_measurement;
+
+// Verifies the seal, format and version, every attribute, and every array's type and shape.
+kvq_status kvq_measurement_open(const kvq_context *ctx, const char *path, kvq_measurement **out, kvq_error *err);
+void       kvq_measurement_close(const kvq_context *ctx, kvq_measurement **measurement);
+const kvq_artifact        *kvq_measurement_about(const kvq_measurement *measurement); // tensors are empty
+const kvq_measure_options *kvq_measurement_options(const kvq_measurement *measurement);
+const char                *kvq_measurement_sha256(const kvq_measurement *measurement);
+// KVQ_ERR_NUMERICAL for values that are not finite, weights and counts below 0, means outside of their bin, or
+// thresholds that do not ascend, with the layer and array.
+kvq_status kvq_measurement_read(const kvq_context *ctx, const kvq_measurement *measurement, int64_t layer,
+                                kvq_measured_layer **out, kvq_error *err);
+// Eigenvalues of 'q', 'k' or 'v' [H or Hkv, D], descending. KVQ_ERR_INPUT when there are none.
+kvq_status kvq_measurement_spectrum(const kvq_context *ctx, const kvq_measurement *measurement, int64_t layer,
+                                    char tensor, double *values, kvq_error *err);
+
+// ---------------------------------------------------------------- artifacts in memory
 
 // The content hash that a file of this artifact will have.
 kvq_status kvq_artifact_hash(const kvq_context *ctx, const kvq_artifact *artifact, char content_sha256[KVQ_SHA256_HEX],

@@ -87,7 +87,8 @@ done:
 }
 
 kvq_status kvq_partial_commit(const kvq_context *ctx, kvq_partial_writer **writer, kvq_error *err) {
-    kvq_status status = arrays_commit(ctx, &(*writer)->file, true, err);
+    char       sha256[KVQ_SHA256_HEX];
+    kvq_status status = arrays_commit(ctx, &(*writer)->file, sha256, err);
     kvq_partial_discard(ctx, writer);
     return status;
 }

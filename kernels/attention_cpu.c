@@ -4,6 +4,10 @@
 // memory grows with S and not with S^2. The backward pass recomputes the scores (Dao et al., FlashAttention, 2022,
 // without the tiling over keys that a processor with caches does not need).
 //
+// With a second set for recent keys, the keys of a block fall into three parts: those that all its queries read from
+// the first set, those that all read from the second, and fewer than QUERY_BLOCK between them of which both sets are
+// needed.
+//
 // Forward items are (head, query block). Backward items are query heads that share a KV head, one after the other,
 // because their blocks add into the same dK and dV and the order of those sums must be fixed.
 #include <math.h>
@@ -16,21 +20,29 @@
 
 typedef struct attention_job {
     kvq_attention_shape shape;
-    const float        *q, *k, *v, *out, *dout;
+    const float        *q, *k, *v, *k_recent, *v_recent, *out, *dout;
     float              *result, *dq, *dk, *dv; // result: forward output
     float              *scratch;               // per worker
     float              *parts;                 // [n_parts - 1, 2, S, Hkv, D]: dk and dv of all parts but the first
 } attention_job;
 
-// The keys that the queries [first, end) of a block can see: [first_key, end).
+// The keys that the queries [first, end) of a block can see: [first_key, end). Some query reads a key before recent_end
+// from the first set, and one from recent_first on from the second; [recent_first, recent_end) is read from both.
 typedef struct query_block {
-    int64_t first, end, first_key;
+    int64_t first, end, first_key, recent_first, recent_end;
 } query_block;
+
+static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 static query_block block_at(const kvq_attention_shape *s, int64_t index) {
     query_block b = {.first = index * QUERY_BLOCK};
     b.end = b.first + QUERY_BLOCK < s->n_tokens ? b.first + QUERY_BLOCK : s->n_tokens;
     b.first_key = s->window > 0 && b.first >= s->window ? b.first - s->window + 1 : 0;
+    b.recent_first = b.recent_end = b.end;
+    if (s->recent > 0) {
+        b.recent_first = larger(b.first - s->recent + 1, b.first_key);
+        b.recent_end = larger(b.end - s->recent, b.first_key);
+    }
     return b;
 }
 
@@ -95,35 +107,120 @@ static void softmax_row(const kvq_attention_shape *s, float *row, float *slope, 
     hide(row, slope, from + n, keys);
 }
 
+// Where the heads of a call lie.
+typedef struct strides {
+    int64_t q, kv;
+} strides;
+
+static strides strides_of(const kvq_attention_shape *s) {
+    return (strides){(int64_t)s->n_heads * s->head_dim, (int64_t)s->n_kv_heads * s->head_dim};
+}
+
+// to [rows, n], rows `to_stride` apart = scaled scores of a block's queries with keys [from, from + n) of k
+static void scores(const attention_job *job, int64_t head, const query_block *b, const float *k, int64_t from,
+                   int64_t n, float *to, int64_t to_stride) {
+    const kvq_attention_shape *s = &job->shape;
+    strides                    stride = strides_of(s);
+    if (n == 0) return;
+    kvq_gemm(false, true, b->end - b->first, n, s->head_dim, s->scale,
+             job->q + b->first * stride.q + head * s->head_dim, stride.q,
+             k + from * stride.kv + kv_head_of(s, head) * s->head_dim, stride.kv, 0.0f, to, to_stride);
+}
+
+// The block's output [rows, D] (+)= p [rows, n] V, V being the values [from, from + n) of v; returns whether the next
+// product adds to it.
+static bool mix(const attention_job *job, int64_t head, const query_block *b, const float *v, int64_t from, int64_t n,
+                const float *p, int64_t p_stride, bool add) {
+    const kvq_attention_shape *s = &job->shape;
+    strides                    stride = strides_of(s);
+    if (n == 0) return add;
+    kvq_gemm(false, false, b->end - b->first, s->head_dim, n, 1.0f, p, p_stride,
+             v + from * stride.kv + kv_head_of(s, head) * s->head_dim, stride.kv, add ? 1.0f : 0.0f,
+             job->result + b->first * stride.q + head * s->head_dim, stride.q);
+    return true;
+}
+
+static void softmax_rows(const kvq_attention_shape *s, const query_block *b, float *p, float *slope) {
+    int64_t keys = b->end - b->first_key;
+    for (int64_t i = 0; i < b->end - b->first; i++)
+        softmax_row(s, p + i * keys, slope != NULL ? slope + i * keys : NULL, b->first + i, b);
+}
+
 // p [rows, keys] = softmax(capped(scale * Q K^T)) of one block
 static void probabilities(const attention_job *job, int64_t head, const query_block *b, float *p, float *slope) {
-    const kvq_attention_shape *s = &job->shape;
-    int64_t      q_stride = (int64_t)s->n_heads * s->head_dim, k_stride = (int64_t)s->n_kv_heads * s->head_dim;
-    int64_t      rows = b->end - b->first, keys = b->end - b->first_key;
-    const float *q = job->q + b->first * q_stride + head * s->head_dim;
-    const float *k = job->k + b->first_key * k_stride + kv_head_of(s, head) * s->head_dim;
-    kvq_gemm(false, true, rows, keys, s->head_dim, s->scale, q, q_stride, k, k_stride, 0.0f, p, keys);
-    for (int64_t i = 0; i < rows; i++)
-        softmax_row(s, p + i * keys, slope != NULL ? slope + i * keys : NULL, b->first + i, b);
+    int64_t keys = b->end - b->first_key;
+    scores(job, head, b, job->k, b->first_key, keys, p, keys);
+    softmax_rows(&job->shape, b, p, slope);
+}
+
+// Between the parts, query i reads the keys from i - recent + 1 on, as columns of `both`, from the second set.
+static int64_t first_recent_column(const attention_job *job, const query_block *b, int64_t i) {
+    return larger(i - job->shape.recent + 1 - b->recent_first, 0);
+}
+
+// One block of a call with recent keys. p [rows, keys] holds all scores of a row, so that softmax sees one row as ever;
+// both [rows, n_both] the second set's in between.
+static void attend_to_both(const attention_job *job, int64_t head, const query_block *b, float *p, float *both) {
+    int64_t keys = b->end - b->first_key, n_both = b->recent_end - b->recent_first, rows = b->end - b->first;
+    int64_t n_first = b->recent_end - b->first_key, at = b->recent_first - b->first_key;
+    bool    add = false;
+    scores(job, head, b, job->k, b->first_key, n_first, p, keys);
+    scores(job, head, b, job->k_recent, b->recent_end, keys - n_first, p + n_first, keys);
+    scores(job, head, b, job->k_recent, b->recent_first, n_both, both, n_both);
+    for (int64_t i = 0; i < rows; i++) {
+        for (int64_t j = first_recent_column(job, b, b->first + i); j < n_both; j++)
+            p[i * keys + at + j] = both[i * n_both + j];
+    }
+    softmax_rows(&job->shape, b, p, NULL);
+    for (int64_t i = 0; i < rows; i++) { // what one set has of a row, the other must not have
+        int64_t column = first_recent_column(job, b, b->first + i);
+        for (int64_t j = 0; j < n_both; j++) {
+            both[i * n_both + j] = j >= column ? p[i * keys + at + j] : 0.0f;
+            p[i * keys + at + j] = j >= column ? 0.0f : p[i * keys + at + j];
+        }
+    }
+    add = mix(job, head, b, job->v, b->first_key, n_first, p, keys, add);
+    add = mix(job, head, b, job->v_recent, b->recent_first, n_both, both, n_both, add);
+    (void)mix(job, head, b, job->v_recent, b->recent_end, keys - n_first, p + n_first, keys, add);
+}
+
+static int64_t both_floats(const kvq_attention_shape *s) {
+    return QUERY_BLOCK * (s->n_tokens < QUERY_BLOCK ? s->n_tokens : QUERY_BLOCK);
+}
+
+static int64_t forward_floats(const kvq_attention_shape *s) { // of a worker
+    return QUERY_BLOCK * s->n_tokens + (s->recent > 0 ? both_floats(s) : 0);
 }
 
 static void attention_item(void *user, int64_t item, int worker) {
     const attention_job       *job = user;
     const kvq_attention_shape *s = &job->shape;
     query_block                b = block_at(s, item % n_blocks(s));
-    int64_t                    head = item / n_blocks(s);
-    int64_t q_stride = (int64_t)s->n_heads * s->head_dim, k_stride = (int64_t)s->n_kv_heads * s->head_dim;
-    int64_t keys = b.end - b.first_key;
-    float  *p = job->scratch + worker * QUERY_BLOCK * s->n_tokens;
+    int64_t                    head = item / n_blocks(s), keys = b.end - b.first_key;
+    float                     *p = job->scratch + worker * forward_floats(s);
+    if (s->recent > 0) {
+        attend_to_both(job, head, &b, p, p + QUERY_BLOCK * s->n_tokens);
+        return;
+    }
     probabilities(job, head, &b, p, NULL);
-    kvq_gemm(false, false, b.end - b.first, s->head_dim, keys, 1.0f, p, keys,
-             job->v + b.first_key * k_stride + kv_head_of(s, head) * s->head_dim, k_stride, 0.0f,
-             job->result + b.first * q_stride + head * s->head_dim, q_stride);
+    (void)mix(job, head, &b, job->v, b.first_key, keys, p, keys, false);
 }
 
 void kvq_attention_cpu(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
-                       const float *v, float *out, float *scratch) {
-    attention_job job = {.shape = *shape, .q = q, .k = k, .v = v, .result = out, .scratch = scratch};
+                       const float *v, const float *k_recent, const float *v_recent, float *out, float *scratch) {
+    attention_job job = {.shape = *shape,
+                         .q = q,
+                         .k = k,
+                         .v = v,
+                         .k_recent = k_recent,
+                         .v_recent = v_recent,
+                         .result = out,
+                         .scratch = scratch};
+    if (shape->recent >= shape->n_tokens || (shape->window > 0 && shape->recent >= shape->window)) {
+        job.k = k_recent; // no query sees the first set
+        job.v = v_recent;
+        job.shape.recent = 0;
+    }
     kvq_parallel_for(be->ctx, n_blocks(shape) * shape->n_heads, attention_item, &job);
 }
 
@@ -217,14 +314,25 @@ void kvq_attention_backward_cpu(const kvq_backend *be, const kvq_attention_shape
                                 const float *v, const float *out, const float *dout, float *dq, float *dk, float *dv,
                                 float *scratch) {
     float        *parts = scratch + be->ctx->n_threads * backward_blocks(shape) * QUERY_BLOCK * shape->n_tokens;
-    attention_job job = {*shape, q, k, v, out, dout, NULL, dq, dk, dv, scratch, parts};
+    attention_job job = {.shape = *shape,
+                         .q = q,
+                         .k = k,
+                         .v = v,
+                         .out = out,
+                         .dout = dout,
+                         .dq = dq,
+                         .dk = dk,
+                         .dv = dv,
+                         .scratch = scratch,
+                         .parts = parts};
     kvq_parallel_for(be->ctx, shape->n_kv_heads * n_parts(shape), attention_backward_item, &job);
     if (n_parts(shape) > 1) kvq_parallel_for(be->ctx, shape->n_tokens, add_parts, &job);
 }
 
 int64_t kvq_attention_scratch_floats_cpu(const kvq_backend *be, const kvq_attention_shape *shape, bool backward) {
     int64_t block = (int64_t)QUERY_BLOCK * shape->n_tokens * be->ctx->n_threads;
-    return backward ? backward_blocks(shape) * block + 2 * (n_parts(shape) - 1) * kv_floats(shape) : block;
+    if (backward) return backward_blocks(shape) * block + 2 * (n_parts(shape) - 1) * kv_floats(shape);
+    return forward_floats(shape) * be->ctx->n_threads;
 }
 
 // ---------------------------------------------------------------- one token of many sequences

@@ -91,8 +91,9 @@ void kvq_rmsnorm_cpu(const kvq_backend *be, const float *x, const float *w, floa
 void kvq_rmsnorm_backward_cpu(const kvq_backend *be, const float *x, const float *w, float eps, const float *dy,
                               float *dx, int64_t m, int64_t n);
 void kvq_rope_cpu(const kvq_backend *be, float *x, const float *cos_table, const float *sin_table, int direction,
-                  int64_t m, int n_heads, int head_dim, int rot);
-void kvq_gated_mul_cpu(const kvq_backend *be, kvq_gate_kind kind, const float *gate, const float *up, float *y, int64_t n);
+                  float scale, int64_t m, int n_heads, int head_dim, int rot);
+void kvq_gated_mul_cpu(const kvq_backend *be, kvq_gate_kind kind, const float *gate, const float *up, float *y,
+                       int64_t n);
 void kvq_gated_mul_backward_cpu(const kvq_backend *be, kvq_gate_kind kind, float *gate, float *up, const float *dy,
                                 int64_t n);
 void kvq_softcap_cpu(const kvq_backend *be, float cap, float *x, int64_t n);
@@ -107,7 +108,7 @@ void kvq_row_dots_cpu(const kvq_backend *be, const float *a, const float *b, flo
 
 int64_t kvq_attention_scratch_floats_cpu(const kvq_backend *be, const kvq_attention_shape *shape, bool backward);
 void    kvq_attention_cpu(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
-                          const float *v, float *out, float *scratch);
+                          const float *v, const float *k_recent, const float *v_recent, float *out, float *scratch);
 void kvq_attention_backward_cpu(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
                                 const float *v, const float *out, const float *dout, float *dq, float *dk, float *dv,
                                 float *scratch);

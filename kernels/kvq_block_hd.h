@@ -12,6 +12,9 @@
 //     outlier   { u16 channel, f16 residual }; first the n_side slots of the upper side, then those of the lower side;
 //               an unused slot (K only) has channel 0xFFFF and residual 0
 //
+// "K row" is short for a tensor whose ranges are fixed per channel, "V row" for one whose ranges are found per token;
+// which of the two a tensor is, is a choice of its artifact.
+//
 // Decoded value: level[code] * r + z in f32, each operation rounded; where an outlier names the channel its residual is
 // added. The rules (docs/format.md has them in prose):
 //   * Normalised value x' = (x - z) / r in f32; code = nearest level by |x' - level| in f32, the lower index on a tie.
@@ -20,6 +23,10 @@
 //   * V: per token, the n_side smallest and n_side largest elements in (value, channel) order are outliers; z and r are
 //     the middle and half width of the range of the rest, rounded to f16 before anything is coded with them.
 //   * r = 0 (a constant channel or token): every code is 0 and decodes to z.
+//   * Several tables: the channels of a KV head have a table of their own.
+//   * Q-Norm: codes are chosen by `levels` and decode by `decoded`.
+//   * Clamped zero point: z is moved to where one of the evenly spaced levels decodes to 0, after the outliers are
+//     chosen and before r and z are rounded (kvq_block_clamped_middle).
 #ifndef KVQ_BLOCK_HD_H
 #define KVQ_BLOCK_HD_H
 
@@ -42,11 +49,15 @@ KVQ_STATIC_ASSERT(sizeof(kvq_block_outlier) == 4, "an outlier is four bytes on e
 
 // What is needed to code the rows of one tensor of one layer. All pointers are borrowed.
 typedef struct kvq_block_spec {
-    int          d;      // row width, 1 .. 65535 - 1
-    int          bits;   // 1 .. KVQ_MAX_BITS
-    int          n_side; // outliers per side and token; 0 = none; 2 * n_side < d, at most KVQ_BLOCK_MAX_SIDE
-    const float *levels; // [2^bits] ascending, normalised
-    const float *z, *r;  // K: [d] offset and half range of each channel, r >= 0.  V: NULL, found per token
+    int          d;          // row width, 1 .. 65535 - 1
+    int          bits;       // 1 .. KVQ_MAX_BITS
+    int          n_side;     // outliers per side and token; 0 = none; 2 * n_side < d, at most KVQ_BLOCK_MAX_SIDE
+    const float *levels;     // [n_groups, 2^bits] ascending in each group, normalised
+    const float *z, *r;      // K: [d] offset and half range of each channel, r >= 0.  V: NULL, found per token
+    int          n_groups;   // tables; divides d, channel c has table c / (d / n_groups). 0 = one
+    const float *decoded;    // [n_groups, 2^bits] what codes decode to; NULL = levels
+    const float *grid_z;     // K with a clamped zero point: [d] the offset of codes; NULL = z
+    int          clamp_zero; // V: whether each token's zero point is clamped
 } kvq_block_spec;
 
 KVQ_HD int kvq_block_code_bytes(int d, int bits) { return (d * bits + 31) / 32 * 4; }
@@ -58,6 +69,16 @@ KVQ_HD int kvq_block_row_bytes(const kvq_block_spec *s) {
 // Outliers per side for a two-sided fraction o of d channels: floor(o/2 * d) + 1, and none for o = 0. The small
 // constant keeps products such as 0.005 * 200 from falling below the integer they stand for.
 KVQ_HD int kvq_block_n_side(double fraction, int d) { return fraction > 0 ? (int)(fraction / 2 * d + 1e-9) + 1 : 0; }
+
+// The middle of a grid of n evenly spaced levels over [z - r, z + r], moved by less than half a step so that a level
+// decodes to 0; where 0 lies outside of the range the nearest end becomes 0, which may move it by more (the integer
+// zero point of common quantisers, clamped to 0 .. n - 1, halves rounded to even). r = 0 keeps z.
+KVQ_HD float kvq_block_clamped_middle(float z, float r, int n) {
+    if (!(r > 0)) return z;
+    float step = 2.0f * r / (float)(n - 1), zero = rintf((r - z) / step);
+    zero = zero < 0 ? 0.0f : zero > (float)(n - 1) ? (float)(n - 1) : zero;
+    return r - zero * step;
+}
 
 // (x - z) / r; `constant` where r = 0. The division is done in either case, for a branch would keep loops from
 // vectorising.
@@ -169,8 +190,9 @@ KVQ_HD void kvq_block_select_k(const kvq_block_spec *s, const float *x, kvq_bloc
     }
 }
 
-// Selects the outliers of a value row, exactly n_side per side, and gives the range of the rest: z its middle, r half
-// its width, both as f16 bits. In (value, channel) order the low end prefers low channels and the high end high ones.
+// Selects the outliers of a value row, exactly n_side per side, and gives the range of the rest: z its middle (moved
+// where the zero point is clamped), r half its width, both as f16 bits. In (value, channel) order the low end prefers
+// low channels and the high end high ones.
 KVQ_HD void kvq_block_select_v(const kvq_block_spec *s, const float *x, kvq_block_scratch *w, uint16_t *z,
                                uint16_t *r) {
     int keep = s->n_side + 1;
@@ -180,9 +202,11 @@ KVQ_HD void kvq_block_select_v(const kvq_block_spec *s, const float *x, kvq_bloc
         w->n_lower = kvq_block_keep_best(w->lower_key, w->lower_channel, w->n_lower, keep, -x[c], c, 0);
     }
     float high = w->upper_key[s->n_side], low = -w->lower_key[s->n_side];
+    float middle = (high + low) / 2.0f, half = (high - low) / 2.0f;
     w->n_upper = w->n_lower = s->n_side;
-    *z = kvq_half_of_float((high + low) / 2.0f);
-    *r = kvq_half_of_float((high - low) / 2.0f);
+    if (s->clamp_zero) middle = kvq_block_clamped_middle(middle, half, 1 << s->bits);
+    *z = kvq_half_of_float(middle);
+    *r = kvq_half_of_float(half);
 }
 
 KVQ_HD void kvq_block_store_half(uint8_t *at, uint16_t h) {
@@ -192,33 +216,87 @@ KVQ_HD void kvq_block_store_half(uint8_t *at, uint16_t h) {
 
 KVQ_HD uint16_t kvq_block_load_half(const uint8_t *at) { return (uint16_t)(at[0] | at[1] << 8); }
 
-// Codes of the whole row. A constant channel or token takes code 0: its x' is put on level 0 itself.
-KVQ_HD void kvq_block_encode_dense(const kvq_block_spec *s, const float *x, const float *z, const float *r, int step,
+// Offset and half range of channel c by which it is coded and decoded: z[c * step], r[c * step].
+typedef struct kvq_block_ranges {
+    const float *z, *r;
+    int          step;
+    float        token_z, token_r; // of a value row; z and r point here
+} kvq_block_ranges;
+
+// Fills `ranges` (of a value row from its z and r behind the codes) and returns where the row's outlier slots begin.
+KVQ_HD const uint8_t *kvq_block_find_ranges(const kvq_block_spec *s, const uint8_t *row, kvq_block_ranges *ranges) {
+    const uint8_t *rest = row + kvq_block_code_bytes(s->d, s->bits);
+    ranges->z = s->grid_z != 0 ? s->grid_z : s->z;
+    ranges->r = s->r;
+    ranges->step = 1;
+    ranges->token_z = ranges->token_r = 0;
+    if (s->r != 0) return rest;
+    ranges->token_z = kvq_float_of_half(kvq_block_load_half(rest));
+    ranges->token_r = kvq_float_of_half(kvq_block_load_half(rest + 2));
+    ranges->z = &ranges->token_z;
+    ranges->r = &ranges->token_r;
+    ranges->step = 0;
+    return rest + 4;
+}
+
+// Channels of a table. Tables need not begin where groups do.
+KVQ_HD int kvq_block_table_width(const kvq_block_spec *s) { return s->n_groups > 1 ? s->d / s->n_groups : s->d; }
+
+// Codes of `count` channels from `first` on, at most a group, all of one table; those of a whole group are written. A
+// constant channel or token takes code 0: its x' is put on level 0 itself.
+KVQ_HD void kvq_block_code_span(const float *x, const kvq_block_ranges *ranges, const float *levels, int n_levels,
+                                int first, int count, int *codes) {
+    float        xn[KVQ_BLOCK_GROUP];
+    const float *z = ranges->z, *r = ranges->r;
+    int          step = ranges->step;
+    for (int j = count; j < KVQ_BLOCK_GROUP; j++) xn[j] = 0; // computed for nothing
+    for (int j = 0; j < count; j++)
+        xn[j] = kvq_block_normalise(x[first + j], z[(first + j) * step], r[(first + j) * step], levels[0]);
+    kvq_block_nearest_group(xn, levels, n_levels, codes);
+}
+
+// Codes of the whole row. Where tables meet inside a group, the codes of each are written for a whole group from its
+// first channel there on, and the next one's replace what lies beyond its end; hence the double length.
+KVQ_HD void kvq_block_encode_dense(const kvq_block_spec *s, const float *x, const kvq_block_ranges *ranges,
                                    uint8_t *row) {
-    float xn[KVQ_BLOCK_GROUP];
-    int   codes[KVQ_BLOCK_GROUP];
-    for (int j = 0; j < KVQ_BLOCK_GROUP; j++) xn[j] = 0; // a last incomplete group computes a few codes for nothing
+    int          codes[2 * KVQ_BLOCK_GROUP];
+    int          width = kvq_block_table_width(s), table_end = width, n = 1 << s->bits;
+    const float *levels = s->levels;
     for (int first = 0; first < s->d; first += KVQ_BLOCK_GROUP) {
-        int count = s->d - first < KVQ_BLOCK_GROUP ? s->d - first : KVQ_BLOCK_GROUP;
-        for (int j = 0; j < count; j++)
-            xn[j] = kvq_block_normalise(x[first + j], z[(first + j) * step], r[(first + j) * step], s->levels[0]);
-        kvq_block_nearest_group(xn, s->levels, 1 << s->bits, codes);
-        kvq_block_pack_group(codes, count, s->bits, row);
+        int end = s->d - first < KVQ_BLOCK_GROUP ? s->d : first + KVQ_BLOCK_GROUP;
+        if (end <= table_end) { // the rule, and faster than the loop
+            kvq_block_code_span(x, ranges, levels, n, first, end - first, codes);
+        } else {
+            for (int from = first, to; from < end; from = to) {
+                if (from == table_end) levels += n, table_end += width;
+                to = table_end < end ? table_end : end;
+                kvq_block_code_span(x, ranges, levels, n, from, to - from, codes + (from - first));
+            }
+        }
+        kvq_block_pack_group(codes, end - first, s->bits, row);
         row += s->bits * (KVQ_BLOCK_GROUP / 8);
     }
 }
 
+KVQ_HD float kvq_block_decode_dense(const kvq_block_spec *s, const uint8_t *row, const float *table, int c,
+                                    const kvq_block_ranges *ranges) {
+    return table[kvq_block_get_code(row, c, s->bits)] * ranges->r[c * ranges->step] + ranges->z[c * ranges->step];
+}
+
+KVQ_HD const float *kvq_block_decode_levels(const kvq_block_spec *s) {
+    return s->decoded != 0 ? s->decoded : s->levels;
+}
+
 // Residuals of one side's outliers against what their dense codes decode to. Returns 1 when all of them fit into f16.
-KVQ_HD int kvq_block_store_side(const kvq_block_spec *s, const float *x, const uint8_t *codes, const float *z,
-                                const float *r, int step, const uint16_t *channels, int count, uint8_t *slots) {
-    int finite = 1;
+KVQ_HD int kvq_block_store_side(const kvq_block_spec *s, const float *x, const uint8_t *row,
+                                const kvq_block_ranges *ranges, const uint16_t *channels, int count, uint8_t *slots) {
+    int finite = 1, width = kvq_block_table_width(s);
     for (int i = 0; i < s->n_side; i++) {
         uint16_t channel = KVQ_NO_CHANNEL, residual = 0;
         if (i < count) {
             channel = channels[i];
-            float dense =
-                s->levels[kvq_block_get_code(codes, channel, s->bits)] * r[channel * step] + z[channel * step];
-            residual = kvq_half_of_float(x[channel] - dense);
+            const float *table = kvq_block_decode_levels(s) + (channel / width) * (1 << s->bits);
+            residual = kvq_half_of_float(x[channel] - kvq_block_decode_dense(s, row, table, channel, ranges));
             if ((residual & 0x7c00u) == 0x7c00u) finite = 0;
         }
         kvq_block_store_half(slots + 4 * i, channel);
@@ -230,49 +308,54 @@ KVQ_HD int kvq_block_store_side(const kvq_block_spec *s, const float *x, const u
 // Encodes x [d] into row [kvq_block_row_bytes]. Returns 1, or 0 when a number does not fit into f16 (the row is then
 // unusable). NaN and infinities must have been refused before.
 KVQ_HD int kvq_block_encode(const kvq_block_spec *s, const float *x, kvq_block_scratch *w, uint8_t *row) {
-    uint8_t     *rest = row + kvq_block_code_bytes(s->d, s->bits);
-    int          step = 1, finite = 1;
-    float        token_z = 0, token_r = 0;
-    const float *z = s->z, *r = s->r;
-    if (r != 0) {
+    uint8_t         *slots = row + kvq_block_row_bytes(s) - 2 * s->n_side * (int)sizeof(kvq_block_outlier);
+    int              finite = 1;
+    kvq_block_ranges ranges;
+    if (s->r != 0) {
         kvq_block_select_k(s, x, w);
     } else {
         uint16_t half_z, half_r;
         kvq_block_select_v(s, x, w, &half_z, &half_r);
-        kvq_block_store_half(rest, half_z);
-        kvq_block_store_half(rest + 2, half_r);
-        rest += 4;
+        kvq_block_store_half(slots - 4, half_z);
+        kvq_block_store_half(slots - 2, half_r);
         finite = (half_z & 0x7c00u) != 0x7c00u && (half_r & 0x7c00u) != 0x7c00u;
-        token_z = kvq_float_of_half(half_z);
-        token_r = kvq_float_of_half(half_r);
-        z = &token_z;
-        r = &token_r;
-        step = 0;
     }
-    kvq_block_encode_dense(s, x, z, r, step, row);
-    finite &= kvq_block_store_side(s, x, row, z, r, step, w->upper_channel, w->n_upper, rest);
-    finite &= kvq_block_store_side(s, x, row, z, r, step, w->lower_channel, w->n_lower, rest + 4 * s->n_side);
+    (void)kvq_block_find_ranges(s, row, &ranges);
+    kvq_block_encode_dense(s, x, &ranges, row);
+    finite &= kvq_block_store_side(s, x, row, &ranges, w->upper_channel, w->n_upper, slots);
+    finite &= kvq_block_store_side(s, x, row, &ranges, w->lower_channel, w->n_lower, slots + 4 * s->n_side);
     return finite;
 }
 
 KVQ_HD void kvq_block_decode(const kvq_block_spec *s, const uint8_t *row, float *x) {
-    const uint8_t *rest = row + kvq_block_code_bytes(s->d, s->bits);
-    const float   *z = s->z, *r = s->r;
-    float          token_z = 0, token_r = 0;
-    int            step = 1;
-    if (r == 0) {
-        token_z = kvq_float_of_half(kvq_block_load_half(rest));
-        token_r = kvq_float_of_half(kvq_block_load_half(rest + 2));
-        rest += 4;
-        z = &token_z;
-        r = &token_r;
-        step = 0;
+    kvq_block_ranges ranges;
+    const uint8_t   *slots = kvq_block_find_ranges(s, row, &ranges);
+    const float     *table = kvq_block_decode_levels(s);
+    int              width = kvq_block_table_width(s);
+    for (int first = 0; first < s->d; first += width, table += 1 << s->bits) {
+        for (int c = first; c < first + width; c++) x[c] = kvq_block_decode_dense(s, row, table, c, &ranges);
     }
-    for (int c = 0; c < s->d; c++) x[c] = s->levels[kvq_block_get_code(row, c, s->bits)] * r[c * step] + z[c * step];
     for (int i = 0; i < 2 * s->n_side; i++) {
-        uint16_t channel = kvq_block_load_half(rest + 4 * i);
-        if (channel < s->d) x[channel] += kvq_float_of_half(kvq_block_load_half(rest + 4 * i + 2));
+        uint16_t channel = kvq_block_load_half(slots + 4 * i);
+        if (channel < s->d) x[channel] += kvq_float_of_half(kvq_block_load_half(slots + 4 * i + 2));
     }
+}
+
+// Outliers that a row holds.
+KVQ_HD int kvq_block_count_outliers(const kvq_block_spec *s, const uint8_t *row) {
+    const uint8_t *slots = row + kvq_block_row_bytes(s) - 2 * s->n_side * (int)sizeof(kvq_block_outlier);
+    int            count = 0;
+    for (int i = 0; i < 2 * s->n_side; i++) count += kvq_block_load_half(slots + 4 * i) < s->d;
+    return count;
+}
+
+// Elements of x [d] beyond the range of their channel: the outliers, and those that are clipped because the slots of
+// their side were taken. A value row has none: its range is that of everything that is not an outlier.
+KVQ_HD int kvq_block_count_beyond(const kvq_block_spec *s, const float *x) {
+    int count = 0;
+    for (int c = 0; c < s->d && s->r != 0; c++)
+        count += fabsf(kvq_block_normalise(x[c], s->z[c], s->r[c], 0.0f)) > KVQ_OUTLIER_EDGE;
+    return count;
 }
 
 #endif

@@ -18,7 +18,8 @@ extern "C" {
 #endif
 
 // Shape of one attention call over one window, causal: query i sees keys j with j <= i, and i - j < window if window >
-// 0. Query head h reads KV head h / (n_heads / n_kv_heads).
+// 0. Query head h reads KV head h / (n_heads / n_kv_heads). Keys with i - j < recent, and their values, are read from a
+// second set; there is one softmax over all.
 typedef struct kvq_attention_shape {
     int64_t n_tokens;            // S
     int     n_heads, n_kv_heads; // H, Hkv
@@ -26,6 +27,7 @@ typedef struct kvq_attention_shape {
     int64_t window;              // 0 = unlimited
     float   scale;               // multiplies the scores, usually 1 / sqrt(D)
     float   softcap;             // scores become softcap * tanh(score / softcap); 0 = off
+    int64_t recent;              // 0 = no second set; forward of one window only
 } kvq_attention_shape;
 
 // What a gated MLP does to its gate: silu(g) = g / (1 + exp(-g)); gelu(g) = g (1 + tanh(u)) / 2 with
@@ -88,9 +90,9 @@ struct kvq_backend {
     void (*rmsnorm_backward)(const kvq_backend *be, const float *x, const float *w, float eps, const float *dy,
                              float *dx, int64_t m, int64_t n);
     // Rotates x [m, n_heads, head_dim] in place: channels (i, i + rot/2) of a head by the angle whose cosine and sine
-    // lie in cos_table, sin_table [m, rot/2]; channels from rot on pass. direction -1 rotates back (the gradient).
+    // lie in cos_table, sin_table [m, rot/2], times scale; channels from rot on pass. direction -1 rotates back.
     void (*rope)(const kvq_backend *be, float *x, const float *cos_table, const float *sin_table, int direction,
-                 int64_t m, int n_heads, int head_dim, int rot);
+                 float scale, int64_t m, int n_heads, int head_dim, int rot);
     // y [n] = activation(gate) * up; y may be gate or up
     void (*gated_mul)(const kvq_backend *be, kvq_gate_kind kind, const float *gate, const float *up, float *y,
                       int64_t n);
@@ -116,11 +118,13 @@ struct kvq_backend {
     void (*row_dots)(const kvq_backend *be, const float *a, const float *b, float *host_out, int64_t m, int64_t n);
 
     // ---- attention of one window; q, out [S, H, D], k, v [S, Hkv, D], all after RoPE
-    // Scratch is found by *_scratch_floats and passed in; it belongs to the caller.
+    // Scratch is found by *_scratch_floats and passed in; it belongs to the caller. What is enough for one shape is for
+    // smaller windows and without `recent`, and what is enough for backward is for any forward.
     int64_t (*attention_scratch_floats)(const kvq_backend *be, const kvq_attention_shape *shape, bool backward);
+    // k_recent, v_recent: the second set; not read when shape->recent is 0
     void (*attention)(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
-                      const float *v, float *out, float *scratch);
-    // dq, dk, dv are overwritten; scores are recomputed from q and k
+                      const float *v, const float *k_recent, const float *v_recent, float *out, float *scratch);
+    // dq, dk, dv are overwritten; scores are recomputed from q and k. shape->recent is 0.
     void (*attention_backward)(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
                                const float *v, const float *out, const float *dout, float *dq, float *dk, float *dv,
                                float *scratch);

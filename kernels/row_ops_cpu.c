@@ -87,7 +87,7 @@ void kvq_rmsnorm_backward_cpu(const kvq_backend *be, const float *x, const float
 typedef struct rope_job {
     float       *x;
     const float *cos_table, *sin_table;
-    float        direction;
+    float        direction, scale;
     int64_t      m;
     int          n_heads, head_dim, half;
 } rope_job;
@@ -95,23 +95,24 @@ typedef struct rope_job {
 static void rope_rows(void *user, int64_t item, int worker) {
     const rope_job *job = user;
     int             half = job->half;
+    float           scale = job->scale, direction = job->direction * scale;
     (void)worker;
     for (int64_t row = item * ROWS_PER_ITEM; row < (item + 1) * ROWS_PER_ITEM && row < job->m; row++) {
         const float *c = job->cos_table + row * half, *s = job->sin_table + row * half;
         for (int head = 0; head < job->n_heads; head++) {
             float *x = job->x + (row * job->n_heads + head) * job->head_dim;
             for (int i = 0; i < half; i++) {
-                float a = x[i], b = x[i + half], sine = s[i] * job->direction;
-                x[i] = a * c[i] - b * sine;
-                x[i + half] = b * c[i] + a * sine;
+                float a = x[i], b = x[i + half], cosine = c[i] * scale, sine = s[i] * direction;
+                x[i] = a * cosine - b * sine;
+                x[i + half] = b * cosine + a * sine;
             }
         }
     }
 }
 
 void kvq_rope_cpu(const kvq_backend *be, float *x, const float *cos_table, const float *sin_table, int direction,
-                  int64_t m, int n_heads, int head_dim, int rot) {
-    rope_job job = {x, cos_table, sin_table, direction < 0 ? -1.0f : 1.0f, m, n_heads, head_dim, rot / 2};
+                  float scale, int64_t m, int n_heads, int head_dim, int rot) {
+    rope_job job = {x, cos_table, sin_table, direction < 0 ? -1.0f : 1.0f, scale, m, n_heads, head_dim, rot / 2};
     kvq_parallel_for(be->ctx, n_items(m, ROWS_PER_ITEM), rope_rows, &job);
 }
 

@@ -98,8 +98,8 @@ static kvq_status decode_layer(kvq_model *model, const kvq_layer *layer, kvq_dec
     const rope_tables  *rope = &s->rope[kvq_rope_of_layer(c, layer->index)];
     kvq_attention_shape shape = kvq_model_attention_shape(c, layer->index, 1);
     kvq_layer_project(model, layer, s->n_seqs, s->x, s->mlp.normed, s->q, s->k, s->q, s->k, s->v);
-    be->rope(be, s->q, rope->cos_table, rope->sin_table, 1, s->n_seqs, c->n_heads, c->head_dim, c->rope.n_dims);
-    be->rope(be, s->k, rope->cos_table, rope->sin_table, 1, s->n_seqs, c->n_kv_heads, c->head_dim, c->rope.n_dims);
+    be->rope(be, s->q, rope->cos_table, rope->sin_table, 1, 1, s->n_seqs, c->n_heads, c->head_dim, c->rope.n_dims);
+    be->rope(be, s->k, rope->cos_table, rope->sin_table, 1, 1, s->n_seqs, c->n_kv_heads, c->head_dim, c->rope.n_dims);
     for (int64_t i = 0; i < s->n_seqs; i++) {
         be->copy(be, k_cache + (i * s->capacity + s->n_past) * d, s->k + i * d, d);
         be->copy(be, v_cache + (i * s->capacity + s->n_past) * d, s->v + i * d, d);

@@ -59,10 +59,15 @@ int64_t    kvq_workspace_floats(const kvq_model *model, int64_t seq_len, bool ba
 kvq_status kvq_model_embed(kvq_model *model, const int32_t *ids, int64_t n_tokens, float *x, kvq_error *err);
 
 // Sees, and may replace, what enters RoPE and attention of a layer: q [S, H * D], k and v [S, Hkv * D], backend memory.
+// A hook that sets `recent` > 0 gives a second version of keys (before RoPE) and values: query i then sees the keys
+// j > i - recent of k_recent and v_recent, and all others of k and v. Both stay the hook's; k_recent is rotated in
+// place.
 typedef struct kvq_qkv {
-    float *q, *k, *v;
+    float  *q, *k, *v;
+    float  *k_recent, *v_recent;
+    int64_t recent;
 } kvq_qkv;
-typedef kvq_status (*kvq_qkv_hook)(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err);
+typedef kvq_status (*kvq_qkv_hook)(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err);
 
 // x [S, C] -> the next layer's input, in place. hook may be NULL. KVQ_ERR_NUMERICAL names layer, tensor, position and
 // channel when K, V or the result are not finite.
@@ -73,6 +78,20 @@ kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_works
 // leaves K, V and their gradients in the views below until the next call.
 kvq_status kvq_layer_backward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens,
                               const float *x, float *dx, kvq_error *err);
+
+// Rotary embedding of keys [n_tokens, Hkv * D] at positions 0 .. n_tokens - 1 of a layer, in place. forward: as the
+// layer does before attention; back: its inverse; gradient: what turns d loss / d (key before) into d loss / d (key
+// after). Where a scaling gives the embedding an amplitude (yarn) the last two divide by it.
+typedef enum kvq_rotation { KVQ_ROTATE_FORWARD, KVQ_ROTATE_BACK, KVQ_ROTATE_GRADIENT } kvq_rotation;
+void kvq_rotate_keys(const kvq_model *model, const kvq_workspace *ws, int64_t layer, kvq_rotation rotation,
+                     int64_t n_tokens, float *k);
+
+// The same for queries [n_tokens, H * D]; they have no other use than forward.
+void kvq_rotate_queries(const kvq_model *model, const kvq_workspace *ws, int64_t layer, int64_t n_tokens, float *q);
+// Attention of a layer over what was rotated already, out [n_tokens, H * D]. A hook may call it: it changes nothing of
+// what the hook is shown.
+void kvq_layer_attention(const kvq_model *model, const kvq_workspace *ws, int64_t layer, const kvq_qkv *rotated,
+                         int64_t n_tokens, float *out);
 
 typedef struct kvq_kv_view { // backend memory, [S, Hkv * D], valid until the workspace is used again
     const float *k, *v, *dk, *dv;

@@ -35,6 +35,7 @@ static int list_buffers(const kvq_model *model, kvq_workspace *ws, int64_t S, bo
     int64_t rows = S < LOGIT_ROWS ? S : LOGIT_ROWS, kept = backward ? S : 0, raw = c->qk_norm ? kept : 0;
     kvq_attention_shape shape = kvq_model_attention_shape(c, 0, S);
     shape.window = 0; // no layer needs more
+    shape.recent = 1; // a hook may have a second set
     const kvq_model_buffer own[WORKSPACE_BUFFERS] = {
         {&ws->rope[0].cos_table, global},
         {&ws->rope[0].sin_table, global},
@@ -129,7 +130,7 @@ void kvq_workspace_destroy(kvq_model *model, kvq_workspace **workspace) {
 
 kvq_kv_view kvq_workspace_kv(const kvq_workspace *ws) { return (kvq_kv_view){ws->k, ws->v, ws->dk, ws->dv}; }
 
-// ---------------------------------------------------------------- forward
+// ---------------------------------------------------------------- checks and projections
 
 static kvq_status check_finite(const kvq_model *model, const float *x, int64_t m, int64_t width, int64_t layer,
                                const char *tensor, kvq_error *err) {
@@ -170,27 +171,55 @@ void kvq_layer_project(const kvq_model *model, const kvq_layer *layer, int64_t m
     head_norm(model, layer->k_norm, c->n_kv_heads, m, k_raw, k);
 }
 
-static void rotate(const kvq_model *model, const kvq_layer *layer, const kvq_workspace *ws, int direction, int64_t m,
-                   float *q, float *k) {
+// ---------------------------------------------------------------- attention
+
+// scale: what the result is multiplied with; channels that are not rotated pass
+static void rotate(const kvq_model *model, const kvq_workspace *ws, int64_t layer, int direction, float scale,
+                   int64_t m, int n_heads, float *x) {
     const kvq_model_config *c = model->config;
-    const kvq_backend      *be = model->be;
-    const rope_tables      *t = &ws->rope[kvq_rope_of_layer(c, layer->index)];
-    be->rope(be, q, t->cos_table, t->sin_table, direction, m, c->n_heads, c->head_dim, c->rope.n_dims);
-    be->rope(be, k, t->cos_table, t->sin_table, direction, m, c->n_kv_heads, c->head_dim, c->rope.n_dims);
+    const rope_tables      *t = &ws->rope[kvq_rope_of_layer(c, layer)];
+    model->be->rope(model->be, x, t->cos_table, t->sin_table, direction, scale, m, n_heads, c->head_dim,
+                    c->rope.n_dims);
 }
+
+// The layer multiplies by a R, R being a rotation and a the amplitude. The inverse is R^T / a. By the chain rule a
+// gradient before is a R^T times the one after, so the one after is R / a times the one before. The tables hold a R,
+// hence the second division.
+void kvq_rotate_keys(const kvq_model *model, const kvq_workspace *ws, int64_t layer, kvq_rotation rotation,
+                     int64_t n_tokens, float *k) {
+    double a = model->rope[kvq_rope_of_layer(model->config, layer)].amplitude;
+    float  scale = rotation == KVQ_ROTATE_FORWARD ? 1.0f : (float)(1 / (a * a));
+    rotate(model, ws, layer, rotation == KVQ_ROTATE_BACK ? -1 : 1, scale, n_tokens, model->config->n_kv_heads, k);
+}
+
+void kvq_rotate_queries(const kvq_model *model, const kvq_workspace *ws, int64_t layer, int64_t n_tokens, float *q) {
+    rotate(model, ws, layer, 1, 1, n_tokens, model->config->n_heads, q);
+}
+
+void kvq_layer_attention(const kvq_model *model, const kvq_workspace *ws, int64_t layer, const kvq_qkv *rotated,
+                         int64_t n_tokens, float *out) {
+    kvq_attention_shape shape = kvq_model_attention_shape(model->config, layer, n_tokens);
+    shape.recent = rotated->recent;
+    model->be->attention(model->be, &shape, rotated->q, rotated->k, rotated->v, rotated->k_recent, rotated->v_recent,
+                         out, ws->attention);
+}
+
+// ---------------------------------------------------------------- forward
 
 kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t n_tokens, float *x,
                              kvq_qkv_hook hook, void *user, kvq_error *err) {
-    int64_t             d = layer->k.n_out;
-    kvq_attention_shape shape = kvq_model_attention_shape(model->config, layer->index, n_tokens);
-    kvq_status          status = KVQ_OK;
+    int64_t    d = layer->k.n_out;
+    kvq_qkv    qkv = {.q = ws->q, .k = ws->k, .v = ws->v};
+    kvq_status status = KVQ_OK;
     KVQ_TRY(check_workspace(ws, n_tokens, false, err));
     kvq_layer_project(model, layer, n_tokens, x, ws->mlp.normed, ws->q, ws->k, ws->q, ws->k, ws->v);
     KVQ_TRY(check_finite(model, ws->k, n_tokens, d, layer->index, "K", err));
     KVQ_TRY(check_finite(model, ws->v, n_tokens, d, layer->index, "V", err));
-    if (hook != NULL) KVQ_TRY(hook(user, layer->index, (kvq_qkv){ws->q, ws->k, ws->v}, n_tokens, err));
-    rotate(model, layer, ws, 1, n_tokens, ws->q, ws->k);
-    model->be->attention(model->be, &shape, ws->q, ws->k, ws->v, ws->attended, ws->attention);
+    if (hook != NULL) KVQ_TRY(hook(user, layer->index, &qkv, n_tokens, err));
+    kvq_rotate_queries(model, ws, layer->index, n_tokens, qkv.q);
+    kvq_rotate_keys(model, ws, layer->index, KVQ_ROTATE_FORWARD, n_tokens, qkv.k);
+    if (qkv.recent > 0) kvq_rotate_keys(model, ws, layer->index, KVQ_ROTATE_FORWARD, n_tokens, qkv.k_recent);
+    kvq_layer_attention(model, ws, layer->index, &qkv, n_tokens, ws->attended);
     kvq_layer_attended(model, layer, n_tokens, ws->attended, x, &ws->mlp);
     KVQ_TRY(kvq_layer_mlp(model, layer, n_tokens, x, &ws->mlp, err));
     KVQ_TRY(check_finite(model, x, n_tokens, model->config->hidden_size, layer->index, "hidden state", err));
@@ -203,15 +232,16 @@ done:
 
 // From x to the state between attention and MLP in ws->mid; q and k_rotated stay as they entered attention, k as it
 // entered RoPE.
-static void recompute(const kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t m, const float *x,
-                      const kvq_attention_shape *shape) {
+static void recompute(const kvq_model *model, const kvq_layer *layer, kvq_workspace *ws, int64_t m, const float *x) {
     const kvq_backend *be = model->be;
     bool               norms = model->config->qk_norm;
+    const kvq_qkv      rotated = {.q = ws->q, .k = ws->k_rotated, .v = ws->v};
     kvq_layer_project(model, layer, m, x, ws->mlp.normed, norms ? ws->q_raw : ws->q, norms ? ws->k_raw : ws->k, ws->q,
                       ws->k, ws->v);
     be->copy(be, ws->k_rotated, ws->k, m * layer->k.n_out);
-    rotate(model, layer, ws, 1, m, ws->q, ws->k_rotated);
-    be->attention(be, shape, ws->q, ws->k_rotated, ws->v, ws->attended, ws->attention);
+    kvq_rotate_queries(model, ws, layer->index, m, ws->q);
+    kvq_rotate_keys(model, ws, layer->index, KVQ_ROTATE_FORWARD, m, ws->k_rotated);
+    kvq_layer_attention(model, ws, layer->index, &rotated, m, ws->attended);
     be->copy(be, ws->mid, x, m * model->config->hidden_size);
     kvq_layer_attended(model, layer, m, ws->attended, ws->mid, &ws->mlp);
 }
@@ -250,12 +280,13 @@ kvq_status kvq_layer_backward(kvq_model *model, const kvq_layer *layer, kvq_work
     const float            *dq = ws->dq, *dk = ws->dk;
     kvq_status              status = KVQ_OK;
     KVQ_TRY(check_workspace(ws, n_tokens, true, err));
-    recompute(model, layer, ws, m, x, &shape);
+    recompute(model, layer, ws, m, x);
     KVQ_TRY(kvq_layer_mlp_backward(model, layer, m, ws->mid, dx, &ws->mlp, err));
     kvq_layer_attended_backward(model, layer, m, ws->attended, dx, ws->dattended, &ws->mlp);
     be->attention_backward(be, &shape, ws->q, ws->k_rotated, ws->v, ws->attended, ws->dattended, ws->dq, ws->dk, ws->dv,
                            ws->attention);
-    rotate(model, layer, ws, -1, m, ws->dq, ws->dk);
+    rotate(model, ws, layer->index, -1, 1, m, c->n_heads, ws->dq); // a R^T, as the chain rule says
+    rotate(model, ws, layer->index, -1, 1, m, c->n_kv_heads, ws->dk);
     if (c->qk_norm) { // q and k_rotated have done their work; dk itself is a result
         head_norm_backward(model, layer->q_norm, c->n_heads, m, ws->q_raw, ws->dq, ws->q);
         head_norm_backward(model, layer->k_norm, c->n_kv_heads, m, ws->k_raw, ws->dk, ws->k_rotated);

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reads an artifact with h5py and computes its hashes from docs/format.md alone, before and after h5repack.
 
-Shows that the format is complete without kvq: usage check_artifact_hash.py <test_artifact>.
+Shows that the format is complete without kvq: usage check_artifact_hash.py <test_artifact>. The same for the file of
+format 1.0 in tests/data, whose rules for hashes are the same.
 Exit codes: 0 = equal, 1 = not, 77 = skipped because h5py or h5repack is not installed.
 """
 import hashlib
@@ -64,6 +65,21 @@ def check(path):
     return content
 
 
+def check_additions(path):
+    """Where format.md says that 1.1 keeps what it added."""
+    with h5py.File(path, "r") as file:
+        assert file.attrs["kvq_format_version"] == b"1.1" and file.attrs["kvq_min_reader"] == b"1.1"
+        assert file["quantizer"].attrs["recent_tokens"] == 128
+        assert file["quantizer"].attrs["threshold_scope"] == b"matrix"
+        last = file["layers/002"]
+        assert last.attrs["attention_error"] == 2.125 and last["v/heldout"].attrs["clipped_share"] == 1 / 64
+        assert last["k"].attrs["datatype"] == b"int-clamped" and last["k"].attrs["domain"] == b"post_rope"
+        assert last["v/codebook"].shape == last["v/decode_levels"].shape == (2, 4)
+        assert "threshold_lower" not in last["k"] and "threshold_lower" in file["layers/001/k"]
+        even = numpy.linspace(-1, 1, 8)[None, :]
+        assert numpy.all(abs(last["k/codebook"][()] - even) <= 2.0**-20)
+
+
 def seal(data):
     return b"kvq-sha256:" + hashlib.sha256(data).hexdigest().encode() + b"\n"
 
@@ -74,6 +90,8 @@ def main():
         path, again = os.path.join(folder, "a.kvq.h5"), os.path.join(folder, "b.kvq.h5")
         subprocess.run([kvq, "--write-sample", path], check=True)
         content = check(path)
+        check_additions(path)
+        check(os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "format-1.0.kvq.h5"))
         with open(path, "rb") as file:
             data = file.read()
         assert data[-76:] == seal(data[:-76]), "the last line is not the hash of what lies before it"

@@ -65,11 +65,11 @@ void rig_close(rig *r) {
     r->be->destroy(&r->be);
 }
 
-static kvq_status keep(void *user, int64_t layer, kvq_qkv x, int64_t n_tokens, kvq_error *err) {
+static kvq_status keep(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
     rig *r = user;
     (void)err;
-    r->be->copy(r->be, r->k + layer * r->S * r->d, x.k, n_tokens * r->d);
-    r->be->copy(r->be, r->v + layer * r->S * r->d, x.v, n_tokens * r->d);
+    r->be->copy(r->be, r->k + layer * r->S * r->d, x->k, n_tokens * r->d);
+    r->be->copy(r->be, r->v + layer * r->S * r->d, x->v, n_tokens * r->d);
     return KVQ_OK;
 }
 

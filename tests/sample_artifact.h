@@ -33,22 +33,42 @@ static inline float *sample_floats(const kvq_context *ctx, int64_t n, uint32_t s
     return x;
 }
 
-static inline void sample_tensor(const kvq_context *ctx, kvq_tensor_quant *t, int bits, kvq_axis axis,
+static inline void sample_tensor(const kvq_context *ctx, kvq_tensor_quant *t, int bits, kvq_axis axis, int n_groups,
                                  uint32_t stream) {
     t->bits = bits;
     t->axis = axis;
-    t->n_groups = t->dim = 1;
+    t->n_groups = n_groups;
+    t->dim = 1;
     t->n_levels = 1 << bits;
-    t->codebook = sample_floats(ctx, t->n_levels, stream, -1, 2.0 / t->n_levels);
+    t->codebook = sample_floats(ctx, (int64_t)n_groups * t->n_levels, stream, -1, 2.0 / t->n_levels);
+    for (int i = t->n_levels; i < n_groups * t->n_levels; i++) t->codebook[i] -= 2; // each table ascends from -1
     if (axis == KVQ_AXIS_CHANNEL) {
         t->lower = sample_floats(ctx, SAMPLE_D, stream + 1, -3, 0.01);
         t->upper = sample_floats(ctx, SAMPLE_D, stream + 2, 0.5, 0.3);
     }
-    t->fit = (kvq_fit_report){1000 + stream, 20 + stream, 3 + stream, 1.0 / 3 + stream, 77.7, 1e-300, 0.1};
+    t->fit = (kvq_fit_report){.n_points = 1000 + stream,
+                              .n_outliers = 20 + stream,
+                              .n_constant = 3 + stream,
+                              .weight_sum = 1.0 / 3 + stream,
+                              .effective_samples = 77.7,
+                              .objective = 1e-300,
+                              .binning_bound = 0.1};
 }
 
-// n_layers layers of 2 KV heads; 3 bits for K, 2 for V, one more in the first layer.
-static inline kvq_artifact *sample_artifact(const kvq_context *ctx, int64_t n_layers) {
+// What format 1.1 added; without it the sample is the one in tests/data/format-1.0.kvq.h5.
+static inline void sample_additions(const kvq_context *ctx, kvq_tensor_quant *t, uint32_t stream) {
+    t->fit.n_clipped = 7 + stream;
+    t->fit.lloyd_objective = 1.0 / 7 + stream;
+    t->fit.normalised_mse = 2e-3 + stream;
+    t->fit.mse = 3e-3 + stream;
+    t->fit.energy = 5.5 + stream;
+    t->fit.entropy_bits = 1.0 / 9;
+    t->heldout = (kvq_heldout_report){100 + stream, 0.25 + stream, 1.0 / 64, 1.0 / 96, 1e-3 + stream};
+    if (stream % 10 != 0) t->decode_levels = sample_floats(ctx, (int64_t)t->n_groups * t->n_levels, stream + 3, 1, -.1);
+}
+
+// n_layers layers of 2 KV heads; 3 bits for K, 2 for V, one more in the first layer. Format 1.0 holds all of it.
+static inline kvq_artifact *sample_artifact_1_0(const kvq_context *ctx, int64_t n_layers) {
     kvq_artifact *a = NULL;
     kvq_error     err = {0};
     sample_require(kvq_artifact_create(ctx, n_layers, &a, &err));
@@ -94,14 +114,45 @@ static inline kvq_artifact *sample_artifact(const kvq_context *ctx, int64_t n_la
     a->baseline_nll = 2.0 / 3;
     for (int64_t layer = 0; layer < n_layers; layer++) {
         uint32_t stream = (uint32_t)(10 * layer);
-        sample_tensor(ctx, &a->layers[layer].k, layer == 0 ? 4 : 3, KVQ_AXIS_CHANNEL, stream);
-        sample_tensor(ctx, &a->layers[layer].v, layer == 0 ? 3 : 2, KVQ_AXIS_TOKEN, stream + 5);
+        sample_tensor(ctx, &a->layers[layer].k, layer == 0 ? 4 : 3, KVQ_AXIS_CHANNEL, 1, stream);
+        sample_tensor(ctx, &a->layers[layer].v, layer == 0 ? 3 : 2, KVQ_AXIS_TOKEN, 1, stream + 5);
     }
     a->layers[0].k.codebook[8] = a->layers[0].k.codebook[7]; // levels may repeat
     a->layers[0].k.lower[0] = -FLT_MAX;
     a->layers[0].k.lower[1] = a->layers[0].k.upper[1] = -0.0f; // a constant channel
     a->layers[0].k.upper[2] = FLT_TRUE_MIN;
     a->layers[0].k.lower[2] = -FLT_MIN;
+    return a;
+}
+
+// The same with everything that format 1.1 added. The third layer has a table per KV head for V, evenly spaced levels
+// and ranges per token for K.
+static inline kvq_artifact *sample_artifact(const kvq_context *ctx, int64_t n_layers) {
+    kvq_artifact *a = sample_artifact_1_0(ctx, n_layers);
+    a->quantizer.weighting = KVQ_WEIGHT_RANGE;
+    a->quantizer.recent_tokens = 128;
+    a->quantizer.threshold_scope = KVQ_SCOPE_MATRIX;
+    a->quantizer.sinks_counted = true;
+    for (int64_t layer = 0; layer < n_layers; layer++) {
+        kvq_layer_quant *l = &a->layers[layer];
+        uint32_t         stream = (uint32_t)(10 * layer);
+        sample_additions(ctx, &l->k, stream);
+        sample_additions(ctx, &l->v, stream + 5);
+        l->attention_error = 0.125 + (double)layer;
+        l->k.domain = KVQ_KEYS_POST_ROPE;
+        l->v.datatype = KVQ_NF;
+        if (layer != 2) continue;
+        kvq_free(ctx, l->k.lower);
+        kvq_free(ctx, l->k.upper);
+        l->k.lower = l->k.upper = NULL;
+        l->k.axis = KVQ_AXIS_TOKEN;
+        l->k.datatype = KVQ_INT_CLAMPED;
+        for (int i = 0; i < l->k.n_levels; i++) l->k.codebook[i] = (float)(2.0 * i / (l->k.n_levels - 1) - 1);
+        kvq_free(ctx, l->v.codebook);
+        kvq_free(ctx, l->v.decode_levels);
+        sample_tensor(ctx, &l->v, 2, KVQ_AXIS_TOKEN, SAMPLE_HEADS, stream + 5);
+        sample_additions(ctx, &l->v, stream + 5);
+    }
     return a;
 }
 
@@ -120,10 +171,14 @@ static inline void assert_equal_tensors(const kvq_tensor_quant *a, const kvq_ten
     ck_assert_int_eq(a->n_groups, b->n_groups);
     ck_assert_int_eq(a->n_levels, b->n_levels);
     ck_assert_int_eq(a->dim, b->dim);
-    assert_equal_floats(a->codebook, b->codebook, a->n_levels);
+    ck_assert_int_eq(a->datatype, b->datatype);
+    ck_assert_int_eq(a->domain, b->domain);
+    assert_equal_floats(a->codebook, b->codebook, (int64_t)a->n_groups * a->n_levels);
+    assert_equal_floats(a->decode_levels, b->decode_levels, (int64_t)a->n_groups * a->n_levels);
     assert_equal_floats(a->lower, b->lower, SAMPLE_D);
     assert_equal_floats(a->upper, b->upper, SAMPLE_D);
-    ck_assert(memcmp(&a->fit, &b->fit, sizeof a->fit) == 0); // seven fields of eight bytes, no padding
+    ck_assert(memcmp(&a->fit, &b->fit, sizeof a->fit) == 0);             // fields of eight bytes, no padding
+    ck_assert(memcmp(&a->heldout, &b->heldout, sizeof a->heldout) == 0); // the same
 }
 
 #define ASSERT_SAME_TEXT(member)   ck_assert_str_eq(a->member, b->member)
@@ -159,7 +214,10 @@ static inline void assert_equal(const kvq_artifact *a, const kvq_artifact *b) {
     ASSERT_SAME_INT(quantizer.n_side_k);
     ASSERT_SAME_INT(quantizer.n_side_v);
     ASSERT_SAME_INT(quantizer.sink_tokens);
+    ASSERT_SAME_INT(quantizer.recent_tokens);
     ASSERT_SAME_INT(quantizer.weighting);
+    ASSERT_SAME_INT(quantizer.threshold_scope);
+    ASSERT_SAME_INT(quantizer.sinks_counted);
     ASSERT_SAME_TEXT(quantizer.scheme);
     ASSERT_SAME_TEXT(provenance.producer_version);
     ASSERT_SAME_TEXT(provenance.matmul);
@@ -169,6 +227,7 @@ static inline void assert_equal(const kvq_artifact *a, const kvq_artifact *b) {
     for (int64_t layer = 0; layer < a->model.n_layers; layer++) {
         assert_equal_tensors(&a->layers[layer].k, &b->layers[layer].k);
         assert_equal_tensors(&a->layers[layer].v, &b->layers[layer].v);
+        ck_assert(a->layers[layer].attention_error == b->layers[layer].attention_error);
     }
 }
 

@@ -109,12 +109,43 @@ START_TEST(content_hash_sees_everything_and_numeric_hash_only_numbers) {
     kvq_artifact_destroy(&ctx, &a);
 }
 END_TEST
+
+// tests/data/format-1.0.kvq.h5 is what kvq 4a1477e wrote for the sample of three layers. Files of released versions
+// stay readable, and what they do not say is zero.
+START_TEST(a_file_of_format_1_0_is_read) {
+    kvq_context   ctx = kvq_test_context();
+    kvq_error     err = {0};
+    char          hash[KVQ_SHA256_HEX], again[KVQ_SHA256_HEX];
+    kvq_artifact *a = sample_artifact_1_0(&ctx, 3), *b = NULL;
+    kvq_test_ok(kvq_artifact_read(&ctx, KVQ_TEST_DATA "/format-1.0.kvq.h5", &b, hash, &err), &err);
+    ck_assert_str_eq(hash, "64b94c3d5d04048dad81644a099e60802c1b1208cc5f9d1679ab5a069f39bfea");
+    assert_equal(a, b);
+    ck_assert(b->layers[0].k.datatype == KVQ_NUQ && b->layers[0].k.domain == KVQ_KEYS_PRE_ROPE);
+    ck_assert(b->quantizer.recent_tokens == 0 && b->quantizer.threshold_scope == KVQ_SCOPE_CHANNEL);
+    kvq_test_ok(kvq_artifact_hash(&ctx, b, again, &err), &err); // as 1.1, which says more
+    ck_assert_str_ne(again, hash);
+    kvq_artifact_destroy(&ctx, &a);
+    kvq_artifact_destroy(&ctx, &b);
+}
+END_TEST
+
 // ---------------------------------------------------------------- refusing to write
 
 static void set_nan(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[1].k.lower[4] = NAN; }
 static void set_unsorted(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[1].v.codebook[0] = 3; }
 static void set_two_dimensions(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[0].v.dim = 2; }
-static void set_two_groups(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[0].v.n_groups = 2; }
+static void set_three_groups(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[0].v.n_groups = 3; }
+static void set_uneven(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[0].k.datatype = KVQ_INT; }
+static void set_value_thresholds(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->layers[0].v.axis = KVQ_AXIS_CHANNEL;
+}
+static void set_unsorted_group(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[2].v.codebook[7] = -1; }
+static void set_infinite_level(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->layers[2].v.decode_levels[6] = INFINITY;
+}
+static void set_no_datatype(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->layers[0].v.datatype = KVQ_N_DATATYPES;
+}
 static void set_twelve_bits(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[0].v.bits = 12; }
 static void set_wide(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->model.n_kv_heads = 65000; }
 static void set_broken_name(const kvq_context *ctx, kvq_artifact *a) {
@@ -148,7 +179,12 @@ static const struct spoiled {
     {set_many_outliers, KVQ_ERR_INPUT, "/quantizer@n_side_v is 2048, outside of 0 .. 2047"},
     {set_unsorted, KVQ_ERR_INPUT, "/layers/001/v/codebook: level 1"},
     {set_two_dimensions, KVQ_ERR_UNSUPPORTED, "8 levels of 2 dimensions"},
-    {set_two_groups, KVQ_ERR_UNSUPPORTED, "/layers/000/v/codebook: 2 groups"},
+    {set_three_groups, KVQ_ERR_UNSUPPORTED, "/layers/000/v/codebook: 3 groups"},
+    {set_unsorted_group, KVQ_ERR_INPUT, "/layers/002/v/codebook: level 7"},
+    {set_uneven, KVQ_ERR_INPUT, "/layers/000/k/codebook: element 0 is"},
+    {set_infinite_level, KVQ_ERR_NUMERICAL, "/layers/002/v/decode_levels: element 6 is inf"},
+    {set_value_thresholds, KVQ_ERR_UNSUPPORTED, "/layers/000/v@axis is 'channel'"},
+    {set_no_datatype, KVQ_ERR_INPUT, "/layers/000/v@datatype is 4, outside of 0 .. 3"},
     {set_twelve_bits, KVQ_ERR_UNSUPPORTED, "8 levels of 1 dimensions"},
     {set_wide, KVQ_ERR_UNSUPPORTED, "65000 KV heads of 6 channels"},
     {set_broken_name, KVQ_ERR_INPUT, "/model@name: the text is not valid UTF-8"},
@@ -161,7 +197,7 @@ START_TEST(what_could_not_be_read_is_not_written) {
     kvq_context   ctx = kvq_test_context();
     kvq_error     err = {0};
     char          hash[KVQ_SHA256_HEX] = "untouched", *path = sample_path("spoiled.kvq.h5");
-    kvq_artifact *a = sample_artifact(&ctx, 2);
+    kvq_artifact *a = sample_artifact(&ctx, 3);
     SPOILED[_i].spoil(&ctx, a);
     kvq_test_failed(kvq_artifact_write(&ctx, a, path, false, hash, &err), SPOILED[_i].status, &err,
                     SPOILED[_i].message);
@@ -253,6 +289,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(equal_artifacts_give_equal_bytes),
     KVQ_CASE(an_artifact_of_a_thousand_layers_comes_back),
     KVQ_CASE(content_hash_sees_everything_and_numeric_hash_only_numbers),
+    KVQ_CASE(a_file_of_format_1_0_is_read),
     KVQ_LOOP(what_could_not_be_read_is_not_written, N_SPOILED),
     KVQ_CASE(the_longest_text_fits),
     KVQ_CASE(an_existing_file_needs_force),

@@ -220,20 +220,38 @@ static const forgery FORGERIES[] = {
     FORGED_TEXT("/quantizer@weighting", "magic", KVQ_ERR_UNSUPPORTED, "/quantizer@weighting is 'magic'"),
     FORGED_TEXT("/layers/000/k@axis", "head", KVQ_ERR_UNSUPPORTED, "/layers/000/k@axis is 'head'"),
     FORGED_TEXT("/layers/001/v@axis", "channel", KVQ_ERR_INPUT, "/layers/001/v/threshold_lower is missing"),
-    FORGED_TEXT("/layers/001/k@axis", "token", KVQ_ERR_UNSUPPORTED, "/layers/001/k@axis is 'token'"),
-    FORGED_TEXT("/layers/000/k@domain", "post_rope", KVQ_ERR_INPUT, "/layers/000/k@domain is 'post_rope'"),
+    FORGED_TEXT("/layers/001/k@axis", "token", KVQ_ERR_INPUT, "/layers/001/k/threshold_lower is not part of"),
+    FORGED_TEXT("/layers/002/k@axis", "channel", KVQ_ERR_INPUT, "/layers/002/k/threshold_lower is missing"),
+    FORGED_TEXT("/layers/000/k@domain", "projection", KVQ_ERR_UNSUPPORTED,
+                "/layers/000/k@domain is 'projection', none of 'pre_rope', 'post_rope'"),
+    FORGED_TEXT("/layers/000/v@domain", "post_rope", KVQ_ERR_INPUT, "/layers/000/v@domain is 'post_rope' instead of"),
+    FORGED_TEXT("/layers/000/v@datatype", "fp4", KVQ_ERR_UNSUPPORTED, "/layers/000/v@datatype is 'fp4', none of 'nuq'"),
+    FORGED_TEXT("/layers/000/v@datatype", "int", KVQ_ERR_INPUT, "/layers/000/v/codebook: element 0 is"),
+    FORGED_TEXT("/quantizer@threshold_scope", "layer", KVQ_ERR_UNSUPPORTED, "/quantizer@threshold_scope is 'layer'"),
+    FORGED_NUMBER("/quantizer@recent_tokens", NEGATIVE, KVQ_ERR_INPUT, "/quantizer@recent_tokens is -1"),
+    FORGED_NUMBER("/quantizer@sinks_counted", TWO, KVQ_ERR_INPUT, "/quantizer@sinks_counted is 2"),
+    FORGED_NUMBER("/layers/000/k/heldout@n_tokens", NEGATIVE, KVQ_ERR_INPUT, "/layers/000/k/heldout@n_tokens is -1"),
+    FORGED_NUMBER("/layers/000/v/heldout@clipped_share", MINUS_ONE, KVQ_ERR_INPUT, "heldout@clipped_share is -1"),
+    FORGED_NUMBER("/layers/001@attention_error", INFINITE, KVQ_ERR_NUMERICAL, "/layers/001@attention_error is inf"),
+    FORGED_NUMBER("/layers/000/v/decode_levels", NOT_A_NUMBER, KVQ_ERR_NUMERICAL, "/layers/000/v/decode_levels: el"),
     FORGED_TEXT("/layers/001/k@hf_name", "model.layers.0.self_attn.k_proj", KVQ_ERR_INPUT, "/layers/001/k@hf_name"),
     FORGED_TEXT("/model@config_sha256", "0123", KVQ_ERR_INPUT, "'0123' is not a SHA-256"),
     FORGED_TEXT("/model@name", "\xff\xfe", KVQ_ERR_INPUT, "/model@name: the text is not valid UTF-8"),
     FORGED_TEXT("/@kvq_format", "kvq.capture", KVQ_ERR_INPUT, "kvq_format is 'kvq.capture'"),
     FORGED_TEXT("/@kvq_format_version", "2.0", KVQ_ERR_VERSION, "artifact format 2.0"),
     FORGED_TEXT("/@kvq_format_version", "1.0x", KVQ_ERR_INPUT, "'1.0x'"),
-    FORGED_TEXT("/@kvq_min_reader", "1.1", KVQ_ERR_VERSION, "needs a reader of format 1.1"),
+    FORGED_TEXT("/@kvq_min_reader", "1.2", KVQ_ERR_VERSION, "needs a reader of format 1.2"),
+    FORGED_TEXT("/@kvq_format_version", "1.0", KVQ_ERR_INPUT,
+                "/layers/002/v/codebook has the shape [2, 4] instead of [1, 4]"),
     REMOVED("/layers/001/k/threshold_upper"),
     REMOVED("/layers/000/v/fit@objective"),
     REMOVED("/dataset@seed"),
+    REMOVED("/layers/000/v@datatype"),
+    REMOVED("/layers/001/k/heldout@nmse"),
+    REMOVED("/layers/001@attention_error"),
+    REMOVED("/quantizer@sinks_counted"),
     {"/@kvq_format", NULL, 0, KVQ_ERR_INPUT, "kvq_format is ''"},
-    {"/layers/001/v/codebook", NULL, 0, KVQ_ERR_INPUT, "there is no /layers/001/v/codebook"},
+    {"/layers/002/v/codebook", NULL, 0, KVQ_ERR_INPUT, "there is no /layers/002/v/codebook"},
 };
 
 // A list like `from` with one record replaced, removed or added.
@@ -276,7 +294,7 @@ static kvq_status read_list(const kvq_context *ctx, record_list *list, kvq_error
 
 static kvq_status read_forged(const kvq_context *ctx, const forgery *forgeries, int n, kvq_error *err) {
     record_list   list = {0};
-    kvq_artifact *a = sample_artifact(ctx, 2);
+    kvq_artifact *a = sample_artifact(ctx, 3);
     kvq_test_ok(artifact_to_records(ctx, a, &list, err), err);
     for (int i = 0; i < n; i++) {
         record_list forged = forge(ctx, &list, &forgeries[i]);
@@ -301,10 +319,36 @@ START_TEST(unknown_fields_are_for_newer_versions_only) {
     kvq_context   ctx = kvq_test_context();
     kvq_error     err = {0};
     const forgery newer[] = {FORGED_TEXT("/layers/000/k@basis", "hadamard:64", KVQ_OK, ""),
-                             FORGED_TEXT("/@kvq_format_version", "1.1", KVQ_OK, "")};
+                             FORGED_TEXT("/@kvq_format_version", "1.2", KVQ_OK, "")};
     kvq_test_failed(read_forged(&ctx, newer, 1, &err), KVQ_ERR_INPUT, &err,
-                    "/layers/000/k@basis is not part of format 1.0");
+                    "/layers/000/k@basis is not part of format 1.1");
     kvq_test_ok(read_forged(&ctx, newer, 2, &err), &err);
+}
+END_TEST
+
+// What format 1.1 added is unknown to a file that says it is of 1.0.
+START_TEST(an_older_file_has_no_newer_field) {
+    const forgery   edits[] = {{ARTIFACT_CONTENT_HASH, NULL, 0, KVQ_OK, ""},
+                               {ARTIFACT_NUMERIC_HASH, NULL, 0, KVQ_OK, ""},
+                               FORGED_TEXT("/layers/001/k@datatype", "nuq", KVQ_OK, "")};
+    kvq_context     ctx = kvq_test_context();
+    kvq_error       err = {0};
+    kvq_mapped_file file = {0};
+    for (int with = 0; with < 2; with++) {
+        record_list list = {0};
+        kvq_test_ok(kvq_map_file(KVQ_TEST_DATA "/format-1.0.kvq.h5", &file, &err), &err);
+        kvq_test_ok(records_from_hdf5(&ctx, file.data, file.bytes - SEAL_BYTES, &list, &err), &err);
+        kvq_unmap_file(&file);
+        for (int i = 0; i < 2 + with; i++) {
+            record_list forged = forge(&ctx, &list, &edits[i]);
+            record_list_free(&ctx, &list);
+            list = forged;
+        }
+        kvq_status status = read_list(&ctx, &list, &err);
+        if (with == 0) kvq_test_ok(status, &err);
+        if (with == 1) kvq_test_failed(status, KVQ_ERR_INPUT, &err, "/layers/001/k@datatype is not part of format 1.0");
+        record_list_free(&ctx, &list);
+    }
 }
 END_TEST
 
@@ -439,6 +483,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(what_is_no_artifact_is_refused),
     KVQ_LOOP(wrong_content_is_refused_by_name, (int)(sizeof FORGERIES / sizeof *FORGERIES)),
     KVQ_CASE(unknown_fields_are_for_newer_versions_only),
+    KVQ_CASE(an_older_file_has_no_newer_field),
     KVQ_LOOP(foreign_objects_are_refused_by_name, N_FOREIGN),
 };
 KVQ_TEST_MAIN("artifact_refused", CASES)

@@ -7,7 +7,7 @@
 #include "kvq_block_hd.h"
 #include "units.h"
 
-enum { MAX_D = 300, MAX_ROW = 4096, GUARD = 64, MAX_SIDE = 150 };
+enum { MAX_D = 640, MAX_ROW = 4096, GUARD = 64, MAX_SIDE = 150, MAX_TABLES = 8, MAX_LEVELS = 1 << KVQ_MAX_BITS };
 
 static double uniform(uint32_t stream, int64_t index) {
     return kvq_rng_uniform(31, KVQ_RNG_TEST, stream, (uint64_t)index);
@@ -16,7 +16,8 @@ static double uniform(uint32_t stream, int64_t index) {
 // One row with everything around it.
 typedef struct example {
     kvq_block_spec    spec;
-    float             x[MAX_D], y[MAX_D], z[MAX_D], r[MAX_D], levels[1 << KVQ_MAX_BITS];
+    float             x[MAX_D], y[MAX_D], z[MAX_D], r[MAX_D], grid_z[MAX_D];
+    float             levels[MAX_TABLES * MAX_LEVELS], decoded[MAX_TABLES * MAX_LEVELS];
     float             keys[2][MAX_SIDE];
     uint16_t          channels[2][MAX_SIDE];
     kvq_block_scratch scratch;
@@ -26,8 +27,9 @@ typedef struct example {
 static void init_example(example *e, bool is_key, int d, int bits, int n_side) {
     memset(e, 0xA5, sizeof *e);
     e->row = e->memory + GUARD;
-    kvq_block_spec    spec = {d, bits, n_side, e->levels, is_key ? e->z : NULL, is_key ? e->r : NULL};
+    kvq_block_spec    spec = {.d = d, .bits = bits, .n_side = n_side, .levels = e->levels};
     kvq_block_scratch scratch = {e->keys[0], e->keys[1], e->channels[0], e->channels[1], 0, 0};
+    if (is_key) spec.z = e->z, spec.r = e->r;
     e->spec = spec;
     e->scratch = scratch;
     for (int i = 0; i < 1 << bits; i++) e->levels[i] = (float)(2.0 * i / ((1 << bits) - 1) - 1);
@@ -104,8 +106,23 @@ static void plain_key_outliers(const kvq_block_spec *s, const float *x, plain_ro
         p->n[side] = n < s->n_side ? n : s->n_side;
         for (int i = 0; i < p->n[side]; i++) p->channels[side][i] = beyond[i].channel;
     }
-    memcpy(p->z, s->z, (size_t)s->d * sizeof *p->z);
+    memcpy(p->z, s->grid_z != NULL ? s->grid_z : s->z, (size_t)s->d * sizeof *p->z);
     memcpy(p->r, s->r, (size_t)s->d * sizeof *p->r);
+}
+
+// The clamped zero point as an integer quantiser finds it: the code of 0 rounded half to even, within the codes there
+// are, and the middle of the grid on which that code decodes to 0.
+static float plain_clamped(float z, float r, int bits) {
+    if (r == 0) return z;
+    int   last = (1 << bits) - 1, code;
+    float step = 2 * r / (float)last, exact = (r - z) / step, below = floorf(exact);
+    if (exact <= 0)
+        code = 0;
+    else if (exact >= (float)last)
+        code = last;
+    else
+        code = (int)below + (exact - below > 0.5f || (exact - below == 0.5f && (int)below % 2 == 1));
+    return r - (float)code * step;
 }
 
 static void plain_value_outliers(const kvq_block_spec *s, const float *x, plain_row *p) {
@@ -118,8 +135,9 @@ static void plain_value_outliers(const kvq_block_spec *s, const float *x, plain_
     }
     p->n[0] = p->n[1] = s->n_side;
     float low = sorted[s->n_side].key, high = sorted[s->d - 1 - s->n_side].key;
-    p->half_z = kvq_half_of_float((high + low) / 2);
-    p->half_r = kvq_half_of_float((high - low) / 2);
+    float middle = (high + low) / 2, half = (high - low) / 2;
+    p->half_z = kvq_half_of_float(s->clamp_zero ? plain_clamped(middle, half, s->bits) : middle);
+    p->half_r = kvq_half_of_float(half);
     for (int c = 0; c < s->d; c++) {
         p->z[c] = kvq_float_of_half(p->half_z);
         p->r[c] = kvq_float_of_half(p->half_r);
@@ -134,9 +152,16 @@ static int plain_nearest(float x, const float *levels, int n) {
     return best;
 }
 
-// Writes the expected row; bit by bit where the codec works with words.
-static void plain_encode(const kvq_block_spec *s, const float *x, uint8_t *row) {
+// Level `code` of channel c in one of the two sets of tables.
+static const float *plain_table(const kvq_block_spec *s, const float *tables, int c) {
+    int groups = s->n_groups > 0 ? s->n_groups : 1;
+    return tables + (c / (s->d / groups)) * (1 << s->bits);
+}
+
+// Writes the expected row, bit by bit where the codec works with words, and what it decodes to.
+static void plain_encode(const kvq_block_spec *s, const float *x, uint8_t *row, float *y) {
     static plain_row p;
+    const float     *decoded = s->decoded != NULL ? s->decoded : s->levels;
     int              at = (s->d * s->bits + 31) / 32 * 4;
     memset(row, 0, (size_t)kvq_block_row_bytes(s));
     if (s->r != NULL)
@@ -144,11 +169,13 @@ static void plain_encode(const kvq_block_spec *s, const float *x, uint8_t *row) 
     else
         plain_value_outliers(s, x, &p);
     for (int c = 0; c < s->d; c++) {
-        p.codes[c] = p.r[c] > 0 ? plain_nearest((x[c] - p.z[c]) / p.r[c], s->levels, 1 << s->bits) : 0;
+        p.codes[c] =
+            p.r[c] > 0 ? plain_nearest((x[c] - p.z[c]) / p.r[c], plain_table(s, s->levels, c), 1 << s->bits) : 0;
         for (int bit = 0; bit < s->bits; bit++) {
             int position = c * s->bits + bit;
             row[position / 8] = (uint8_t)(row[position / 8] | (((unsigned)p.codes[c] >> bit & 1u) << position % 8));
         }
+        y[c] = plain_table(s, decoded, c)[p.codes[c]] * p.r[c] + p.z[c];
     }
     if (s->r == NULL) {
         memcpy(row + at, &p.half_z, 2);
@@ -161,11 +188,25 @@ static void plain_encode(const kvq_block_spec *s, const float *x, uint8_t *row) 
             if (i < p.n[side]) {
                 int c = p.channels[side][i];
                 slot[0] = (uint16_t)c;
-                slot[1] = kvq_half_of_float(x[c] - (s->levels[p.codes[c]] * p.r[c] + p.z[c]));
+                slot[1] = kvq_half_of_float(x[c] - y[c]);
+                y[c] += kvq_float_of_half(slot[1]); // a channel is an outlier of one side only
             }
             memcpy(row + at, slot, 4);
         }
     }
+}
+
+// Codes the row, and compares it and what comes back with the plain implementation.
+static void compare_with_plain(example *e, int problem) {
+    static float   y[MAX_D];
+    static uint8_t expected[MAX_ROW];
+    encode(e);
+    plain_encode(&e->spec, e->x, expected, y);
+    ck_assert_msg(memcmp(e->row, expected, (size_t)kvq_block_row_bytes(&e->spec)) == 0,
+                  "problem %d: d %d, n_side %d, %d tables: other bytes", problem, e->spec.d, e->spec.n_side,
+                  e->spec.n_groups);
+    ck_assert_msg(memcmp(e->y, y, (size_t)e->spec.d * sizeof *y) == 0, "problem %d: d %d, %d tables: decodes otherwise",
+                  problem, e->spec.d, e->spec.n_groups);
 }
 
 static const int WIDTHS[] = {1, 3, 8, 31, 32, 33, 64, 192, 288};
@@ -174,17 +215,96 @@ enum { N_WIDTHS = sizeof WIDTHS / sizeof *WIDTHS };
 // _i = bits - 1
 START_TEST(bytes_equal_the_plain_implementation) {
     static example e;
-    uint8_t        expected[MAX_ROW];
     for (int problem = 0; problem < 40 * N_WIDTHS; problem++) {
         int d = WIDTHS[problem % N_WIDTHS], n_side = (int)(uniform(7, problem) * 4);
         if (problem % 5 == 0) n_side = (d - 1) / 2;
         if (2 * n_side >= d) n_side = 0;
         init_example(&e, problem % 2 == 0, d, _i + 1, n_side);
         fill_example(&e, problem / 2);
+        compare_with_plain(&e, problem);
+    }
+}
+END_TEST
+
+// Tables of random levels in ascending order.
+static void random_tables(float *tables, int n_tables, int bits, uint32_t stream) {
+    int n = 1 << bits;
+    for (int t = 0; t < n_tables; t++) {
+        double at = -1.2 + 0.4 * uniform(stream, t);
+        for (int i = 0; i < n; i++) {
+            tables[t * n + i] = (float)at;
+            at += 2.4 * uniform(stream + 1, t * n + i + 1) / n;
+        }
+    }
+}
+
+static const int HEAD_DIMS[] = {6, 8, 24, 48, 64, 80}, TABLES[] = {1, 2, 3, 4, 8};
+enum { N_HEAD_DIMS = 6, N_TABLES = 5, N_SHAPES = N_HEAD_DIMS * N_TABLES };
+
+// Heads and tables in all combinations (tables that begin and end inside of a group of 32, and shorter ones than that),
+// with and without a second table, with and without a clamped zero point, over ranges that do and do not contain 0,
+// constant channels and constant tokens. _i = bits - 1
+START_TEST(every_kind_of_table_equals_the_plain_implementation) {
+    static example e;
+    for (int problem = 0; problem < N_SHAPES * 48; problem++) {
+        int  shape = problem % N_SHAPES, kind = problem / N_SHAPES, n = TABLES[shape / N_HEAD_DIMS];
+        int  d = HEAD_DIMS[shape % N_HEAD_DIMS] * n, n_side = kind / 8 % 3 < d / 2 ? kind / 8 % 3 : 0;
+        bool is_key = kind % 2 == 0, clamped = kind / 4 % 2 == 1;
+        init_example(&e, is_key, d, _i + 1, n_side);
+        random_tables(e.levels, n, _i + 1, (uint32_t)(2000 + problem));
+        random_tables(e.decoded, n, _i + 1, (uint32_t)(2000 + 7 * problem));
+        e.spec.n_groups = n == 1 && problem % 4 < 2 ? 0 : n;
+        if (kind / 2 % 2 == 1) e.spec.decoded = e.decoded;
+        fill_example(&e, problem);
+        for (int c = 0; c < d; c++) {
+            float shift = (float)(problem % 5 - 2) * 3; // ranges below, about and above 0
+            e.x[c] = !is_key && problem % 41 == 0 ? shift : e.x[c] + shift;
+            if (is_key) e.z[c] += shift;
+            e.grid_z[c] = plain_clamped(e.z[c], e.r[c], _i + 1);
+        }
+        if (clamped && is_key) e.spec.grid_z = e.grid_z;
+        if (clamped && !is_key) e.spec.clamp_zero = 1;
+        compare_with_plain(&e, problem);
+    }
+}
+END_TEST
+
+// By hand, two bits: the steps are 2 r / 3.
+START_TEST(zero_points_are_clamped_as_integers) {
+    ck_assert(kvq_block_clamped_middle(0, 3, 4) == 3 - 2 * 2.0f);     // exact code 1.5, half to even: 2
+    ck_assert(kvq_block_clamped_middle(2, 3, 4) == 3 - 0 * 2.0f);     // 0.5: 0
+    ck_assert(kvq_block_clamped_middle(-0.5f, 3, 4) == 3 - 2 * 2.0f); // 1.75: 2
+    ck_assert(kvq_block_clamped_middle(5, 3, 4) == 3);                // [2, 8]: code 0 is 0
+    ck_assert(kvq_block_clamped_middle(-50, 3, 4) == -3);             // [-53, -47]: code 3 is 0
+    ck_assert(kvq_block_clamped_middle(7, 0, 4) == 7);                // a constant stays what it is
+    for (int i = 0; i < 1000; i++) {
+        float z = (float)(8 * uniform(40, i) - 4), r = (float)(4 * uniform(41, i) + 0.01);
+        int   bits = 1 + i % KVQ_MAX_BITS, last = (1 << bits) - 1;
+        float middle = kvq_block_clamped_middle(z, r, last + 1), nearest = HUGE_VALF;
+        for (int code = 0; code <= last; code++) // a level is 0 up to the roundings of r - code * step
+            nearest = fminf(nearest, fabsf((2.0f * (float)code / (float)last - 1) * r + middle));
+        ck_assert(nearest <= 8 * 0x1p-24f * r);
+        if (fabsf(z) <= r) ck_assert(fabsf(middle - z) <= r / (float)last * (1 + 0x1p-20f)); // half a step
+    }
+}
+END_TEST
+
+// What is beyond a key's range is an outlier or clipped; a value row clips nothing.
+START_TEST(what_became_of_the_elements_is_counted) {
+    static example e;
+    for (int problem = 0; problem < 60; problem++) {
+        int n_beyond = 0, n_upper = 0, n_lower = 0, n_side = problem % 4;
+        init_example(&e, problem % 2 == 0, 64, 3, n_side);
+        fill_example(&e, problem);
         encode(&e);
-        plain_encode(&e.spec, e.x, expected);
-        ck_assert_msg(memcmp(e.row, expected, (size_t)kvq_block_row_bytes(&e.spec)) == 0, "problem %d: d %d, n_side %d",
-                      problem, d, n_side);
+        for (int c = 0; c < 64 && problem % 2 == 0; c++) {
+            double xn = e.r[c] > 0 ? ((double)e.x[c] - (double)e.z[c]) / (double)e.r[c] : 0;
+            n_upper += xn > 1 + 0x1p-13, n_lower += xn < -1 - 0x1p-13; // no example has elements so near the edge
+        }
+        n_beyond = n_upper + n_lower;
+        int kept = (n_upper < n_side ? n_upper : n_side) + (n_lower < n_side ? n_lower : n_side);
+        ck_assert_int_eq(kvq_block_count_beyond(&e.spec, e.x), n_beyond);
+        ck_assert_int_eq(kvq_block_count_outliers(&e.spec, e.row), problem % 2 == 0 ? kept : 2 * n_side);
     }
 }
 END_TEST
@@ -455,6 +575,9 @@ END_TEST
 
 static const kvq_test_case CASES[] = {
     KVQ_LOOP(bytes_equal_the_plain_implementation, KVQ_MAX_BITS),
+    KVQ_LOOP(every_kind_of_table_equals_the_plain_implementation, KVQ_MAX_BITS),
+    KVQ_CASE(zero_points_are_clamped_as_integers),
+    KVQ_CASE(what_became_of_the_elements_is_counted),
     KVQ_CASE(packed_words_are_as_published),
     KVQ_CASE(row_sizes_by_hand),
     KVQ_GOLDEN_CASE(steps_equal_the_reference),

@@ -40,20 +40,8 @@ START_TEST(texts_are_owned_and_never_null) {
 }
 END_TEST
 
-START_TEST(weighting_names_round_trip) {
-    static const kvq_weighting ALL[] = {KVQ_WEIGHT_NONE, KVQ_WEIGHT_FISHER, KVQ_WEIGHT_FISHER_SCALED};
-    kvq_weighting              found = KVQ_WEIGHT_NONE;
-    for (int i = 0; i < 3; i++) {
-        ck_assert(kvq_weighting_parse(kvq_weighting_name(ALL[i]), &found));
-        ck_assert_int_eq(found, ALL[i]);
-    }
-    ck_assert_str_eq(kvq_weighting_name(KVQ_WEIGHT_FISHER_SCALED), "fisher-scaled");
-    ck_assert(!kvq_weighting_parse("Fisher", &found) && found == KVQ_WEIGHT_FISHER_SCALED);
-}
-END_TEST
-
 START_TEST(block_spec_views_the_tensor) {
-    float            codebook[4] = {-1, 0, 0.5f, 1}, lower[3] = {-2, 1, 5}, upper[3] = {4, 2, 5}, storage[6];
+    float            codebook[4] = {-1, 0, 0.5f, 1}, lower[3] = {-2, 1, 5}, upper[3] = {4, 2, 5}, storage[9];
     kvq_tensor_quant keys = {.bits = 2,
                              .axis = KVQ_AXIS_CHANNEL,
                              .n_groups = 1,
@@ -70,6 +58,17 @@ START_TEST(block_spec_views_the_tensor) {
         .bits = 2, .axis = KVQ_AXIS_TOKEN, .n_groups = 1, .n_levels = 4, .dim = 1, .codebook = codebook};
     spec = kvq_tensor_block_spec(&values, 3, 1, NULL);
     ck_assert(spec.z == NULL && spec.r == NULL && spec.levels == codebook);
+    ck_assert(spec.decoded == NULL && spec.grid_z == NULL && spec.clamp_zero == 0);
+
+    float decode_levels[4] = {-2, 0, 1, 2};
+    keys.datatype = values.datatype = KVQ_INT_CLAMPED;
+    keys.decode_levels = decode_levels;
+    spec = kvq_tensor_block_spec(&keys, 3, 1, storage);
+    // four levels over [-2, 4] are 2 apart and hit 0; over [1, 2], where 0 is not, the lowest one becomes 0
+    const float grid_z[3] = {1, 0.5f, 5};
+    ck_assert(memcmp(spec.z, z, sizeof z) == 0 && memcmp(spec.grid_z, grid_z, sizeof grid_z) == 0);
+    ck_assert(spec.decoded == decode_levels);
+    ck_assert(kvq_tensor_block_spec(&values, 3, 1, NULL).clamp_zero == 1);
 }
 END_TEST
 
@@ -94,14 +93,25 @@ START_TEST(cache_size_counts_every_byte) {
     kvq_cache_size size = kvq_artifact_cache_size(artifact, 100);
     ck_assert_int_eq(size.n_elements, 2 * 2 * 4096 * 100);
     ck_assert_int_eq(size.row_bytes, 2 * (1704 + 1708) * 96);
-    ck_assert_int_eq(size.sink_bytes, 2 * 2 * 4096 * 2 * 4);
+    ck_assert_int_eq(size.exact_bytes, 2 * 2 * 4096 * 2 * 4);
     ck_assert_int_eq(size.tables_bytes, 2 * (2 * 4096 * 4 + 8 * 4 + 8 * 4));
     double bits = 8.0 * (2 * 3412 * 96 + 131072 + 65664) / 1638400;
     ck_assert(kvq_cache_bits_per_element(size) == bits);
 
     size = kvq_artifact_cache_size(artifact, 3); // fewer tokens than sinks
-    ck_assert(size.row_bytes == 0 && size.sink_bytes == 2 * 2 * 4096 * 2 * 3);
+    ck_assert(size.row_bytes == 0 && size.exact_bytes == 2 * 2 * 4096 * 2 * 3);
     ck_assert(kvq_cache_bits_per_element(kvq_artifact_cache_size(artifact, 0)) == 0);
+
+    float decode_levels[8]; // a second table, and the last 10 tokens in f16 as well
+    artifact->layers[1].k.decode_levels = decode_levels;
+    artifact->quantizer.recent_tokens = 10;
+    size = kvq_artifact_cache_size(artifact, 100);
+    ck_assert_int_eq(size.row_bytes, 2 * (1704 + 1708) * 86);
+    ck_assert_int_eq(size.exact_bytes, 2 * 2 * 4096 * 2 * 14);
+    ck_assert_int_eq(size.tables_bytes, 2 * (2 * 4096 * 4 + 8 * 4 + 8 * 4) + 8 * 4);
+    size = kvq_artifact_cache_size(artifact, 12);
+    ck_assert(size.row_bytes == 0 && size.exact_bytes == 2 * 2 * 4096 * 2 * 12);
+    artifact->layers[1].k.decode_levels = NULL;
     kvq_artifact_destroy(&ctx, &artifact);
 }
 END_TEST
@@ -114,8 +124,9 @@ START_TEST(fisher_weights_are_squared_gradients) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    KVQ_CASE(texts_are_owned_and_never_null),       KVQ_CASE(weighting_names_round_trip),
-    KVQ_CASE(block_spec_views_the_tensor),          KVQ_CASE(cache_size_counts_every_byte),
+    KVQ_CASE(texts_are_owned_and_never_null),
+    KVQ_CASE(block_spec_views_the_tensor),
+    KVQ_CASE(cache_size_counts_every_byte),
     KVQ_CASE(fisher_weights_are_squared_gradients),
 };
 KVQ_TEST_MAIN("codebook", CASES)

@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Windows of token lists, text a model writes itself, and token ids from NumPy files.
+// Windows of token lists, as Python draws them, held out; text a model writes itself; and token ids from NumPy files.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "kvq_datasets.h"
-#include "kvq_test.h"
+#include "python_random.h"
+#include "units.h"
+#include "windows_impl.h"
 
 // The ids 0, 1, 2, ...: a window's content tells where it lies.
 static kvq_ids counting(int64_t n) {
@@ -174,6 +176,205 @@ START_TEST(short_texts_give_overlapping_windows) {
         }
         kvq_windows_free(&ctx, &w);
         free(ids.data);
+    }
+}
+END_TEST
+
+// ---------------------------------------------------------------- drawn as Python does
+
+// What python3 prints for r = random.Random(seed); [r.randint(0, last) for _ in range(n)].
+START_TEST(python_numbers_are_those_of_python) {
+    static const struct {
+        uint64_t seed;
+        int64_t  last, drawn[16];
+        int      n;
+    } CASES[] = {
+        {0, 0, {0, 0, 0}, 3}, // a number that can only be 0 takes words all the same
+        {0, 9, {6, 6, 0, 4, 8, 7, 6, 4}, 8},
+        {123456789, 1, {1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 1, 1}, 16},
+        {1, INT32_MAX, {577090037, 271041745, 1095513148, 506456969}, 4},
+        {7, UINT32_MAX, {647892279, 2795742288, 2301595691, 2179419893}, 4},
+        {7, (int64_t)1 << 32, {647892279, 2795742288, 2301595691, 2179419893}, 4}, // 33 bits, two words
+        {4294967301, 999, {161, 497, 289, 911, 618, 855}, 6},                      // a seed of two digits
+        {UINT64_MAX, ((int64_t)1 << 62) - 1, {2294576949312773758, 4206446891363434577, 876381959062349251}, 3},
+        {UINT64_MAX, INT64_MAX - 1, {2294576949312773758, 5706972812880472640, 4206446891363434577}, 3},
+    };
+    python_random r;
+    for (size_t k = 0; k < sizeof CASES / sizeof *CASES; k++) {
+        python_random_seed(&r, CASES[k].seed);
+        for (int i = 0; i < CASES[k].n; i++)
+            ck_assert_int_eq(python_random_up_to(&r, CASES[k].last), CASES[k].drawn[i]);
+    }
+    int64_t drawn[2000], sum = 0;
+    python_random_seed(&r, 2026);
+    for (int i = 0; i < 2000; i++) sum += drawn[i] = python_random_up_to(&r, 99999);
+    ck_assert(drawn[623] == 13928 && drawn[624] == 42767 && drawn[625] == 63512); // a new set of words
+    ck_assert(drawn[1999] == 60868 && sum == 101235205);
+}
+END_TEST
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static void check_python_windows(int64_t n_ids, int64_t seq_len, int64_t bos_id, uint64_t seed, double *starts, int n) {
+    kvq_context      ctx = kvq_test_context();
+    kvq_error        err = {0};
+    kvq_ids          ids = counting(n_ids);
+    kvq_windows      w = {0};
+    kvq_source_use   use = {0};
+    kvq_token_source source = source_of_ids(&ids);
+    kvq_window_rule  rule = {.seq_len = seq_len, .n_windows = n, .seed = seed, .bos_id = bos_id, .python_draw = true};
+    bool             overlap = false;
+    rule.n_heldout = 3;
+    kvq_test_ok(kvq_windows_draw(&ctx, &source, NULL, 1, &rule, &use, &w, &err), &err);
+    qsort(starts, (size_t)n, sizeof *starts, by_value);
+    for (int i = 0; i < n; i++) ck_assert_int_eq(start_of(&w, i), (int64_t)starts[i]);
+    for (int i = 1; i < n; i++) overlap = overlap || starts[i] - starts[i - 1] < (double)(seq_len - (bos_id >= 0));
+    ck_assert_int_eq(use.overlap, overlap);
+    ck_assert(w.n_heldout == 0 && w.heldout_ids == NULL); // even where there would be room
+    kvq_windows_free(&ctx, &w);
+    free(ids.data);
+}
+
+START_TEST(windows_as_python_draws_them) {
+    double starts[] = {4467, 204, 839, 912, 1143, 1828, 2006, 2253};
+    check_python_windows(5000, 64, -1, 42, starts, 8);
+    check_python_windows(5000, 65, 9, 42, starts, 8); // a beginning-of-text token is none of the text's
+}
+END_TEST
+
+START_TEST(windows_of_the_reference_program) {
+    cJSON       *units = units_read();
+    const cJSON *example;
+    int          n_examples = 0, n_windows = 0;
+    cJSON_ArrayForEach(example, units_get(units, "randint")) {
+        python_random r;
+        int           n;
+        double       *starts = units_array(example, "starts", &n);
+        int64_t       n_ids = (int64_t)units_number(example, "n"), seq_len = (int64_t)units_number(example, "seqlen");
+        uint64_t      seed = (uint64_t)units_number(example, "seed");
+        python_random_seed(&r, seed);
+        for (int i = 0; i < n; i++) ck_assert_int_eq(python_random_up_to(&r, n_ids - seq_len - 1), (int64_t)starts[i]);
+        n_examples++;
+        if (n_ids < 1000000) {
+            check_python_windows(n_ids, seq_len, -1, seed, starts, n);
+            n_windows++;
+        }
+        free(starts);
+    }
+    ck_assert_int_eq(n_examples, 8);
+    ck_assert_int_eq(n_windows, 7); // one text of the reference is too long for a test
+    cJSON_Delete(units);
+}
+END_TEST
+
+START_TEST(what_python_cannot_draw_is_refused) {
+    kvq_context      ctx = kvq_test_context();
+    kvq_error        err = {0};
+    kvq_ids          ids = counting(65);
+    kvq_windows      w = {.n_windows = 5};
+    kvq_token_source sources[] = {source_of_ids(&ids), source_of_ids(&ids)};
+    kvq_window_rule  rule = {.seq_len = 65, .n_windows = 2, .bos_id = -1, .python_draw = true};
+    kvq_test_failed(kvq_windows_draw(&ctx, sources, NULL, 1, &rule, NULL, &w, &err), KVQ_ERR_INPUT, &err,
+                    "65 tokens, but one window as Python draws it needs 66");
+    kvq_test_failed(kvq_windows_draw(&ctx, sources, NULL, 2, &rule, NULL, &w, &err), KVQ_ERR_USAGE, &err,
+                    "not from several texts");
+    kvq_test_failed(kvq_windows_take(&ctx, sources, NULL, 1, &rule, NULL, &w, &err), KVQ_ERR_USAGE, &err,
+                    "consecutive windows are not drawn");
+    rule.keep_documents = true;
+    kvq_test_failed(kvq_windows_draw(&ctx, sources, NULL, 1, &rule, NULL, &w, &err), KVQ_ERR_USAGE, &err,
+                    "documents that are kept apart");
+    rule = (kvq_window_rule){.seq_len = 5, .n_windows = 2, .bos_id = -1, .n_heldout = -1};
+    kvq_test_failed(kvq_windows_draw(&ctx, sources, NULL, 1, &rule, NULL, &w, &err), KVQ_ERR_USAGE, &err,
+                    "-1 held-out windows");
+    ck_assert_int_eq(w.n_windows, 5);
+    free(ids.data);
+}
+END_TEST
+
+// ---------------------------------------------------------------- held-out windows
+
+static kvq_windows draw_with_heldout(int64_t n_ids, int64_t seq_len, int64_t n, int64_t n_heldout, uint64_t seed,
+                                     int64_t bos_id) {
+    kvq_context      ctx = kvq_test_context();
+    kvq_error        err = {0};
+    kvq_ids          ids = counting(n_ids);
+    kvq_windows      w = {0};
+    kvq_token_source source = source_of_ids(&ids);
+    kvq_window_rule rule = {.seq_len = seq_len, .n_windows = n, .seed = seed, .bos_id = bos_id, .n_heldout = n_heldout};
+    kvq_test_ok(kvq_windows_draw(&ctx, &source, NULL, 1, &rule, NULL, &w, &err), &err);
+    free(ids.data);
+    return w;
+}
+
+static int64_t heldout_start(const kvq_windows *w, int64_t i) {
+    kvq_windows view = *w;
+    view.ids = w->heldout_ids;
+    return start_of(&view, i);
+}
+
+// Against a search of its own: how wide the gap around each held-out window is, and that none left out was wider.
+static void check_heldout(const kvq_windows *w, int64_t n_ids, int64_t n_wanted) {
+    int64_t step = w->seq_len - w->bos_added, narrowest = INT64_MAX, widest_free = 0, n_room = 0, next = 0;
+    for (int64_t i = 0; i <= w->n_windows; i++) {
+        int64_t begin = i > 0 ? start_of(w, i - 1) + step : 0;
+        int64_t width = (i < w->n_windows ? start_of(w, i) : n_ids) - begin;
+        n_room += width >= step;
+        if (next < w->n_heldout && heldout_start(w, next) < begin + width) {
+            ck_assert_int_eq(heldout_start(w, next), begin + (width - step) / 2);
+            ck_assert_int_ge(width, step);
+            if (w->bos_added) ck_assert_int_eq(w->heldout_ids[next * w->seq_len], w->ids[0]);
+            narrowest = width < narrowest ? width : narrowest;
+            next++;
+        } else {
+            widest_free = width > widest_free ? width : widest_free;
+        }
+    }
+    ck_assert_int_eq(next, w->n_heldout); // all lie in a gap, one in each, in the order of the text
+    ck_assert_int_eq(w->n_heldout, n_room < n_wanted ? n_room : n_wanted);
+    ck_assert(w->n_heldout < n_wanted ? widest_free < step : widest_free <= narrowest);
+}
+
+START_TEST(heldout_windows_lie_in_the_widest_gaps) {
+    kvq_context ctx = kvq_test_context();
+    int         n_short = 0;
+    for (uint64_t seed = 0; seed < 200; seed++) {
+        int64_t     n = 1 + (int64_t)seed % 9, n_wanted = 1 + (int64_t)seed % 5, n_ids = 150 + 7 * (int64_t)seed;
+        int64_t     bos_id = seed % 2 == 1 ? 99999 : -1;
+        kvq_windows w = draw_with_heldout(n_ids, 16, n, n_wanted, seed, bos_id);
+        kvq_windows same = draw_with_heldout(n_ids, 16, n, n_wanted, seed, bos_id);
+        kvq_windows without = draw_with_heldout(n_ids, 16, n, 0, seed, bos_id);
+        check_heldout(&w, n_ids, n_wanted);
+        n_short += w.n_heldout < n_wanted;
+        ck_assert(memcmp(w.heldout_ids, same.heldout_ids, (size_t)w.n_heldout * 16 * sizeof(int32_t)) == 0);
+        ck_assert(without.n_heldout == 0 && without.heldout_ids == NULL);
+        ck_assert_str_eq(w.ids_sha256, without.ids_sha256);
+        ck_assert(memcmp(w.ids, without.ids, (size_t)n * 16 * sizeof(int32_t)) == 0);
+        kvq_windows_free(&ctx, &w);
+        ck_assert(w.heldout_ids == NULL && w.n_heldout == 0);
+        kvq_windows_free(&ctx, &same);
+        kvq_windows_free(&ctx, &without);
+    }
+    ck_assert_int_gt(n_short, 10);
+}
+END_TEST
+
+// One window that fills the text leaves no gap; of one window in the middle of twice as much, the two ends are too
+// short by a token or just long enough; windows that overlap are followed by none.
+START_TEST(heldout_windows_need_room) {
+    kvq_context ctx = kvq_test_context();
+    kvq_windows full = draw_with_heldout(10, 10, 1, 4, 1, -1), overlapping = draw_with_heldout(99, 10, 10, 4, 1, -1);
+    ck_assert_int_eq(full.n_heldout, 0);
+    ck_assert_int_eq(overlapping.n_heldout, 0);
+    kvq_windows_free(&ctx, &full);
+    kvq_windows_free(&ctx, &overlapping);
+    for (uint64_t seed = 0; seed < 50; seed++) {
+        kvq_windows w = draw_with_heldout(30, 10, 1, 4, seed, -1);
+        int64_t     start = start_of(&w, 0);
+        ck_assert_int_eq(w.n_heldout, (start >= 10) + (start <= 10));
+        kvq_windows_free(&ctx, &w);
     }
 }
 END_TEST
@@ -426,6 +627,12 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(drawn_windows_reach_the_whole_text),
     KVQ_CASE(drawn_windows_follow_the_seed_alone),
     KVQ_CASE(short_texts_give_overlapping_windows),
+    KVQ_CASE(python_numbers_are_those_of_python),
+    KVQ_CASE(windows_as_python_draws_them),
+    KVQ_GOLDEN_CASE(windows_of_the_reference_program),
+    KVQ_CASE(what_python_cannot_draw_is_refused),
+    KVQ_CASE(heldout_windows_lie_in_the_widest_gaps),
+    KVQ_CASE(heldout_windows_need_room),
     KVQ_CASE(self_text_begins_with_bos_and_goes_on_after_eos),
     KVQ_CASE(self_text_with_one_token_for_both_ends_goes_on),
     KVQ_CASE(self_text_depends_on_seed_window_and_position_alone),

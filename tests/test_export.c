@@ -114,7 +114,7 @@ static void assert_json_floats(const cJSON *rows, const float *x, int n_rows, in
 
 START_TEST(json_holds_every_number) {
     kvq_context   ctx = kvq_test_context();
-    kvq_artifact *a = sample_artifact(&ctx, 2);
+    kvq_artifact *a = sample_artifact(&ctx, 3);
     content       c = exported(kvq_export_find("json"), a);
     cJSON        *root = cJSON_Parse(c.data);
     ck_assert_str_eq(item(root, "schema")->valuestring, "kvq.artifact/1");
@@ -126,17 +126,23 @@ START_TEST(json_holds_every_number) {
     ck_assert(item(item(root, "model"), "rope_theta")->valuedouble == a->model.rope_theta);
     ck_assert_str_eq(item(item(root, "provenance"), "options_json")->valuestring, a->provenance.options_json);
     const cJSON *layers = item(root, "layers");
-    ck_assert_int_eq(cJSON_GetArraySize(layers), 2);
-    for (int layer = 0; layer < 2; layer++) {
+    ck_assert_int_eq(cJSON_GetArraySize(layers), 3);
+    for (int layer = 0; layer < 3; layer++) {
         const kvq_layer_quant *q = &a->layers[layer];
         const cJSON           *k = item(cJSON_GetArrayItem(layers, layer), "k"),
                     *v = item(cJSON_GetArrayItem(layers, layer), "v");
         ck_assert(item(k, "bits")->valuedouble == q->k.bits && item(v, "bits")->valuedouble == q->v.bits);
         assert_json_floats(item(k, "codebook"), q->k.codebook, 1, q->k.n_levels);
-        assert_json_floats(item(v, "codebook"), q->v.codebook, 1, q->v.n_levels);
+        assert_json_floats(item(v, "codebook"), q->v.codebook, q->v.n_groups, q->v.n_levels);
+        assert_json_floats(item(v, "decode_levels"), q->v.decode_levels, q->v.n_groups, q->v.n_levels);
+        ck_assert_str_eq(item(v, "datatype")->valuestring, kvq_datatype_names[q->v.datatype]);
+        ck_assert(item(item(v, "heldout"), "nmse")->valuedouble == q->v.heldout.nmse);
+        ck_assert(item(cJSON_GetArrayItem(layers, layer), "attention_error")->valuedouble == q->attention_error);
+        ck_assert(item(item(v, "fit"), "weight_sum")->valuedouble == q->v.fit.weight_sum);
+        ck_assert((cJSON_GetObjectItemCaseSensitive(k, "threshold_upper") != NULL) == (q->k.upper != NULL));
+        if (q->k.lower == NULL) continue;
         assert_json_floats(item(k, "threshold_lower"), q->k.lower, SAMPLE_HEADS, SAMPLE_HEAD_DIM);
         assert_json_floats(item(k, "threshold_upper"), q->k.upper, SAMPLE_HEADS, SAMPLE_HEAD_DIM);
-        ck_assert(item(item(v, "fit"), "weight_sum")->valuedouble == q->v.fit.weight_sum);
         ck_assert_ptr_null(cJSON_GetObjectItemCaseSensitive(v, "threshold_lower"));
     }
     cJSON_Delete(root);
@@ -203,11 +209,24 @@ START_TEST(safetensors_layout_is_as_specified) {
     ck_assert(cJSON_GetArrayItem(item(upper, "shape"), 0)->valuedouble == SAMPLE_HEADS);
     ck_assert(cJSON_GetArrayItem(item(upper, "shape"), 1)->valuedouble == SAMPLE_HEAD_DIM);
     ck_assert_str_eq(item(upper, "dtype")->valuestring, "F32");
+    const cJSON *tables = item(item(header, "layers.2.v.decode_levels"), "shape");
+    ck_assert(cJSON_GetArrayItem(tables, 0)->valuedouble == SAMPLE_HEADS);
+    ck_assert(cJSON_GetArrayItem(tables, 1)->valuedouble == 4);
+    ck_assert_ptr_null(cJSON_GetObjectItemCaseSensitive(header, "layers.2.k.threshold_upper"));
     const char *const expected[][2] = {
-        {"kvq_format_version", "1.0"},
+        {"kvq_format_version", "1.1"},
         {"content_sha256", HASH},
         {"layers.0.k.bits", "4"},
         {"layers.1.v.bits", "2"},
+        {"layers.1.v.datatype", "nf"},
+        {"layers.2.k.datatype", "int-clamped"},
+        {"layers.2.k.domain", "post_rope"},
+        {"layers.2.attention_error", "2.125"},
+        {"layers.2.v.heldout.clipped_share", "0.015625"},
+        {"quantizer.recent_tokens", "128"},
+        {"quantizer.weighting", "range"},
+        {"quantizer.threshold_scope", "matrix"},
+        {"quantizer.sinks_counted", "1"},
         {"quantizer.n_side_v", "2"},
         {"quantizer.outlier_fraction", "0.01"},
         {"quantizer.sink_tokens", "5"},

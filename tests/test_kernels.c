@@ -175,7 +175,7 @@ START_TEST(rope_rotates_pairs_and_back) {
         s[i] = (float)sin(0.7 * i);
     }
     memcpy(y, x, M * HEADS * D * sizeof *x);
-    backends[0]->rope(backends[0], y, c, s, 1, M, HEADS, D, ROT);
+    backends[0]->rope(backends[0], y, c, s, 1, 1, M, HEADS, D, ROT);
     for (int t = 0; t < M; t++) {
         for (int h = 0; h < HEADS; h++) {
             const float *before = x + (t * HEADS + h) * D, *after = y + (t * HEADS + h) * D;
@@ -187,7 +187,7 @@ START_TEST(rope_rotates_pairs_and_back) {
             for (int i = ROT; i < D; i++) ck_assert(after[i] == before[i]);
         }
     }
-    backends[0]->rope(backends[0], y, c, s, -1, M, HEADS, D, ROT);
+    backends[0]->rope(backends[0], y, c, s, -1, 1, M, HEADS, D, ROT);
     for (int i = 0; i < M * HEADS * D; i++) assert_close((double)y[i], (double)x[i], 12 * EPS, "rotated back", i);
 }
 END_TEST
@@ -266,19 +266,19 @@ static const attention_case ATTENTION_CASES[] = {
 
 static kvq_attention_shape shape_of(attention_case a) {
     return (kvq_attention_shape){
-        a.n_tokens, a.n_heads, a.n_kv_heads, a.head_dim, a.window, (float)(1 / sqrt(a.head_dim)), a.softcap};
+        a.n_tokens, a.n_heads, a.n_kv_heads, a.head_dim, a.window, (float)(1 / sqrt(a.head_dim)), a.softcap, 0};
 }
 
-// One query row in f64: probabilities p [i + 1], and the derivative of the capped scores.
-static void reference_row(const kvq_attention_shape *s, const float *q, const float *k, int64_t i, int head, double *p,
-                          double *slope) {
+// One query row in f64: probabilities p [i + 1], and the derivative of the capped scores. recent_k: NULL without.
+static void reference_row(const kvq_attention_shape *s, const float *q, const float *k, const float *recent_k,
+                          int64_t i, int head, double *p, double *slope) {
     int64_t kv = head / (s->n_heads / s->n_kv_heads), from = s->window > 0 && i >= s->window ? i - s->window + 1 : 0;
     double  top = -HUGE_VAL, sum = 0;
     for (int64_t j = 0; j <= i; j++) {
         p[j] = 0;
         for (int c = 0; c < s->head_dim; c++) {
             p[j] += (double)q[(i * s->n_heads + head) * s->head_dim + c] *
-                    (double)k[(j * s->n_kv_heads + kv) * s->head_dim + c];
+                    (double)(i - j < s->recent ? recent_k : k)[(j * s->n_kv_heads + kv) * s->head_dim + c];
         }
         p[j] *= (double)s->scale;
         double t = s->softcap > 0 ? tanh(p[j] / (double)s->softcap) : 0;
@@ -301,13 +301,13 @@ START_TEST(attention_equals_the_definition) {
           *out2 = floats(nq), *step = floats(s.n_heads * D);
     for (int b = 0; b < 2; b++) {
         float *scratch = floats(backends[b]->attention_scratch_floats(backends[b], &s, false));
-        backends[b]->attention(backends[b], &s, q, k, v, b == 0 ? out : out2, scratch);
+        backends[b]->attention(backends[b], &s, q, k, v, NULL, NULL, b == 0 ? out : out2, scratch);
     }
     ck_assert_mem_eq(out, out2, (size_t)nq * sizeof *out);
     double *p = malloc((size_t)(2 * S) * sizeof *p), *slope = p + S;
     for (int64_t i = 0; i < S; i++) {
         for (int h = 0; h < s.n_heads; h++) {
-            reference_row(&s, q, k, i, h, p, slope);
+            reference_row(&s, q, k, NULL, i, h, p, slope);
             for (int64_t c = 0; c < D; c++) {
                 double sum = 0;
                 for (int64_t j = 0; j <= i; j++)
@@ -325,6 +325,64 @@ START_TEST(attention_equals_the_definition) {
 }
 END_TEST
 
+static const int64_t RECENT_TOKENS[] = {1, 2, 127, 128, 129, 200, 300}, RECENTS[] = {1, 5, 128, 130, 1000},
+                     RECENT_WINDOWS[] = {0, 1, 64, 129, 150};
+enum { N_RECENT_TOKENS = 7, N_RECENTS = 5, N_RECENT_WINDOWS = 5 };
+
+// Two sets of unrelated keys and values; the tolerance is that of one set, for there is one softmax over as many keys.
+// _i: the length; three query heads share a KV head.
+START_TEST(recent_keys_come_from_the_second_set) {
+    enum { H = 6, HKV = 2, D = 8 };
+    int64_t S = RECENT_TOKENS[_i], nq = S * H * D, nk = S * HKV * D;
+    open_backends();
+    float *q = randoms(nq, 30, 1), *k = randoms(nk, 31, 1), *v = randoms(nk, 32, 1), *k2 = randoms(nk, 33, 2),
+          *v2 = randoms(nk, 34, 2), *out = floats(nq), *out2 = floats(nq), *scratch = floats(4 * 128 * (S + 128));
+    double *p = malloc((size_t)(2 * S) * sizeof *p), *slope = p + S;
+    for (int example = 0; example < N_RECENTS * N_RECENT_WINDOWS; example++) {
+        kvq_attention_shape s = {S,
+                                 H,
+                                 HKV,
+                                 D,
+                                 RECENT_WINDOWS[example / N_RECENTS],
+                                 0.35f,
+                                 example % 2 == 0 ? 0 : 0.7f,
+                                 RECENTS[example % N_RECENTS]};
+        ck_assert_int_le(backends[1]->attention_scratch_floats(backends[1], &s, false), 4 * 128 * (S + 128));
+        memset(scratch, 0xFF, (size_t)(4 * 128 * (S + 128)) * sizeof *scratch); // NaN
+        backends[0]->attention(backends[0], &s, q, k, v, k2, v2, out, scratch);
+        backends[1]->attention(backends[1], &s, q, k, v, k2, v2, out2, scratch);
+        ck_assert_mem_eq(out, out2, (size_t)nq * sizeof *out);
+        for (int64_t i = 0; i < S * H; i++) {
+            int64_t at = i / H, h = i % H;
+            reference_row(&s, q, k, k2, at, (int)h, p, slope);
+            for (int64_t c = 0; c < D; c++) {
+                double sum = 0;
+                for (int64_t j = 0; j <= at; j++)
+                    sum += p[j] * (double)(at - j < s.recent ? v2 : v)[(j * HKV + h / (H / HKV)) * D + c];
+                assert_close((double)out[i * D + c], sum, 1e-5, "out", i * D + c);
+            }
+        }
+        if (s.recent < S) continue;
+        s.recent = 0; // nothing is left of the first set: plain attention, to the bit
+        backends[0]->attention(backends[0], &s, q, k2, v2, NULL, NULL, out2, scratch);
+        ck_assert_mem_eq(out, out2, (size_t)nq * sizeof *out);
+    }
+    free(p);
+}
+END_TEST
+
+// A forward call takes no more scratch than a backward call of the same window, as the header promises.
+START_TEST(backward_scratch_is_enough_for_recent_keys) {
+    open_backends();
+    for (int64_t S = 1; S < 400; S += 3) {
+        kvq_attention_shape s = {S, 4, 2, 8, 0, 1, 0, 0}, recent = s;
+        recent.recent = 7;
+        ck_assert_int_le(backends[1]->attention_scratch_floats(backends[1], &recent, false),
+                         backends[1]->attention_scratch_floats(backends[1], &s, true));
+    }
+}
+END_TEST
+
 START_TEST(attention_backward_equals_the_definition) {
     kvq_attention_shape s = shape_of(ATTENTION_CASES[_i]);
     int64_t             S = s.n_tokens, D = s.head_dim, H = s.n_heads, nq = S * H * D, nk = S * s.n_kv_heads * D;
@@ -335,7 +393,7 @@ START_TEST(attention_backward_equals_the_definition) {
     for (int b = 0; b < 2; b++) {
         for (int i = 0; i < 3; i++) result[b][i] = floats(i == 0 ? nq : nk);
         float *scratch = floats(backends[b]->attention_scratch_floats(backends[b], &s, true));
-        backends[b]->attention(backends[b], &s, q, k, v, out, scratch);
+        backends[b]->attention(backends[b], &s, q, k, v, NULL, NULL, out, scratch);
         backends[b]->attention_backward(backends[b], &s, q, k, v, out, dout, result[b][0], result[b][1], result[b][2],
                                         scratch);
     }
@@ -349,7 +407,7 @@ START_TEST(attention_backward_equals_the_definition) {
         for (int64_t h = 0; h < H; h++) {
             int64_t kv = h / (H / s.n_kv_heads), qi = (i * H + h) * D;
             double  mean = 0;
-            reference_row(&s, q, k, i, (int)h, p, slope);
+            reference_row(&s, q, k, NULL, i, (int)h, p, slope);
             for (int64_t j = 0; j <= i; j++) {
                 int64_t kj = (j * s.n_kv_heads + kv) * D;
                 dp[j] = 0;
@@ -603,6 +661,8 @@ static const kvq_test_case CASES[] = {
     KVQ_LOOP(gated_activations_and_their_gradients_in_place, 2),
     KVQ_CASE(soft_caps_bound_without_moving_small_numbers),
     KVQ_LOOP(attention_equals_the_definition, N_ATTENTION_CASES),
+    KVQ_LOOP(recent_keys_come_from_the_second_set, N_RECENT_TOKENS),
+    KVQ_CASE(backward_scratch_is_enough_for_recent_keys),
     KVQ_LOOP(attention_backward_equals_the_definition, N_ATTENTION_CASES),
     KVQ_LOOP(routes_are_the_most_probable_experts, 2),
     KVQ_CASE(routes_break_ties_by_the_lower_index),

@@ -116,8 +116,8 @@ START_TEST(exact_equals_the_quadratic_recursion) {
     static kvq_weighted_point points[MAX_POINTS];
     static double             best[2][MAX_POINTS + 1];
     static double             w[MAX_POINTS + 1], wx[MAX_POINTS + 1], wxx[MAX_POINTS + 1];
-    int                       n = MAX_POINTS, k = 9;
-    double                    levels[9];
+    int                       n = MAX_POINTS, k = _i < 10 ? 9 : 160;
+    double                    levels[160];
     random_points(720 + (uint32_t)_i, points, n);
     for (int i = 0; i < n; i++) {
         w[i + 1] = w[i] + points[i].w;

@@ -338,6 +338,116 @@ START_TEST(window_losses_equal_the_framework) {
 }
 END_TEST
 
+// ---------------------------------------------------------------- keys before and after RoPE
+
+static float *uniforms(int64_t n, uint32_t stream) {
+    float *x = malloc((size_t)n * sizeof *x);
+    for (int64_t i = 0; i < n; i++) x[i] = (float)(2 * kvq_rng_uniform(8, KVQ_RNG_TEST, stream, (uint64_t)i) - 1);
+    return x;
+}
+
+static double dot(const float *x, const float *y, int64_t n) {
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) sum += (double)x[i] * (double)y[i];
+    return sum;
+}
+
+// Partial rotation, two bases in one model, and (the last one) an amplitude of 0.1 log 4 + 1 = 1.139.
+static const int ROTATED[] = {TINY_LLAMA, TINY_PHI3, TINY_GEMMA3, TINY_LLAMA};
+enum { N_ROTATED = 4 };
+
+// There and back is the identity, and the gradient keeps every directional derivative: <g before, x> = <g after, x
+// after> for any x. A product of a table entry (half a unit), the factor 1 / a^2 (half a unit) and a number of at most
+// 2 errs by 2 units at most, a rotated number by 5, there and back by 12, of 2^-24 times 2.
+START_TEST(keys_are_rotated_and_back) {
+    char             path[256];
+    int32_t          ids[TINY_S];
+    rig              r;
+    kvq_make_options options = kvq_make_options_default();
+    options.rope_scaling = "{\"rope_type\": \"yarn\", \"factor\": 4, \"original_max_position_embeddings\": 32}";
+    (void)snprintf(path, sizeof path, "%s/yarn", kvq_test_folder());
+    if (_i == N_ROTATED - 1)
+        kvq_make_model_hf(&options, path);
+    else
+        make_tiny(path, sizeof path, ROTATED[_i]);
+    rig_open(&r, path, ids, TINY_S, 2);
+    int64_t n = TINY_S * r.d, D = r.c->head_dim;
+    float  *x = uniforms(n, 60), *after = malloc((size_t)n * sizeof *after), *back = malloc((size_t)n * sizeof *back),
+          *g = uniforms(n, 61), *g_after = malloc((size_t)n * sizeof *g_after);
+    for (int64_t l = 0; l < r.c->n_layers; l++) {
+        memcpy(after, x, (size_t)n * sizeof *x);
+        memcpy(g_after, g, (size_t)n * sizeof *g);
+        kvq_rotate_keys(r.model, r.ws, l, KVQ_ROTATE_FORWARD, TINY_S, after);
+        memcpy(back, after, (size_t)n * sizeof *x);
+        kvq_rotate_keys(r.model, r.ws, l, KVQ_ROTATE_BACK, TINY_S, back);
+        kvq_rotate_keys(r.model, r.ws, l, KVQ_ROTATE_GRADIENT, TINY_S, g_after);
+        for (int64_t i = 0; i < n; i++) ck_assert_double_le(fabs((double)back[i] - (double)x[i]), 24 * 0x1p-24);
+        for (int64_t i = 0; i < n; i += D)
+            ck_assert_double_le(fabs(dot(g + i, x + i, D) - dot(g_after + i, after + i, D)), (double)D * 48 * 0x1p-24);
+        double amplitude = _i == N_ROTATED - 1 ? 0.1 * log(4) + 1 : 1;
+        ck_assert_double_eq_tol(sqrt(dot(after, after, n) / dot(x, x, n)), amplitude, 1e-6);
+        if (_i < N_ROTATED - 1) ck_assert_mem_ne(after + r.d, x + r.d, (size_t)r.d * sizeof *x); // position 0 stays
+    }
+    free(x), free(after), free(back), free(g), free(g_after);
+    rig_close(&r);
+}
+END_TEST
+
+typedef struct second_set {
+    const rig *r;
+    float     *k, *v;
+    int64_t    recent;
+} second_set;
+
+// The second set is the truth; the first keeps it only where no query should look.
+static kvq_status offer_second_set(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
+    second_set *set = user;
+    int64_t     n = n_tokens * set->r->d;
+    (void)layer, (void)err;
+    set->r->be->copy(set->r->be, set->k, x->k, n);
+    set->r->be->copy(set->r->be, set->v, x->v, n);
+    for (int64_t i = (n_tokens - set->recent) * set->r->d; i < n; i++) x->k[i] = x->v[i] = 1e4f;
+    x->k_recent = set->k;
+    x->v_recent = set->v;
+    x->recent = set->recent;
+    return KVQ_OK;
+}
+
+// With sliding windows of 5 tokens, two rotary bases, soft caps. When all is recent the layer's result keeps every bit;
+// with 3 recent tokens two sums are added, which is another order of the same terms (tolerance of the model's numbers).
+START_TEST(hooks_give_recent_keys_of_their_own) {
+    static const int WHICH[] = {TINY_LLAMA, TINY_MISTRAL, TINY_GEMMA2, TINY_GEMMA3};
+    char             path[256];
+    int32_t          ids[TINY_S];
+    rig              r;
+    kvq_error        err = {0};
+    make_tiny(path, sizeof path, WHICH[_i]);
+    rig_open(&r, path, ids, TINY_S, 2);
+    random_ids(ids, TINY_S, r.c->vocab_size);
+    rig_forward(&r);
+    int64_t    n = r.S * r.C;
+    second_set set = {.r = &r};
+    float     *x = malloc((size_t)n * sizeof *x);
+    set.k = malloc((size_t)(r.S * r.d) * sizeof *set.k);
+    set.v = malloc((size_t)(r.S * r.d) * sizeof *set.v);
+    for (int64_t l = 0; l < r.c->n_layers; l++) {
+        kvq_layer   *layer = NULL;
+        const float *expected = r.states + (l + 1) * n;
+        kvq_test_ok(kvq_layer_load(r.model, l, &layer, &err), &err);
+        for (int all = 0; all < 2; all++) {
+            set.recent = all ? r.S : 3;
+            memcpy(x, r.states + l * n, (size_t)n * sizeof *x);
+            kvq_test_ok(kvq_layer_forward(r.model, layer, r.ws, r.S, x, offer_second_set, &set, &err), &err);
+            if (all) ck_assert_mem_eq(x, expected, (size_t)n * sizeof *x);
+            ck_assert_double_lt(kvq_test_relative_error(x, expected, n), LOGITS_TOLERANCE);
+        }
+        kvq_layer_release(r.model, &layer);
+    }
+    free(x), free(set.k), free(set.v);
+    rig_close(&r);
+}
+END_TEST
+
 static const kvq_test_case CASES[] = {
     KVQ_GOLDEN_LOOP(activations_and_gradients_equal_the_framework, N_GOLDEN_MODELS),
     KVQ_SMOLLM2_CASE(smollm2_equals_the_framework),
@@ -345,6 +455,8 @@ static const kvq_test_case CASES[] = {
     KVQ_LOOP(backward_equals_central_differences, N_TINY),
     KVQ_LOOP(threads_do_not_change_a_bit, 4),
     KVQ_LOOP(decoding_equals_the_window, N_TINY),
+    KVQ_LOOP(keys_are_rotated_and_back, N_ROTATED),
+    KVQ_LOOP(hooks_give_recent_keys_of_their_own, 4),
     KVQ_CASE(ids_outside_the_vocabulary_are_refused),
     KVQ_CASE(nonfinite_activations_are_located),
     KVQ_GOLDEN_LOOP(window_losses_equal_the_framework, 2),

@@ -281,6 +281,84 @@ START_TEST(weights_deal_windows_by_largest_remainders) {
 }
 END_TEST
 
+// Of several texts the widest gaps of all, in the order of the texts; a text that gives no window holds out none.
+START_TEST(heldout_windows_of_several_sources) {
+    enum { N = 4, STEP = 100, WANTED = 5 };
+    kvq_context      ctx = kvq_test_context();
+    kvq_error        err = {0};
+    fake_source      f[3];
+    kvq_token_source sources[] = {fake(&f[0], SHORT_ONE, 1), fake(&f[1], LONG_ONE, 2), fake(&f[2], DOCUMENTS, 3)};
+    kvq_windows      w = {0};
+    kvq_window_rule  rule = {.seq_len = STEP, .n_windows = 2 * N, .seed = 5, .bos_id = -1, .n_heldout = WANTED};
+    double           weights[] = {1, 1, 0};
+    kvq_test_ok(kvq_windows_draw(&ctx, sources, weights, 3, &rule, NULL, &w, &err), &err);
+    ck_assert(f[0].n_rewinds == 2 && f[1].n_rewinds == 2 && f[2].n_rewinds == 1); // both kinds in one reading
+    int64_t middles[2 * N + 2], widths[2 * N + 2];
+    for (int i = 0, at = 0; i < 2; i++) {
+        int64_t begin = 0;
+        for (int j = 0; j <= N; j++, at++) {
+            int64_t end = j < N ? start_of(&w, i * N + j) : i == 0 ? 10000 : 30000;
+            widths[at] = end - begin;
+            middles[at] = begin + (widths[at] - STEP) / 2;
+            begin = end + STEP;
+        }
+    }
+    kvq_windows heldout = w;
+    heldout.ids = w.heldout_ids;
+    ck_assert_int_eq(w.n_heldout, WANTED);
+    int next = 0, n_of_first = 0;
+    for (int i = 0; i < 2 * N + 2; i++) {
+        int n_wider = 0;
+        for (int j = 0; j < 2 * N + 2; j++) n_wider += widths[j] > widths[i] || (j < i && widths[j] == widths[i]);
+        if (n_wider >= WANTED) continue;
+        ck_assert_int_eq(start_of(&heldout, next++), middles[i]);
+        n_of_first += i <= N;
+    }
+    ck_assert(n_of_first > 0 && n_of_first < WANTED); // this seed takes some of either
+    kvq_windows_free(&ctx, &w);
+
+    rule.keep_documents = true; // only joined texts hold windows out
+    kvq_test_ok(kvq_windows_draw(&ctx, sources, weights, 2, &rule, NULL, &w, &err), &err);
+    ck_assert(w.n_heldout == 0 && w.heldout_ids == NULL);
+    kvq_windows_free(&ctx, &w);
+}
+END_TEST
+
+// As drawn windows do, those held out come from a text in pieces as from the whole list.
+START_TEST(heldout_windows_of_a_stream) {
+    static const int32_t JOINT[] = {-7, -8};
+    kvq_context          ctx = kvq_test_context();
+    kvq_error            err = {0};
+    int64_t              n_seen = 0;
+    for (int k = 0; k < 60; k++) {
+        fake_source      f;
+        kvq_ids          ids = joined(DOCUMENTS, JOINT, 2);
+        kvq_token_source source = fake(&f, DOCUMENTS, (uint64_t)k);
+        kvq_windows      w = {0};
+        kvq_window_rule  rule = {.seq_len = 2 + k,
+                                 .n_windows = 1 + k % 13,
+                                 .seed = (uint64_t)k,
+                                 .bos_id = -1,
+                                 .joint = {-7, -8},
+                                 .n_joint = 2,
+                                 .n_heldout = 4};
+        kvq_test_ok(kvq_windows_draw(&ctx, &source, NULL, 1, &rule, NULL, &w, &err), &err);
+        for (int64_t i = 0; i < w.n_heldout; i++, n_seen++) { // somewhere in the list, and in no drawn window
+            const int32_t *window = w.heldout_ids + i * w.seq_len;
+            int64_t        at = 0;
+            while (at + w.seq_len <= ids.count && memcmp(ids.data + at, window, (size_t)w.seq_len * 4) != 0) at++;
+            ck_assert_int_le(at + w.seq_len, ids.count);
+            for (int64_t j = 0; j < w.n_windows * w.seq_len; j++) {
+                for (int64_t t = 0; t < w.seq_len; t++) ck_assert(window[t] < 0 || w.ids[j] != window[t]);
+            }
+        }
+        kvq_windows_free(&ctx, &w);
+        free(ids.data);
+    }
+    ck_assert_int_gt(n_seen, 150);
+}
+END_TEST
+
 START_TEST(sources_that_cannot_give_their_windows_are_refused) {
     kvq_context      ctx = kvq_test_context();
     kvq_error        err = {0};
@@ -436,6 +514,8 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(consecutive_windows_of_kept_documents),
     KVQ_CASE(windows_are_dealt_in_proportion_to_tokens),
     KVQ_CASE(weights_deal_windows_by_largest_remainders),
+    KVQ_CASE(heldout_windows_of_several_sources),
+    KVQ_CASE(heldout_windows_of_a_stream),
     KVQ_CASE(sources_that_cannot_give_their_windows_are_refused),
     KVQ_CASE(a_source_that_shrinks_is_found),
     KVQ_CASE(several_sources_have_one_name_and_hash),

@@ -18,12 +18,13 @@
 enum { N = 5, S = 40, L = 3 };
 
 typedef struct rig {
-    kvq_context     ctx;
-    kvq_backend    *be;
-    kvq_checkpoint *checkpoint;
-    kvq_model      *model;
-    int32_t         ids[N * S];
-    kvq_windows     windows;
+    kvq_context       ctx;
+    kvq_backend      *be;
+    kvq_checkpoint   *checkpoint;
+    kvq_model        *model;
+    int32_t           ids[N * S];
+    kvq_windows       windows;
+    kvq_calib_options options;
 } rig;
 
 static void make_model(char path[256]) {
@@ -36,6 +37,7 @@ static void make_model(char path[256]) {
 static void rig_open(rig *r, const char *path) {
     kvq_error err = {0};
     r->ctx = kvq_test_context();
+    r->options = kvq_calib_options_default();
     kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, &err), &err);
     kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
     kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
@@ -64,9 +66,8 @@ static kvq_sweep_options sweep_in(char folder[256], const char *name) {
 }
 
 static kvq_status calibrate(rig *r, const kvq_sweep_options *sweep, kvq_artifact **out, kvq_error *err) {
-    kvq_processes     alone = kvq_processes_single();
-    kvq_calib_options o = kvq_calib_options_default();
-    return kvq_calibrate(&r->ctx, r->be, r->model, &r->windows, &o, sweep, &alone, out, err);
+    kvq_processes alone = kvq_processes_single();
+    return kvq_calibrate(&r->ctx, r->be, r->model, &r->windows, &r->options, sweep, &alone, out, err);
 }
 
 // The bytes that kvq_artifact_write would write.
@@ -228,6 +229,40 @@ START_TEST(a_killed_run_ends_in_the_same_bytes) {
     kvq_test_ok(calibrate(&r, &sweep, &a, &err), &err); // all steps are there: only the artifact is made again
     expect_artifact(&r, &a, &expected);
     kvq_blob_free(&r.ctx, &expected);
+    rig_close(&r);
+}
+END_TEST
+
+// A measurement that is stopped over and over is the same file as one that is not.
+START_TEST(a_stopped_measurement_ends_in_the_same_bytes) {
+    char                path[256], folder[256], files[2][300], sha256[2][KVQ_SHA256_HEX];
+    rig                 r;
+    kvq_error           err = {0};
+    kvq_processes       alone = kvq_processes_single();
+    kvq_measure_options o = kvq_calib_options_default().measure;
+    make_model(path);
+    rig_open(&r, path);
+    for (int i = 0; i < 2; i++) {
+        kvq_sweep_options sweep = sweep_in(folder, i == 0 ? "whole" : "stopped");
+        kvq_artifact     *about = NULL;
+        kvq_status        status = KVQ_ERR_INTERRUPTED;
+        int               n_stops = 0;
+        for (; status != KVQ_OK; n_stops++) {
+            stopper s = {.calls_left = 11};
+            r.ctx.stop = i == 1 ? stop_after_some_calls : NULL;
+            r.ctx.user = &s;
+            status = kvq_measure(&r.ctx, r.be, r.model, &r.windows, &o, &sweep, &alone, &about, &err);
+            r.ctx.stop = NULL;
+            ck_assert(status == KVQ_OK || status == KVQ_ERR_INTERRUPTED);
+            ck_assert_int_lt(n_stops, 200);
+        }
+        ck_assert((n_stops > 3) == (i == 1));
+        (void)snprintf(files[i], sizeof files[i], "%s/%d.kvqm.h5", kvq_test_folder(), i);
+        kvq_test_ok(kvq_measure_write(&r.ctx, about, &o, &sweep, &alone, files[i], false, true, sha256[i], &err), &err);
+        kvq_test_ok(kvq_sweep_forget(&r.ctx, &sweep, &alone, &err), &err);
+        kvq_artifact_destroy(&r.ctx, &about);
+    }
+    ck_assert_str_eq(sha256[0], sha256[1]);
     rig_close(&r);
 }
 END_TEST
@@ -429,8 +464,7 @@ typedef struct shard_files {
 } shard_files;
 
 static void run_round(rig *r, int n_shards, kvq_round round, const char *thresholds, shard_files *out) {
-    kvq_calib_options o = kvq_calib_options_default();
-    kvq_error         err = {0};
+    kvq_error err = {0};
     for (int i = 0; i < n_shards; i++) {
         char          folder[256], name[32];
         kvq_artifact *a = NULL;
@@ -438,13 +472,32 @@ static void run_round(rig *r, int n_shards, kvq_round round, const char *thresho
         kvq_sweep_options sweep = sweep_in(folder, name);
         sweep.shard = i;
         sweep.n_shards = n_shards;
-        kvq_test_ok(kvq_calibrate_shard(&r->ctx, r->be, r->model, &r->windows, &o, &sweep, thresholds, &a, &err), &err);
+        kvq_test_ok(
+            kvq_calibrate_shard(&r->ctx, r->be, r->model, &r->windows, &r->options, &sweep, thresholds, &a, &err),
+            &err);
         int at = n_shards - 1 - i; // given to the merge in another order
         (void)snprintf(out->names[at], sizeof out->names[at], "%s/%d.%d.kvqp", kvq_test_folder(), i, (int)round);
         out->paths[at] = out->names[at];
-        kvq_test_ok(kvq_shard_write(&r->ctx, a, &sweep, round, out->names[at], false, &err), &err);
+        kvq_test_ok(kvq_shard_write(&r->ctx, a, &r->options, &sweep, round, out->names[at], false, &err), &err);
         kvq_artifact_destroy(&r->ctx, &a);
     }
+}
+
+// Everything that a merge has to learn from what shards wrote.
+static void choose_unusual(kvq_calib_options *o, int way) {
+    if (way == 0) return;
+    o->fit.k_bits = 2;
+    o->fit.v_bits = 5;
+    o->fit.per_head = o->fit.q_norm = o->fit.compare_lloyd = o->measure.half_thresholds = true;
+    o->fit.recent_tokens = 7;
+    o->fit.weighting = way == 1 ? KVQ_WEIGHT_FISHER : KVQ_WEIGHT_NONE;
+    o->fit.v_datatype = way == 1 ? KVQ_NF : KVQ_INT;
+    o->measure.count_sinks = way == 1;
+    o->measure.k_domain = way == 1 ? KVQ_KEYS_POST_ROPE : KVQ_KEYS_PRE_ROPE;
+    o->measure.threshold_scope = way == 1 ? KVQ_SCOPE_MATRIX : KVQ_SCOPE_CHANNEL;
+    o->measure.k_slots = way == 1 ? 3 : 0;
+    o->measure.k_axis = way == 2 ? KVQ_AXIS_TOKEN : KVQ_AXIS_CHANNEL;
+    o->measure.token_range = way == 2 ? KVQ_RANGE_PERCENTILES : KVQ_RANGE_EXTREMES;
 }
 
 START_TEST(shards_merge_into_the_same_bytes) {
@@ -454,9 +507,10 @@ START_TEST(shards_merge_into_the_same_bytes) {
     shard_files     files;
     kvq_round       round;
     kvq_mapped_file file;
-    int             n_shards = 1 + _i;
+    int             n_shards = 1 + _i % 3;
     make_model(path);
     rig_open(&r, path);
+    choose_unusual(&r.options, _i / 3);
     kvq_blob expected = undisturbed(&r);
     (void)snprintf(thresholds, sizeof thresholds, "%s/thresholds.kvqp", kvq_test_folder());
     (void)snprintf(out, sizeof out, "%s/out.kvq.h5", kvq_test_folder());
@@ -637,6 +691,7 @@ START_TEST(a_damaged_work_directory_is_refused) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
+    KVQ_CASE(a_stopped_measurement_ends_in_the_same_bytes),
     KVQ_CASE(every_step_finds_what_it_reads),
     KVQ_LOOP(a_stopped_run_ends_in_the_same_bytes, 5),
     KVQ_LOOP(a_killed_run_ends_in_the_same_bytes, 2),
@@ -645,7 +700,7 @@ static const kvq_test_case CASES[] = {
     KVQ_LOOP(processes_give_the_same_bytes, 3),
     KVQ_CASE(processes_that_cannot_work_together_end_together),
     KVQ_CASE(processes_agree_on_the_layers_they_recompute),
-    KVQ_LOOP(shards_merge_into_the_same_bytes, 3),
+    KVQ_LOOP(shards_merge_into_the_same_bytes, 9),
     KVQ_CASE(shards_that_do_not_belong_together_are_refused),
     KVQ_CASE(a_work_directory_of_another_run_is_refused),
     KVQ_LOOP(files_without_a_manifest_are_not_believed, 3),

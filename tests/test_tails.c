@@ -69,9 +69,11 @@ START_TEST(thresholds_equal_sorting) {
     float           *x = matrix(), lower[N_COLUMNS], upper[N_COLUMNS];
     ctx.n_threads = 1 + _i % 3;
     for (int i = 0; i < 2; i++)
-        kvq_test_ok(kvq_tails_create(&ctx, N_COLUMNS, kvq_tails_needed(fraction, N_ROWS), &t[i], &err), &err);
+        kvq_test_ok(kvq_tails_create(&ctx, N_COLUMNS, kvq_tails_needed(fraction, KVQ_SCOPE_CHANNEL, N_COLUMNS, N_ROWS),
+                                     &t[i], &err),
+                    &err);
     collect(&ctx, x, BLOCK[_i / N_FRACTIONS], _i % 2 == 1, t);
-    kvq_test_ok(kvq_tails_thresholds(&ctx, t[0], fraction, lower, upper, &err), &err);
+    kvq_test_ok(kvq_tails_thresholds(&ctx, t[0], fraction, KVQ_SCOPE_CHANNEL, lower, upper, &err), &err);
     for (int c = 0; c < N_COLUMNS; c++) expect_column(x, c, fraction, lower[c], upper[c]);
     for (int i = 0; i < 2; i++) kvq_tails_destroy(&ctx, &t[i]);
     ck_assert_ptr_null(t[0]);
@@ -110,7 +112,8 @@ START_TEST(too_few_kept_values_are_refused) {
     kvq_test_failed(kvq_tails_create(&ctx, INT64_MAX / 32, 2, &t, &err), KVQ_ERR_INPUT, &err, "channels");
     kvq_test_ok(kvq_tails_create(&ctx, 1, 2, &t, &err), &err);
     kvq_test_ok(kvq_tails_push(&ctx, t, x, 100, &err), &err);
-    kvq_test_failed(kvq_tails_thresholds(&ctx, t, 0.1, &lower, &upper, &err), KVQ_ERR_INTERNAL, &err, "need 6");
+    kvq_test_failed(kvq_tails_thresholds(&ctx, t, 0.1, KVQ_SCOPE_CHANNEL, &lower, &upper, &err), KVQ_ERR_INTERNAL, &err,
+                    "need 6");
     kvq_tails_destroy(&ctx, &t);
 }
 END_TEST
@@ -130,9 +133,9 @@ static void expect_thresholds(const float *x, int n, double fraction, double low
     kvq_error   err = {0};
     kvq_tails  *t = NULL;
     float       got_lower, got_upper;
-    kvq_test_ok(kvq_tails_create(&ctx, 1, kvq_tails_needed(fraction, n), &t, &err), &err);
+    kvq_test_ok(kvq_tails_create(&ctx, 1, kvq_tails_needed(fraction, KVQ_SCOPE_CHANNEL, 1, n), &t, &err), &err);
     kvq_test_ok(kvq_tails_push(&ctx, t, x, n, &err), &err);
-    kvq_test_ok(kvq_tails_thresholds(&ctx, t, fraction, &got_lower, &got_upper, &err), &err);
+    kvq_test_ok(kvq_tails_thresholds(&ctx, t, fraction, KVQ_SCOPE_CHANNEL, &got_lower, &got_upper, &err), &err);
     kvq_tails_destroy(&ctx, &t);
     ck_assert(got_lower == (float)lower && got_upper == (float)upper);
 }
@@ -178,23 +181,66 @@ START_TEST(thresholds_refuse_bad_input) {
     x[4] = -INFINITY;
     kvq_test_failed(kvq_tails_push(&ctx, t, x, 3, &err), KVQ_ERR_NUMERICAL, &err, "row 2, channel 0 is -inf");
     kvq_test_failed(kvq_tails_merge(&ctx, t, x, 2, &err), KVQ_ERR_NUMERICAL, &err, "channel 1 is -inf");
-    kvq_test_failed(kvq_tails_thresholds(&ctx, t, 0, lower, upper, &err), KVQ_ERR_INPUT, &err, "no rows");
+    kvq_test_failed(kvq_tails_thresholds(&ctx, t, 0, KVQ_SCOPE_CHANNEL, lower, upper, &err), KVQ_ERR_INPUT, &err,
+                    "no rows");
     kvq_test_ok(kvq_tails_push(&ctx, t, x, 1, &err), &err);
-    kvq_test_failed(kvq_tails_thresholds(&ctx, t, 1, lower, upper, &err), KVQ_ERR_USAGE, &err, "outlier share 1");
-    kvq_test_failed(kvq_tails_thresholds(&ctx, t, (double)NAN, lower, upper, &err), KVQ_ERR_USAGE, &err,
-                    "outlier share");
+    kvq_test_failed(kvq_tails_thresholds(&ctx, t, 1, KVQ_SCOPE_CHANNEL, lower, upper, &err), KVQ_ERR_USAGE, &err,
+                    "outlier share 1");
+    kvq_test_failed(kvq_tails_thresholds(&ctx, t, (double)NAN, KVQ_SCOPE_CHANNEL, lower, upper, &err), KVQ_ERR_USAGE,
+                    &err, "outlier share");
     kvq_tails_destroy(&ctx, &t);
     ck_assert(lower[0] == 8 && lower[1] == 8 && upper[0] == 9 && upper[1] == 9);
 }
 END_TEST
 
+// Thresholds of all columns together, against the definition on sorted copies: columns of very different sizes, one
+// that lies beyond the quantiles as a whole and keeps its own ends.
+START_TEST(matrix_thresholds_follow_the_definition) {
+    enum { ROWS = 200, COLUMNS = 6 };
+    static float x[ROWS * COLUMNS], sorted[ROWS * COLUMNS];
+    kvq_context  ctx = kvq_test_context();
+    kvq_error    err = {0};
+    kvq_tails   *t = NULL;
+    const double MATRIX_FRACTIONS[] = {0, 0.01, 0.1, 0.6};
+    double       fraction = MATRIX_FRACTIONS[_i];
+    float        lower[COLUMNS], upper[COLUMNS];
+    for (int i = 0; i < ROWS * COLUMNS; i++) {
+        double u = kvq_rng_uniform(4, KVQ_RNG_TEST, 70, (uint64_t)i);
+        x[i] = i % COLUMNS == 5 ? (float)(100 + u) : (float)((u - 0.5) * (1 + i % COLUMNS));
+        sorted[i] = x[i];
+    }
+    qsort(sorted, ROWS * COLUMNS, sizeof *sorted, by_value);
+    kvq_quantile_rank a = kvq_quantile_position(fraction / 2, ROWS * COLUMNS),
+                      b = kvq_quantile_position(1 - fraction / 2, ROWS * COLUMNS);
+    float   low = kvq_quantile_interpolate(sorted[a.rank], sorted[a.rank + 1], a.fraction);
+    float   high = fraction > 0 ? kvq_quantile_interpolate(sorted[b.rank], sorted[b.rank + 1], b.fraction)
+                                : sorted[ROWS * COLUMNS - 1];
+    int64_t needed = kvq_tails_needed(fraction, KVQ_SCOPE_MATRIX, COLUMNS, ROWS);
+    kvq_test_ok(kvq_tails_create(&ctx, COLUMNS, needed, &t, &err), &err);
+    kvq_test_ok(kvq_tails_push(&ctx, t, x, ROWS, &err), &err);
+    kvq_test_ok(kvq_tails_thresholds(&ctx, t, fraction, KVQ_SCOPE_MATRIX, lower, upper, &err), &err);
+    for (int c = 0; c < COLUMNS; c++) {
+        float inside[2] = {INFINITY, -INFINITY}, all[2] = {INFINITY, -INFINITY};
+        for (int r = 0; r < ROWS; r++) {
+            float value = x[r * COLUMNS + c];
+            all[0] = fminf(all[0], value);
+            all[1] = fmaxf(all[1], value);
+            if (value < low || value > high) continue;
+            inside[0] = fminf(inside[0], value);
+            inside[1] = fmaxf(inside[1], value);
+        }
+        const float *expected = inside[0] <= inside[1] ? inside : all;
+        ck_assert(lower[c] == expected[0] && upper[c] == expected[1]);
+    }
+    ck_assert(fraction < 0.2 || lower[5] >= 100); // the last column is beyond the upper quantile as a whole
+    kvq_tails_destroy(&ctx, &t);
+}
+END_TEST
+
 static const kvq_test_case CASES[] = {
-    KVQ_LOOP(thresholds_equal_sorting, 4 * N_FRACTIONS),
-    KVQ_CASE(packed_ends_do_not_depend_on_the_way),
-    KVQ_CASE(too_few_kept_values_are_refused),
-    KVQ_CASE(interpolation_follows_the_definition),
-    KVQ_GOLDEN_CASE(thresholds_equal_the_reference),
-    KVQ_CASE(thresholds_without_outliers_are_the_extremes),
-    KVQ_CASE(thresholds_refuse_bad_input),
+    KVQ_LOOP(matrix_thresholds_follow_the_definition, 4),   KVQ_LOOP(thresholds_equal_sorting, 4 * N_FRACTIONS),
+    KVQ_CASE(packed_ends_do_not_depend_on_the_way),         KVQ_CASE(too_few_kept_values_are_refused),
+    KVQ_CASE(interpolation_follows_the_definition),         KVQ_GOLDEN_CASE(thresholds_equal_the_reference),
+    KVQ_CASE(thresholds_without_outliers_are_the_extremes), KVQ_CASE(thresholds_refuse_bad_input),
 };
 KVQ_TEST_MAIN("tails", CASES)

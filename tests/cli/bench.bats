@@ -66,6 +66,24 @@ numbers_are_sane() {
   grep '"Lloyd / exact error' <<<"$output" | sed 's/"[^"]*"/name/' | awk -F, '$5 < 1 - 1e-12 { exit 1 }'
 }
 
+@test "fit measures points of one's own and shows their levels" {
+  # -0.5, -0.25, 0.25 and 0.5, each with weight 1: as many positions as levels of 2 bits
+  printf '\0\0\0\277\0\0\200\77\0\0\200\276\0\0\200\77\0\0\200\76\0\0\200\77\0\0\0\77\0\0\200\77' >points
+  succeeds kvq-bench fit --points points --bits 2 --repeats 2 --csv
+  contains "$output" 'fit,"codebook from points, 2 bits",s,' 'fit,"of that counting, 2 bits",s,' \
+    '"level 0, 2 bits",normalised,-0.5,' '"level 1, 2 bits",normalised,-0.25,' '"level 3, 2 bits",normalised,0.5,'
+  [ "$(grep -c level <<<"$output")" = 4 ]
+  succeeds kvq-bench fit --points points --repeats 1 --csv
+  contains "$output" "codebook from points, 4 bits"
+  head -c 12 points >odd
+  fails 3 kvq-bench fit --points odd
+  contains "$stderr" "odd: 12 bytes are no pairs of f32"
+  printf '\0\0\0\0\0\0\200\277' >negative
+  fails 5 kvq-bench fit --points negative
+  contains "$stderr" "negative: point 0 is 0 with weight -1"
+  fails 3 kvq-bench fit --points nowhere
+}
+
 @test "tokenizer says how much text and how many tokens" {
   make_model
   succeeds kvq-bench tokenizer --model m --text text.txt --repeats 2 --csv

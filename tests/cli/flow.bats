@@ -34,6 +34,7 @@ validate() { kvq-validate --model "$SHARED_DIR/model" --artifact "$SHARED_DIR/a.
   succeeds calibrate --bits 2 -o bits.kvq.h5
   succeeds calibrate --weighting none -o weighting.kvq.h5
   succeeds calibrate --sink-tokens 0 -o sinks.kvq.h5
+  contains "$stderr" "warning: --sink-tokens 0: keys of the first token"
   cp "$SHARED_DIR/a.kvq.h5" .
   for file in *.kvq.h5; do kvq-inspect --check "$file"; done >hashes
   [ "$(sort -u hashes | wc -l)" -eq 5 ]

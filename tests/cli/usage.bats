@@ -32,6 +32,17 @@ load common
   contains "$output" --check --json
 }
 
+@test "rare options are shown on demand" {
+  succeeds kvq-calibrate --help
+  contains "$output" "--help-all"
+  [[ $output != *--k-axis* ]]
+  succeeds kvq-calibrate --help-all
+  contains "$output" --k-axis --k-domain --groups --datatype --q-norm --compat --shard --held-out --from --measure-only
+  [ "$(wc -L <<<"$output")" -le 120 ]
+  succeeds kvq-inspect --help
+  [[ $output != *--help-all* ]]
+}
+
 @test "help fits on a screen" {
   for program in $PROGRAMS; do
     succeeds "$program" --help
@@ -75,8 +86,8 @@ load common
 }
 
 @test "numbers are read to their end and must lie in range" {
-  fails 2 kvq-calibrate --model m --text a -o b --bits 5
-  contains "$stderr" "--bits: 5 is not between 2 and 4"
+  fails 2 kvq-calibrate --model m --text a -o b --bits 9
+  contains "$stderr" "--bits: 9 is not between 2 and 8"
   fails 2 kvq-calibrate --model m --text a -o b --samples 4x
   contains "$stderr" "--samples: '4x' is not a whole number"
   fails 2 kvq-calibrate --model m --text a -o b --seed -1
