@@ -98,15 +98,15 @@ typedef struct measure_shape {
     int     n_heads, n_kv_heads, head_dim;
 } measure_shape;
 measure_shape measure_shape_of(const kvq_model_config *config, int64_t seq_len, int64_t n_windows);
+measure_shape measure_shape_of_artifact(const kvq_artifact *artifact);
 
 // One layer at a time: the ends of K and second moments in the forward pass, histograms of K and V in the backward
-// pass. A layer's result is a kvq_measured_layer as bytes; what becomes of it is decided by `conclude`.
+// pass. A layer's result is a kvq_measured_layer as bytes.
 typedef struct measure measure;
-typedef kvq_status (*measure_conclude)(void *user, int64_t layer, const kvq_measured_layer *measured, kvq_error *err);
-// conclude (NULL = nothing) is called when a layer is complete, also when it was restored. Its moments are not there:
-// they are results of the forward pass.
+// With a fit (NULL = none) a layer is fitted into the artifact when it is complete, also when it was restored. Its
+// moments are not there then: they are results of the forward pass.
 kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
-                          measure_conclude conclude, void *user, measure **out, kvq_error *err);
+                          const kvq_fit_options *fit, kvq_artifact *artifact, measure **out, kvq_error *err);
 void       measure_destroy(const kvq_context *ctx, measure **m);
 // In a shard the results are what was seen, to be merged with the other shards' before anything is concluded from it.
 void         measure_keep_raw(measure *m);

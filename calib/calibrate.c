@@ -42,36 +42,23 @@ double calib_mean_loss(kvq_loss_sum loss) {
     return loss.n_tokens > 0 ? kvq_fixed_to_double(loss.sum) / (double)loss.n_tokens : 0;
 }
 
-// What is done with each layer's measurement, when something is.
-typedef struct fitting {
-    const kvq_context         *ctx;
-    const kvq_measure_options *measured;
-    const kvq_fit_options     *fit;
-    kvq_artifact              *artifact;
-} fitting;
-
-static kvq_status fit_layer(void *user, int64_t layer, const kvq_measured_layer *measured, kvq_error *err) {
-    const fitting *f = user;
-    return kvq_fit_layer(f->ctx, measured, f->measured, f->fit, f->artifact, layer, err);
-}
-
 // The sweeps with a measurement that watches them, and with fit NULL nothing else.
 static kvq_status sweep_and_fit(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
                                 const kvq_windows *windows, const kvq_measure_options *options,
                                 const kvq_fit_options *fit, const kvq_sweep_options *sweep,
                                 const kvq_processes *processes, kvq_artifact **out, kvq_error *err) {
     const kvq_model_config *c = kvq_model_describe(model);
-    fitting                 f = {.ctx = ctx, .measured = options, .fit = fit};
+    kvq_artifact           *a = NULL;
     measure                *m = NULL;
     kvq_loss_sum            loss = {0};
     int64_t                 all = 0;
     kvq_status              status = kvq_measure_options_check(options, c, windows->seq_len, err);
     if (status == KVQ_OK && fit != NULL) status = kvq_fit_options_check(fit, err);
-    if (status == KVQ_OK) status = calib_create_artifact(ctx, c, options, fit, &f.artifact, err);
-    if (status == KVQ_OK) status = calib_describe_windows(ctx, windows, f.artifact, err);
+    if (status == KVQ_OK) status = calib_create_artifact(ctx, c, options, fit, &a, err);
+    if (status == KVQ_OK) status = calib_describe_windows(ctx, windows, a, err);
     if (status == KVQ_OK) {
-        status = measure_create(ctx, options, measure_shape_of(c, windows->seq_len, windows->n_windows),
-                                fit != NULL ? fit_layer : NULL, &f, &m, err);
+        status =
+            measure_create(ctx, options, measure_shape_of(c, windows->seq_len, windows->n_windows), fit, a, &m, err);
     }
     kvq_status agreed = processes->agree(processes, status == KVQ_OK, &all, status == KVQ_OK ? err : NULL);
     if (status == KVQ_OK) status = agreed;
@@ -80,12 +67,12 @@ static kvq_status sweep_and_fit(const kvq_context *ctx, const kvq_backend *be, k
     if (status != KVQ_OK) goto done;
     kvq_observer observer = measure_observer(m);
     KVQ_TRY(kvq_sweep(ctx, be, model, windows, sweep, processes, &observer, &loss, err));
-    f.artifact->baseline_nll = calib_mean_loss(loss);
-    *out = f.artifact;
-    f.artifact = NULL;
+    a->baseline_nll = calib_mean_loss(loss);
+    *out = a;
+    a = NULL;
 done:
     measure_destroy(ctx, &m);
-    kvq_artifact_destroy(ctx, &f.artifact);
+    kvq_artifact_destroy(ctx, &a);
     return status;
 }
 

@@ -8,7 +8,6 @@ typedef struct capture_fit {
     const kvq_context      *ctx;
     const kvq_capture      *capture;
     const kvq_capture_info *info;
-    const kvq_fit_options  *fit;
     kvq_measure_options     measured;
     bool                    weighted; // squared gradients are needed
     kvq_artifact           *artifact;
@@ -82,11 +81,6 @@ done:
     return status;
 }
 
-static kvq_status conclude(void *user, int64_t layer, const kvq_measured_layer *measured, kvq_error *err) {
-    const capture_fit *f = user;
-    return kvq_fit_layer(f->ctx, measured, &f->measured, f->fit, f->artifact, layer, err);
-}
-
 static kvq_status fit_layer(capture_fit *f, int64_t l, kvq_error *err) {
     kvq_observer o = measure_observer(f->m);
     bool         weighted = f->weighted;
@@ -125,18 +119,18 @@ kvq_status kvq_calibrate_capture(const kvq_context *ctx, const kvq_capture *capt
     const kvq_capture_info *info = kvq_capture_describe(capture);
     kvq_model_config        shape = shape_of(info);
     int64_t                 d = info->model.n_kv_heads * info->model.head_dim, n = info->dataset.seq_len * d;
-    capture_fit             f = {.ctx = ctx, .capture = capture, .info = info, .fit = &options->fit};
+    capture_fit             f = {.ctx = ctx, .capture = capture, .info = info};
     kvq_status              status = KVQ_OK;
     KVQ_TRY(check_capture(info, options, err));
     f.measured = kvq_measure_for_fit(options);
     f.weighted = kvq_weightings_need_gradients(f.measured.weightings);
     KVQ_TRY(kvq_measure_options_check(&f.measured, &shape, info->dataset.seq_len, err));
-    KVQ_TRY(kvq_fit_options_check(f.fit, err));
-    KVQ_TRY(calib_create_artifact(ctx, &shape, &f.measured, f.fit, &f.artifact, err));
+    KVQ_TRY(kvq_fit_options_check(&options->fit, err));
+    KVQ_TRY(calib_create_artifact(ctx, &shape, &f.measured, &options->fit, &f.artifact, err));
     KVQ_TRY(describe(&f, source_name, err));
     KVQ_TRY(hash_ids(&f, err));
     KVQ_TRY(measure_create(ctx, &f.measured, measure_shape_of(&shape, info->dataset.seq_len, info->dataset.n_windows),
-                           conclude, &f, &f.m, err));
+                           &options->fit, f.artifact, &f.m, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "K of a window", &f.k, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "V of a window", &f.v, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "weights of K", &f.w_k, err));

@@ -15,8 +15,8 @@ struct measure {
     const kvq_context         *ctx;
     const kvq_measure_options *options;
     measure_shape              shape;
-    measure_conclude           conclude;
-    void                      *user;
+    const kvq_fit_options     *fit;      // NULL: layers are only measured
+    kvq_artifact              *artifact; // what is fitted
     int                        d;
     int64_t                    n_rows;     // behind all thresholds
     bool                       raw;        // results are what was seen
@@ -34,6 +34,11 @@ measure_shape measure_shape_of(const kvq_model_config *c, int64_t seq_len, int64
     return (measure_shape){c->n_layers, seq_len, n_windows, c->n_heads, c->n_kv_heads, c->head_dim};
 }
 
+measure_shape measure_shape_of_artifact(const kvq_artifact *a) {
+    return (measure_shape){a->model.n_layers,     a->dataset.seq_len,       a->dataset.n_samples,
+                           (int)a->model.n_heads, (int)a->model.n_kv_heads, (int)a->model.head_dim};
+}
+
 static int64_t width_of(measure_shape shape) { return (int64_t)shape.n_kv_heads * shape.head_dim; }
 
 // Rows that thresholds are taken over.
@@ -48,15 +53,22 @@ static int64_t kept_ends(const kvq_measure_options *o, measure_shape shape) {
 
 static bool has_thresholds(const kvq_measure_options *o) { return o->k_axis == KVQ_AXIS_CHANNEL; }
 
+// Of one layer, all fractions.
+static int64_t threshold_count(const kvq_measure_options *o, measure_shape shape) {
+    return has_thresholds(o) ? o->n_fractions * 2 * width_of(shape) : 0;
+}
+
+static int histogram_count(const kvq_measure_options *o, measure_shape shape) {
+    return o->n_fractions * N_TENSORS * shape.n_kv_heads;
+}
+
 static int64_t moment_count(measure_shape shape, int which) {
     return (int64_t)(which == 0 ? shape.n_heads : shape.n_kv_heads) * shape.head_dim * shape.head_dim;
 }
 
 // ---------------------------------------------------------------- thresholds
 
-int64_t measure_thresholds_count(const measure *m) {
-    return has_thresholds(m->options) ? m->shape.n_layers * m->options->n_fractions * 2 * m->d : 0;
-}
+int64_t measure_thresholds_count(const measure *m) { return m->shape.n_layers * threshold_count(m->options, m->shape); }
 
 float *measure_thresholds(measure *m) { return m->thresholds; }
 
@@ -79,7 +91,7 @@ static kvq_status find_thresholds(measure *m, int64_t layer, kvq_error *err) {
 // ---------------------------------------------------------------- forward
 
 static void drop_histograms(measure *m) {
-    int n = m->options->n_fractions * N_TENSORS * m->shape.n_kv_heads;
+    int n = histogram_count(m->options, m->shape);
     for (int i = 0; m->histograms != NULL && i < n; i++) kvq_histogram_destroy(m->ctx, &m->histograms[i]);
 }
 
@@ -183,7 +195,7 @@ done:
 
 // The result of the forward pass: a mark, thresholds of all fractions, moments of Q, K and V as doubles.
 static kvq_status finish_forward(measure *m, int64_t layer, kvq_blob *result, kvq_error *err) {
-    int64_t    mark = m->options->n_fractions, n = has_thresholds(m->options) ? mark * 2 * m->d : 0;
+    int64_t    mark = m->options->n_fractions, n = threshold_count(m->options, m->shape);
     kvq_status status = KVQ_OK;
     KVQ_TRY(find_thresholds(m, layer, err));
     KVQ_TRY(kvq_blob_append(m->ctx, result, &mark, sizeof mark, err));
@@ -204,7 +216,7 @@ done:
 }
 
 static kvq_status restore_forward(measure *m, int64_t layer, blob_reader *in, kvq_error *err) {
-    int64_t    mark = 0, n = has_thresholds(m->options) ? m->options->n_fractions * 2 * m->d : 0;
+    int64_t    mark = 0, n = threshold_count(m->options, m->shape);
     kvq_status status = blob_take(in, &mark, sizeof mark, err);
     return status == KVQ_OK ? blob_take(in, lower_of(m, layer, 0), n * (int64_t)sizeof(float), err) : status;
 }
@@ -216,7 +228,7 @@ static kvq_histogram **heads_of(const measure *m, int fraction, int tensor) {
 }
 
 static kvq_status begin_backward(measure *m, kvq_error *err) {
-    int        n = m->options->n_fractions * N_TENSORS * m->shape.n_kv_heads;
+    int        n = histogram_count(m->options, m->shape);
     kvq_status status = KVQ_OK;
     drop_forward(m);
     drop_histograms(m);
@@ -269,7 +281,7 @@ static kvq_status see_backward(measure *m, int64_t layer, const kvq_seen *seen, 
 
 static kvq_status save_backward(const measure *m, kvq_blob *out, kvq_error *err) {
     uint8_t   *at = NULL;
-    int        n = m->options->n_fractions * N_TENSORS * m->shape.n_kv_heads;
+    int        n = histogram_count(m->options, m->shape);
     kvq_status status = KVQ_OK;
     for (int i = 0; i < n; i++) {
         int64_t bytes = kvq_histogram_packed_bytes(m->histograms[i]);
@@ -282,7 +294,7 @@ done:
 }
 
 static kvq_status merge_backward(measure *m, blob_reader *in, kvq_error *err) {
-    int        n = m->options->n_fractions * N_TENSORS * m->shape.n_kv_heads;
+    int        n = histogram_count(m->options, m->shape);
     kvq_status status = KVQ_OK;
     for (int i = 0; i < n; i++) {
         int64_t bytes = 0;
@@ -357,7 +369,7 @@ static kvq_status finish_backward(measure *m, int64_t layer, kvq_blob *result, k
     KVQ_TRY(create_layer(m->ctx, m->options, m->shape, false, &measured, err));
     KVQ_TRY(fill_layer(m, layer, measured, err));
     KVQ_TRY(append_layer(m->ctx, measured, result, err));
-    if (m->conclude != NULL) KVQ_TRY(m->conclude(m->user, layer, measured, err));
+    if (m->fit != NULL) KVQ_TRY(kvq_fit_layer(m->ctx, measured, m->options, m->fit, m->artifact, layer, err));
 done:
     kvq_measured_layer_destroy(m->ctx, &measured);
     return status;
@@ -366,10 +378,10 @@ done:
 static kvq_status restore_backward(measure *m, int64_t layer, blob_reader *in, kvq_error *err) {
     kvq_measured_layer *measured = NULL;
     kvq_status          status = KVQ_OK;
-    if (m->conclude == NULL) return KVQ_OK;
+    if (m->fit == NULL) return KVQ_OK;
     KVQ_TRY(create_layer(m->ctx, m->options, m->shape, false, &measured, err));
     KVQ_TRY(take_layer(measured, in, err));
-    KVQ_TRY(m->conclude(m->user, layer, measured, err));
+    KVQ_TRY(kvq_fit_layer(m->ctx, measured, m->options, m->fit, m->artifact, layer, err));
 done:
     kvq_measured_layer_destroy(m->ctx, &measured);
     return status;
@@ -378,11 +390,10 @@ done:
 kvq_status measure_layer_from_results(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
                                       const kvq_blob *forward, const kvq_blob *backward, kvq_measured_layer **out,
                                       kvq_error *err) {
-    int64_t             skip = (int64_t)sizeof(int64_t);
+    int64_t             skip = (int64_t)sizeof(int64_t) + threshold_count(options, shape) * (int64_t)sizeof(float);
     blob_reader         before = {forward->data, forward->bytes}, after = {backward->data, backward->bytes};
     kvq_measured_layer *layer = NULL;
     kvq_status          status = KVQ_OK;
-    if (has_thresholds(options)) skip += options->n_fractions * 2 * width_of(shape) * (int64_t)sizeof(float);
     KVQ_TRY(create_layer(ctx, options, shape, options->moments, &layer, err));
     kvq_moments moments = layer->moments; // the backward pass left all parts but these
     layer->moments = (kvq_moments){NULL, NULL, NULL};
@@ -459,8 +470,7 @@ void measure_keep_raw(measure *m) { m->raw = true; }
 int64_t measure_bytes(const kvq_measure_options *o, measure_shape shape) {
     int64_t d = width_of(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0;
     int64_t forward = has_thresholds(o) ? kvq_tails_bytes(d, kept_ends(o, shape)) : 0;
-    int64_t n = (int64_t)o->n_fractions * N_TENSORS * shape.n_kv_heads;
-    int64_t backward = n * kvq_histogram_bytes(o->weightings) * 9 / 4;
+    int64_t backward = histogram_count(o, shape) * kvq_histogram_bytes(o->weightings) * 9 / 4;
     forward += n_ends * (int64_t)sizeof(float) * (o->threshold_scope == KVQ_SCOPE_MATRIX ? 2 : 1);
     for (int i = 0; i < 3 && o->moments; i++) forward += 2 * moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
     if (o->moments) forward += kvq_moments_scratch_doubles(shape.n_heads, shape.head_dim) * (int64_t)sizeof(double);
@@ -468,7 +478,7 @@ int64_t measure_bytes(const kvq_measure_options *o, measure_shape shape) {
 }
 
 kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
-                          measure_conclude conclude, void *user, measure **out, kvq_error *err) {
+                          const kvq_fit_options *fit, kvq_artifact *artifact, measure **out, kvq_error *err) {
     measure   *m = NULL;
     int64_t    d = width_of(shape), n = shape.seq_len * d;
     kvq_status status = KVQ_OK;
@@ -476,8 +486,8 @@ kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *opt
     m->ctx = ctx;
     m->options = options;
     m->shape = shape;
-    m->conclude = conclude;
-    m->user = user;
+    m->fit = fit;
+    m->artifact = artifact;
     m->d = (int)d;
     m->n_rows = threshold_rows(options, shape);
     for (int i = 0; i < N_TENSORS && kvq_weightings_need_gradients(options->weightings); i++)
@@ -485,8 +495,7 @@ kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *opt
     KVQ_TRY(KVQ_NEW(ctx, 2 * kvq_count_scratch_floats(shape.seq_len, d), "normalised elements", &m->scratch, err));
     KVQ_TRY(KVQ_NEW(ctx, 2 * d, "offsets and ranges", &m->z_and_r, err));
     KVQ_TRY(KVQ_NEW(ctx, measure_thresholds_count(m), "thresholds", &m->thresholds, err));
-    KVQ_TRY(
-        KVQ_NEW(ctx, (int64_t)options->n_fractions * N_TENSORS * shape.n_kv_heads, "histograms", &m->histograms, err));
+    KVQ_TRY(KVQ_NEW(ctx, histogram_count(options, shape), "histograms", &m->histograms, err));
     *out = m;
     m = NULL;
 done:

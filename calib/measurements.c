@@ -8,11 +8,6 @@
 
 // ---------------------------------------------------------------- writing
 
-static measure_shape shape_of(const kvq_artifact *a) {
-    return (measure_shape){a->model.n_layers,     a->dataset.seq_len,       a->dataset.n_samples,
-                           (int)a->model.n_heads, (int)a->model.n_kv_heads, (int)a->model.head_dim};
-}
-
 static kvq_status put_layer(const kvq_context *ctx, work_dir *work, const kvq_artifact *about,
                             const kvq_measure_options *options, int64_t layer, kvq_measurement_writer *writer,
                             kvq_error *err) {
@@ -21,7 +16,8 @@ static kvq_status put_layer(const kvq_context *ctx, work_dir *work, const kvq_ar
     kvq_status          status = KVQ_OK;
     KVQ_TRY(sweep_get_result(ctx, work, (step){STEP_FORWARD, layer}, &forward, err));
     KVQ_TRY(sweep_get_result(ctx, work, (step){STEP_BACKWARD, layer}, &backward, err));
-    KVQ_TRY(measure_layer_from_results(ctx, options, shape_of(about), &forward, &backward, &measured, err));
+    KVQ_TRY(measure_layer_from_results(ctx, options, measure_shape_of_artifact(about), &forward, &backward, &measured,
+                                       err));
     KVQ_TRY(kvq_measurement_put(ctx, writer, layer, measured, err));
 done:
     kvq_measured_layer_destroy(ctx, &measured);

@@ -291,11 +291,6 @@ done:
     return status;
 }
 
-static kvq_status fit_merged(void *user, int64_t layer, const kvq_measured_layer *measured, kvq_error *err) {
-    merger *g = user;
-    return kvq_fit_layer(g->ctx, measured, &g->measured, &g->options.fit, g->artifact, layer, err);
-}
-
 // The template says all that a measurement needs to know.
 static kvq_status prepare_merge(merger *g, kvq_error *err) {
     kvq_status status = get_artifact(g->ctx, g->partials[0], &g->artifact, err);
@@ -304,11 +299,9 @@ static kvq_status prepare_merge(merger *g, kvq_error *err) {
         kvq_error_prefix(err, "%s: ", g->paths[0]);
         return status;
     }
-    const kvq_artifact *a = g->artifact;
-    measure_shape       shape = {a->model.n_layers,     a->dataset.seq_len,       a->dataset.n_samples,
-                                 (int)a->model.n_heads, (int)a->model.n_kv_heads, (int)a->model.head_dim};
     g->measured = kvq_measure_for_fit(&g->options);
-    status = measure_create(g->ctx, &g->measured, shape, fit_merged, g, &g->m, err);
+    status = measure_create(g->ctx, &g->measured, measure_shape_of_artifact(g->artifact), &g->options.fit, g->artifact,
+                            &g->m, err);
     if (status == KVQ_OK && g->round == KVQ_ROUND_HISTOGRAMS) copy_thresholds(g->m, g->artifact, FROM_ARTIFACT);
     return status;
 }

@@ -7,6 +7,12 @@
 
 #define KVQ_GROUP_BYTES ((int64_t)256 << 20) // hidden states of one group of windows
 
+// Windows whose hidden states wait together between two layers; window_floats: all states of one window.
+static inline int64_t kvq_group_size(int64_t window_floats, int64_t n_windows) {
+    int64_t n = KVQ_GROUP_BYTES / (window_floats * (int64_t)sizeof(float));
+    return n < 1 ? 1 : n < n_windows ? n : n_windows;
+}
+
 typedef struct kvq_row_counts {
     int64_t n_elements; // of tokens that are stored as rows
     int64_t n_outliers, n_clipped;

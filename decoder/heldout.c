@@ -162,19 +162,13 @@ done:
     return status;
 }
 
-// Windows whose hidden states wait together between two layers.
-static int64_t group_size(int64_t state_floats, int64_t n_windows) {
-    int64_t n = KVQ_GROUP_BYTES / (state_floats * (int64_t)sizeof(float));
-    return n < 1 ? 1 : n < n_windows ? n : n_windows;
-}
-
 // Per token of a window: queries, two outputs and the two sides of a comparison; exact, coded and recent K and V, and a
 // cache that holds less than two f16 of each.
 int64_t kvq_heldout_bytes(const kvq_model *model, int64_t seq_len, int64_t n_windows) {
     const kvq_model_config *c = kvq_model_describe(model);
     int64_t                 q = (int64_t)c->n_heads * c->head_dim, d = (int64_t)c->n_kv_heads * c->head_dim;
     int64_t                 state = seq_len * c->hidden_size, tokens = seq_len * (5 * q + 8 * d);
-    return (group_size(state, n_windows) * state + tokens + kvq_workspace_floats(model, seq_len, false)) *
+    return (kvq_group_size(state, n_windows) * state + tokens + kvq_workspace_floats(model, seq_len, false)) *
            (int64_t)sizeof(float);
 }
 
@@ -183,7 +177,7 @@ static kvq_status allocate(run *r, kvq_error *err) {
     int64_t            S = r->windows->seq_len, n_host = S * (r->q_floats > r->d ? r->q_floats : r->d);
     kvq_status         status = KVQ_OK;
     r->state_floats = S * r->config->hidden_size;
-    r->group = group_size(r->state_floats, r->windows->n_windows);
+    r->group = kvq_group_size(r->state_floats, r->windows->n_windows);
     KVQ_TRY(be->alloc(be, r->group * r->state_floats, "hidden states", &r->states, err));
     KVQ_TRY(kvq_workspace_create(r->model, S, false, &r->ws, err));
     KVQ_TRY(KVQ_NEW(r->ctx, r->config->n_layers, "held-out sums", &r->layers, err));

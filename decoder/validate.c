@@ -161,9 +161,7 @@ static kvq_status allocate(run *r, kvq_error *err) {
     int64_t    S = r->windows->seq_len, N = r->windows->n_windows, n_states = r->artifact != NULL ? 2 : 1;
     kvq_status status = KVQ_OK;
     r->state_floats = S * r->config->hidden_size;
-    r->group = KVQ_GROUP_BYTES / (n_states * r->state_floats * (int64_t)sizeof(float));
-    if (r->group < 1) r->group = 1;
-    if (r->group > N) r->group = N;
+    r->group = kvq_group_size(n_states * r->state_floats, N);
     for (int i = 0; i < n_states; i++)
         KVQ_TRY(r->be->alloc(r->be, r->group * r->state_floats, "hidden states", &r->states[i], err));
     for (int i = 0; i < 2 && r->artifact != NULL && r->artifact->quantizer.recent_tokens > 0; i++)
