@@ -45,7 +45,8 @@ kvq_status run_measurement(kvq_cli *cli, calibration *c, kvq_error *err) {
     int64_t    least = 1;
     KVQ_TRY(kvq_measure(&cli->ctx, c->be, c->model, &c->windows, &c->measured, &c->sweep, &c->processes, &c->artifact,
                         err));
-    status = write_measurement(cli, c, err);
+    status = measure_sensitivity(cli, c, err);
+    if (status == KVQ_OK) status = write_measurement(cli, c, err);
     // the others' work directories wait for the file
     kvq_status agreed = c->processes.agree(&c->processes, status == KVQ_OK, &least, status == KVQ_OK ? err : NULL);
     if (status != KVQ_OK || agreed != KVQ_OK) return status != KVQ_OK ? status : agreed;
@@ -101,6 +102,7 @@ kvq_status run_from(kvq_cli *cli, calibration *c, kvq_error *err) {
     c->measured = *kvq_measurement_options(c->measurement);
     c->seq_len = about->dataset.seq_len;
     cli->n_layers = about->model.n_layers;
+    c->alloc.n_tokens = o->allocated.target_tokens > 0 ? o->allocated.target_tokens : c->seq_len;
     kvq_cli_say(cli, "measured   %s  %s  %lld layers  %lld KV heads x %lld  %s  %lld x %lld tokens",
                 kvq_file_name(o->from), about->model.name, (long long)about->model.n_layers,
                 (long long)about->model.n_kv_heads, (long long)about->model.head_dim, about->dataset.source,
@@ -108,7 +110,8 @@ kvq_status run_from(kvq_cli *cli, calibration *c, kvq_error *err) {
     print_quantizer(cli, c);
     if (o->dry_run) kvq_cli_say(cli, "would write %s; nothing was written", o->output);
     if (o->dry_run) goto done;
-    KVQ_TRY(kvq_refit(&cli->ctx, c->measurement, &c->options.fit, &c->artifact, err));
+    KVQ_TRY(c->allocated ? fit_allocated_from(cli, c, err)
+                         : kvq_refit(&cli->ctx, c->measurement, &c->options.fit, &c->artifact, err));
     if (o->held_out > 0) {
         KVQ_TRY(prepare_held_out(cli, c, err));
         KVQ_TRY(report_held_out(cli, c, err));

@@ -52,17 +52,22 @@ static kvq_status check_writing_memory(calibration *c, kvq_error *err) {
                     "--memory-limit %s: a model that writes its own text needs about %s", limit, text);
 }
 
-// Held-out windows come after the sweeps, whose memory is free by then.
-static kvq_status check_held_out_memory(calibration *c, kvq_error *err) {
-    char    text[32], limit[32];
-    int64_t bytes =
-        c->plan.weight_bytes + c->plan.program_bytes + kvq_heldout_bytes(c->model, c->seq_len, c->o->held_out);
+// What comes after the sweeps, whose memory is free by then.
+static kvq_status check_later_memory(calibration *c, int64_t bytes, const char *what, const char *next,
+                                     kvq_error *err) {
+    char text[32], limit[32];
     if (bytes > c->plan.memory_bytes) c->plan.memory_bytes = bytes;
     if (c->o->memory_limit == 0 || bytes <= c->o->memory_limit) return KVQ_OK;
     kvq_cli_format_bytes((double)bytes, text, sizeof text);
     kvq_cli_format_bytes((double)c->o->memory_limit, limit, sizeof limit);
-    return kvq_fail(err, KVQ_ERR_MEMORY, "use fewer held-out windows, or shorter ones",
-                    "--memory-limit %s: the report on held-out windows needs about %s", limit, text);
+    return kvq_fail(err, KVQ_ERR_MEMORY, next, "--memory-limit %s: %s needs about %s", limit, what, text);
+}
+
+static kvq_status check_held_out_memory(calibration *c, kvq_error *err) {
+    int64_t bytes =
+        c->plan.weight_bytes + c->plan.program_bytes + kvq_heldout_bytes(c->model, c->seq_len, c->o->held_out);
+    return check_later_memory(c, bytes, "the report on held-out windows", "use fewer held-out windows, or shorter ones",
+                              err);
 }
 
 // What the disk has sets the limit when the user does not; a run that goes on has its files already.
@@ -77,6 +82,10 @@ static kvq_status make_plan(kvq_cli *cli, calibration *c, kvq_error *err) {
     c->sweep.stride = c->plan.stride;
     c->sweep.prefetch = c->plan.prefetch;
     if (status == KVQ_OK && c->o->held_out > 0) status = check_held_out_memory(c, err);
+    if (status == KVQ_OK) {
+        status = check_later_memory(c, sensitivity_bytes(c), "the KL of single tensors",
+                                    "use fewer --kl-tokens; 0 does without", err);
+    }
     return status == KVQ_OK && kvq_cli_is_self(&c->o->source) ? check_writing_memory(c, err) : status;
 }
 
@@ -98,8 +107,12 @@ kvq_status open_model(kvq_cli *cli, calibration *c, kvq_error *err) {
     const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
     cli->n_layers = config->n_layers;
     KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, CLI_DEFAULT_SEQ_LEN, &c->seq_len, err));
+    complete_allocated_options(c, (int64_t)config->n_kv_heads * config->head_dim);
     KVQ_TRY(kvq_measure_options_check(&c->measured, config, c->seq_len, err));
-    if (!o->measure_only) KVQ_TRY(kvq_fit_options_check(&c->options.fit, err));
+    if (c->allocated)
+        KVQ_TRY(kvq_alloc_options_check(&c->alloc, config->head_dim, err));
+    else if (!o->measure_only)
+        KVQ_TRY(kvq_fit_options_check(&c->options.fit, err));
     KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, c->checkpoint, &c->identity, err));
     KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &c->be, err));
     KVQ_TRY(kvq_model_create(&cli->ctx, c->be, c->checkpoint, false, &c->model, err));

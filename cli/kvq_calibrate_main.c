@@ -35,8 +35,44 @@ static const kvq_cli_option OPTIONS[] = {
      .rare = true},
     {"compare-lloyd", 0, CLI_FLAG, AT(compare_lloyd), NULL, .help = "also record what Lloyd's k-means would reach",
      .rare = true},
+    {"target-bits", 0, CLI_NUMBER, AT(allocated.target_bits), "B",
+     .help = "channel-allocated format: effective bits per element, everything counted", .min = 1, .max = 8},
+    {"preset", 0, CLI_CHOICE, AT(allocated.preset), "NAME", .help = "the same by a name",
+     .choices = calibrate_preset_names},
+    {"target-tokens", 0, CLI_COUNT, AT(allocated.target_tokens), "N",
+     .help = "length of the sequence whose bits are meant (as --seq-len)", .min = 128, .max = CLI_MAX_TOKENS,
+     .rare = true},
+    {"k-mean-bits", 0, CLI_NUMBER, AT(allocated.k_bits), "B", .help = "mean width of K, instead of a target",
+     .min = 0.0625, .max = 5, .rare = true},
+    {"v-mean-bits", 0, CLI_NUMBER, AT(allocated.v_bits), "B", .help = "mean bits of V, beside it", .min = 0.5, .max = 8,
+     .rare = true},
+    {"k-widths", 0, CLI_TEXT, AT(allocated.k_widths), "LIST", .help = "widths that channels may have (0,1,2,3,4,5)",
+     .rare = true},
+    {"v-rates", 0, CLI_TEXT, AT(allocated.v_rates), "LIST",
+     .help = "bits that a pair (4,5,6,7,8) or channel (2,3,4) of V may have", .rare = true},
+    {"width-group", 0, CLI_COUNT, AT(allocated.width_group), "N", .help = "channels of a head that share a width (8)",
+     .min = 1, .max = KVQ_TILE_MAX_HEAD_DIM, .rare = true},
+    {"budget", 0, CLI_CHOICE, AT(allocated.scope), "OF",
+     .help = "bits of K are dealt within the model (default), layer or head", .choices = kvq_budget_scope_names,
+     .rare = true},
+    {"k-tables", 0, CLI_CHOICE, AT(allocated.tables), "KIND",
+     .help = "a table per channel (default), or affine: per layer and width, for fast kernels",
+     .choices = kvq_table_kind_names},
+    {"v-dim", 0, CLI_CHOICE, AT(allocated.v_dim), "N", .help = "channels of V coded together: 2 (default) or 1",
+     .choices = calibrate_v_dim_names, .rare = true},
+    {"v-scale", 0, CLI_CHOICE, AT(allocated.scale), "TYPE", .help = "of a token and head: e4m3 (default) or f16",
+     .choices = kvq_scale_format_names, .rare = true},
+    {"v-rotation", 0, CLI_CHOICE, AT(allocated.rotation), "KIND", .help = "orthogonal (default) or none",
+     .choices = kvq_rotation_names, .rare = true},
+    {"kl-tokens", 0, CLI_COUNT, AT(allocated.kl_tokens), "N",
+     .help = "on which the KL of each K and V alone is measured; 0 = not (2048)", .min = 0, .max = CLI_MAX_TOKENS,
+     .rare = true},
+    {"allocated", 0, CLI_FLAG, AT(allocated.measure), NULL,
+     .help = "a measurement also has what the channel-allocated format needs", .rare = true},
     {"outliers", 0, CLI_FRACTIONS, AT(outliers), "F",
-     .help = "share of elements kept exact, 0 to 10% (1%); to be measured: a list (0,0.25%,1%)", .min = 0, .max = 0.1},
+     .help =
+         "share of elements kept exact, 0 to 10% (1%, channel-allocated 0.25%); to be measured: a list (0,0.25%,1%)",
+     .min = 0, .max = 0.1},
     {"k-outlier-slots", 0, CLI_COUNT, AT(k_slots), "N", .help = "K outliers per side and token (as F says)", .min = 1,
      .max = KVQ_BLOCK_MAX_SIDE, .rare = true},
     {"threshold-scope", 0, CLI_CHOICE, AT(threshold_scope), "OF",
@@ -138,8 +174,9 @@ static kvq_status run_whole(kvq_cli *cli, calibration *c, kvq_error *err) {
         KVQ_TRY(kvq_artifact_read(&cli->ctx, c->o->output, &c->artifact, c->content_sha256, err));
         kvq_cli_say(cli, "%s was complete; only its work directory was left", c->o->output);
     } else {
-        KVQ_TRY(kvq_calibrate(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep, &c->processes,
-                              &c->artifact, err));
+        KVQ_TRY(c->allocated ? run_allocated(cli, c, err)
+                             : kvq_calibrate(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep,
+                                             &c->processes, &c->artifact, err));
         KVQ_TRY(write_artifact(cli, c, err));
     }
     KVQ_TRY(kvq_sweep_forget(&cli->ctx, &c->sweep, &c->processes, err));
@@ -219,8 +256,9 @@ static const kvq_cli_program PROGRAM = {
     .synopsis = "--model PATH --text FILE|self... [--samples N] [--seq-len S] [--seed X]\n"
                 "    [--bits B | --k-bits B --v-bits B] [--outliers 1%] [--sink-tokens N]\n"
                 "    [--compute f32|bf16] [--threads N] [--force] -o OUT.kvq.h5\n"
+                "--model PATH --text FILE... --target-bits B [--k-tables affine] -o OUT.kvq.h5\n"
                 "--model PATH --text FILE... --measure-only [--outliers 0,0.25%,1%] -o M.kvqm.h5\n"
-                "--from M.kvqm.h5 [--bits B] [--outliers F] [--datatype TYPE] -o OUT.kvq.h5\n",
+                "--from M.kvqm.h5 [--bits B | --target-bits B] [--outliers F] [--datatype TYPE] -o OUT.kvq.h5\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
     .notes = "bits per element of a long cache with 1024 KV channels (8 heads x 128), everything counted:\n"
@@ -237,6 +275,7 @@ static const kvq_cli_program PROGRAM = {
 
 int main(int argc, char **argv) {
     calibrate_options options = {.samples = CLI_USUAL_SAMPLES,
+                                 .allocated = {.preset = NOT_GIVEN, .kl_tokens = NOT_GIVEN, .v_dim = 1},
                                  .sink_tokens = NOT_GIVEN,
                                  .datatype = NOT_GIVEN,
                                  .k_datatype = NOT_GIVEN,

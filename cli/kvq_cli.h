@@ -24,6 +24,7 @@ typedef enum kvq_cli_kind {
     CLI_LIST,      // kvq_cli_list; the option may be repeated
     CLI_COUNT,     // int64_t in [min, max]
     CLI_SEED,      // kvq_cli_seed
+    CLI_NUMBER,    // double in [min, max]
     CLI_FRACTION,  // double in [min, max]; "1%" or "0.01"
     CLI_FRACTIONS, // kvq_cli_fractions; some of them with commas between, "0,0.25%,1%"
     CLI_BYTES,     // int64_t above 0; "16GiB", "500MB", "1000000"
@@ -57,7 +58,7 @@ typedef struct kvq_cli_option {
     size_t             at;       // offsetof the field in the program's options struct
     const char        *value;    // word for the value in help, NULL for flags
     const char        *help;     // one line
-    double             min, max; // CLI_COUNT, CLI_FRACTION, CLI_FRACTIONS
+    double             min, max; // CLI_COUNT, CLI_NUMBER, CLI_FRACTION, CLI_FRACTIONS
     const char *const *choices;  // CLI_CHOICE, ends with NULL
     bool               rare;     // shown by --help-all only
 } kvq_cli_option;

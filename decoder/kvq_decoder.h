@@ -18,7 +18,9 @@ extern "C" {
 
 // K and V of one layer and one sequence as an engine would store them: the first sink_tokens and the last recent_tokens
 // tokens in f16, the rest as rows of kvq_block_hd.h. A recent token is encoded, from its f16 values, when it leaves
-// that window. Keys are given and stored before or after RoPE, as the artifact's key domain says.
+// that window. Of an artifact of scheme "alloc" the rest is in tiles of kvq_tile_hd.h by absolute position; the tokens
+// of the last, incomplete tile are in f16 and are encoded when it is full. Keys are given and stored before or after
+// RoPE, as the artifact's key domain says.
 typedef struct kvq_packed_layer kvq_packed_layer;
 kvq_status kvq_packed_layer_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t layer,
                                    int64_t capacity, kvq_packed_layer **out, kvq_error *err);
@@ -29,7 +31,8 @@ void       kvq_packed_layer_reset(kvq_packed_layer *cache); // length 0; the mem
 // bytes.
 kvq_status kvq_packed_layer_append(const kvq_backend *be, kvq_packed_layer *cache, const float *k, const float *v,
                                    int64_t n, kvq_error *err);
-// Encodes what is in the recent window before its time; the tokens that follow fill a new one.
+// Encodes what is in the recent window before its time; the tokens that follow fill a new one. In tiles: encodes the
+// open tile as far as it is; an append opens it again, with what it held.
 kvq_status kvq_packed_layer_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err);
 // All that the queries of a window see when its n tokens come one by one, at once: k, v [n, d] go through the empty
 // cache, which is flushed, and become what it gives back; k_recent, v_recent [n, d] (NULL = not wanted) become what was
@@ -55,6 +58,22 @@ int64_t kvq_packed_layer_bytes(const kvq_packed_layer *cache); // stored for the
 int64_t    kvq_heldout_bytes(const kvq_model *model, int64_t seq_len, int64_t n_windows); // beside weights
 kvq_status kvq_measure_heldout(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, kvq_artifact *artifact,
                                const kvq_windows *windows, kvq_error *err);
+
+// ---------------------------------------------------------------- sensitivity of single tensors
+
+// kl [n_layers, 2] = mean KL(full precision || quantised) in nats per token when K, or V, of one layer alone goes
+// through the packed cache of the artifact, over the beginnings (at most 512 tokens) of as many windows, spread over
+// those given, as hold n_tokens; every fourth position is scored. No recent window. Memory and work:
+// kvq_sensitivity_plan. KVQ_ERR_INTERRUPTED when ctx->stop asks for it.
+typedef struct kvq_sensitivity_cost {
+    int64_t n_windows, n_tokens; // that are measured; n_tokens of each
+    int64_t bytes;               // beside weights
+    double  tera_flops;
+} kvq_sensitivity_cost;
+kvq_sensitivity_cost kvq_sensitivity_plan(const kvq_model *model, int64_t seq_len, int64_t n_windows, int64_t n_tokens);
+kvq_status           kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
+                                             const kvq_artifact *artifact, const kvq_windows *windows, int64_t n_tokens,
+                                             double *kl, kvq_error *err);
 
 // ---------------------------------------------------------------- validation
 

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Artifacts of the channel-allocated format from measured layers, wherever these are: in the work directory that the
+// sweeps left, or in a measurement file. Layers are read twice, for their error curves and for the fit, so that one at
+// a time is in memory.
+#include "calib_impl.h"
+
+// ---------------------------------------------------------------- measured layers
+
+struct kvq_measured_layers {
+    const kvq_artifact        *about;
+    const kvq_measure_options *measure;
+    const kvq_measurement     *file; // or the results of sweeps:
+    work_dir                  *work;
+};
+
+kvq_status kvq_measured_layers_open(const kvq_context *ctx, const kvq_artifact *about,
+                                    const kvq_measure_options *options, const kvq_sweep_options *sweep,
+                                    const kvq_processes *processes, kvq_measured_layers **out, kvq_error *err) {
+    kvq_measured_layers *layers = NULL;
+    kvq_status           status = KVQ_OK;
+    KVQ_TRY(KVQ_NEW(ctx, 1, "measured layers", &layers, err));
+    layers->about = about;
+    layers->measure = options;
+    KVQ_TRY(sweep_open_results(ctx, sweep, processes, &layers->work, err));
+    *out = layers;
+    layers = NULL;
+done:
+    kvq_measured_layers_close(ctx, &layers);
+    return status;
+}
+
+kvq_status kvq_measured_layers_of_file(const kvq_context *ctx, const kvq_measurement *file, kvq_measured_layers **out,
+                                       kvq_error *err) {
+    kvq_status status = KVQ_NEW(ctx, 1, "measured layers", out, err);
+    if (status != KVQ_OK) return status;
+    (*out)->about = kvq_measurement_about(file);
+    (*out)->measure = kvq_measurement_options(file);
+    (*out)->file = file;
+    return KVQ_OK;
+}
+
+void kvq_measured_layers_close(const kvq_context *ctx, kvq_measured_layers **layers) {
+    if (*layers == NULL) return;
+    if ((*layers)->work != NULL) work_close(ctx, &(*layers)->work, false);
+    kvq_free(ctx, *layers);
+    *layers = NULL;
+}
+
+static kvq_status get_layer(const kvq_context *ctx, const kvq_measured_layers *from, int64_t layer,
+                            kvq_measured_layer **out, kvq_error *err) {
+    kvq_blob   forward = {0}, backward = {0};
+    kvq_status status = KVQ_OK;
+    if (from->file != NULL) return kvq_measurement_read(ctx, from->file, layer, out, err);
+    KVQ_TRY(sweep_get_result(ctx, from->work, (step){STEP_FORWARD, layer}, &forward, err));
+    KVQ_TRY(sweep_get_result(ctx, from->work, (step){STEP_BACKWARD, layer}, &backward, err));
+    KVQ_TRY(measure_layer_from_results(ctx, from->measure, measure_shape_of_artifact(from->about), &forward, &backward,
+                                       out, err));
+    (*out)->kl[0] = from->about->layers[layer].k.kl;
+    (*out)->kl[1] = from->about->layers[layer].v.kl;
+done:
+    kvq_blob_free(ctx, &forward);
+    kvq_blob_free(ctx, &backward);
+    return status;
+}
+
+// ---------------------------------------------------------------- allocation and fit
+
+typedef struct allocating {
+    const kvq_context         *ctx;
+    const kvq_measured_layers *from;
+    const kvq_alloc_options   *options;
+    kvq_layer_curves          *curves; // [n_layers]
+    kvq_artifact              *artifact;
+} allocating;
+
+static kvq_status make_curves(allocating *a, kvq_error *err) {
+    kvq_measured_layer *layer = NULL;
+    int64_t             L = a->artifact->model.n_layers;
+    kvq_status          status = KVQ_OK;
+    for (int64_t l = 0; l < L; l++) {
+        KVQ_TRY(get_layer(a->ctx, a->from, l, &layer, err));
+        status = kvq_layer_curves_make(a->ctx, layer, a->from->measure, a->options, &a->curves[l], err);
+        if (status != KVQ_OK) kvq_error_prefix(err, "layer %lld: ", (long long)l);
+        if (status != KVQ_OK) goto done;
+        a->artifact->layers[l].k.kl = layer->kl[0];
+        a->artifact->layers[l].v.kl = layer->kl[1];
+        kvq_measured_layer_destroy(a->ctx, &layer);
+        kvq_report_progress(a->ctx, "curves", l, l + 1, L);
+    }
+done:
+    kvq_measured_layer_destroy(a->ctx, &layer);
+    return status;
+}
+
+static kvq_status fit_layers(allocating *a, const kvq_allocation *chosen, kvq_error *err) {
+    kvq_measured_layer *layer = NULL;
+    int64_t    L = a->artifact->model.n_layers, d = a->artifact->model.n_kv_heads * a->artifact->model.head_dim;
+    kvq_status status = KVQ_OK;
+    for (int64_t l = 0; l < L; l++) {
+        KVQ_TRY(get_layer(a->ctx, a->from, l, &layer, err));
+        KVQ_TRY(kvq_fit_allocated_layer(a->ctx, layer, a->from->measure, a->options, chosen->widths + l * d,
+                                        chosen->rates[l], a->artifact, l, err));
+        kvq_measured_layer_destroy(a->ctx, &layer);
+        kvq_report_progress(a->ctx, "fit", l, l + 1, L);
+    }
+done:
+    kvq_measured_layer_destroy(a->ctx, &layer);
+    return status;
+}
+
+kvq_status kvq_fit_allocated(const kvq_context *ctx, const kvq_measured_layers *layers,
+                             const kvq_alloc_options *options, kvq_artifact **out, kvq_allocation *chosen,
+                             kvq_error *err) {
+    const kvq_artifact *about = layers->about;
+    kvq_allocation      allocation = {.widths = NULL};
+    allocating          a = {.ctx = ctx, .from = layers, .options = options};
+    kvq_status          status = KVQ_OK;
+    if (!layers->measure->allocated) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "measure again with kvq-calibrate --measure-only --allocated",
+                        "the measurement does not have what the channel-allocated format needs");
+    }
+    KVQ_TRY(kvq_alloc_options_check(options, (int)about->model.head_dim, err));
+    KVQ_TRY(calib_check_fraction(layers->measure, options->outlier_fraction, err));
+    KVQ_TRY(kvq_artifact_create(ctx, about->model.n_layers, &a.artifact, err));
+    KVQ_TRY(calib_copy_identity(ctx, about, a.artifact, err));
+    KVQ_TRY(kvq_artifact_describe_allocated(ctx, a.artifact, layers->measure, options, err));
+    KVQ_TRY(KVQ_NEW(ctx, about->model.n_layers, "error curves", &a.curves, err));
+    KVQ_TRY(make_curves(&a, err));
+    KVQ_TRY(kvq_allocate(ctx, a.artifact, a.curves, options, &allocation, err));
+    KVQ_TRY(fit_layers(&a, &allocation, err));
+    *out = a.artifact;
+    a.artifact = NULL;
+    if (chosen != NULL) {
+        *chosen = allocation;
+        allocation = (kvq_allocation){.widths = NULL};
+    }
+done:
+    for (int64_t l = 0; a.curves != NULL && l < about->model.n_layers; l++) kvq_layer_curves_free(ctx, &a.curves[l]);
+    kvq_free(ctx, a.curves);
+    kvq_allocation_free(ctx, &allocation);
+    kvq_artifact_destroy(ctx, &a.artifact);
+    return status;
+}
