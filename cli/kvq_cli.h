@@ -162,6 +162,7 @@ kvq_status kvq_cli_work_dir(const char *wanted, const char *output, char out[CLI
 extern const char *const kvq_cli_bos_names[];         // in the order of kvq_bos_policy
 extern const char *const kvq_cli_text_format_names[]; // in the order of kvq_text_format
 extern const char *const kvq_cli_documents_names[];   // joined, kept
+extern const char *const kvq_cli_newlines_names[];    // kept, bare, single, mixed
 
 // Where windows come from. Texts or tokens are given, not both; the single text "self" lets the model write.
 typedef struct kvq_cli_source {
@@ -171,6 +172,7 @@ typedef struct kvq_cli_source {
     const char  *field;     // of jsonl, or NULL
     int          format;    // kvq_text_format
     int          documents; // 1 = kept
+    int          newlines;  // kvq_newlines, or one more: mixed
     int          bos;       // kvq_bos_policy
 } kvq_cli_source;
 
@@ -186,7 +188,11 @@ typedef struct kvq_cli_source {
     {"text-field", 0, CLI_TEXT, AT(source.field), "NAME",                                                              \
      .help = "member of a jsonl object that holds its text (text)", .rare = true},                                     \
     {"documents", 0, CLI_CHOICE, AT(source.documents), "HOW",                                                          \
-     .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names, .rare = true}
+     .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names,             \
+     .rare = true},                                                                                                    \
+    {"newlines", 0, CLI_CHOICE, AT(source.newlines), "HOW",                                                            \
+     .help = "kept; bare: no spaces before them; single: no blank lines either; mixed: half kept, half bare",          \
+     .choices = kvq_cli_newlines_names}
 
 // Rows for the windows that are drawn from it, or from given ids: samples, seq_len and seed beside the source.
 #define CLI_WINDOW_ROWS                                                                                                \

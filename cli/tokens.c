@@ -10,6 +10,7 @@
 const char *const kvq_cli_bos_names[] = {"auto", "always", "never", NULL};
 const char *const kvq_cli_text_format_names[] = {"auto", "raw", "jsonl", NULL};
 const char *const kvq_cli_documents_names[] = {"joined", "kept", NULL};
+const char *const kvq_cli_newlines_names[] = {"kept", "bare", "single", "mixed", NULL};
 
 static bool is_self(const char *text) { return strcmp(text, "self") == 0; }
 
