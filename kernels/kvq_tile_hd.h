@@ -231,21 +231,29 @@ KVQ_HD int kvq_tile_prepare_values(const kvq_tile_spec *s, const float *x, int c
     return bad;
 }
 
-// Nearest level vector of a group of elements (y = 0: dim 1) by dx^2 + dy^2; as kvq_block_nearest_group.
+// Nearest level vector of a group of elements by dx^2 + dy^2; y = 0 where dim is 1. Written for compilers to make
+// vector code of: two loops over the group, for one would be unrolled together with its neighbours and stay scalar, and
+// indices chosen by a mask, for a conditional store becomes a branch.
 KVQ_HD void kvq_tile_nearest_group(const float *x, const float *y, const float *levels, int dim, int n, int *codes) {
-    float distance[KVQ_BLOCK_GROUP];
+    float    distance[KVQ_BLOCK_GROUP], next[KVQ_BLOCK_GROUP];
+    uint32_t best[KVQ_BLOCK_GROUP];
     for (int j = 0; j < KVQ_BLOCK_GROUP; j++) {
         distance[j] = HUGE_VALF;
-        codes[j] = 0;
+        best[j] = 0;
     }
     for (int i = 0; i < n; i++) {
-        float lx = levels[i * dim], ly = dim == 2 ? levels[i * dim + 1] : 0.0f;
+        float level_x = levels[i * dim], level_y = dim == 2 ? levels[i * dim + 1] : 0.0f;
         for (int j = 0; j < KVQ_BLOCK_GROUP; j++) {
-            float dx = x[j] - lx, dy = y[j] - ly, next = dx * dx + dy * dy;
-            codes[j] = next < distance[j] ? i : codes[j];
-            distance[j] = next < distance[j] ? next : distance[j];
+            float dx = x[j] - level_x, dy = y[j] - level_y;
+            next[j] = dx * dx + dy * dy;
+        }
+        for (int j = 0; j < KVQ_BLOCK_GROUP; j++) {
+            uint32_t nearer = 0u - (uint32_t)(next[j] < distance[j]);
+            best[j] = (best[j] & ~nearer) | ((uint32_t)i & nearer);
+            distance[j] = next[j] < distance[j] ? next[j] : distance[j];
         }
     }
+    for (int j = 0; j < KVQ_BLOCK_GROUP; j++) codes[j] = (int)best[j];
 }
 
 // Codes of a column from its normalised channels y [dim, KVQ_TILE_TOKENS] into its planes.
