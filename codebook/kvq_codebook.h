@@ -224,18 +224,18 @@ typedef struct kvq_cell {
     kvq_fixed w, wx, wy;
 } kvq_cell;
 
-// Sums over windows, exact and mergeable in any order.
+// Sums over windows, exact and mergeable in any order; those of weights are in units of 2^10 whatever the weighting.
 typedef struct kvq_channel_counts {
     int        d;
     kvq_bin   *bins;                  // [d, KVQ_CHANNEL_BINS]
-    kvq_fixed *wxx;                   // [d]
+    kvq_fixed *wxx;                   // [d] sum of w x'^2
     int64_t   *n_points, *n_outliers; // [d]; constant channels count nothing
 } kvq_channel_counts;
 typedef struct kvq_value_counts {
     kvq_bin  *bins;          // [KVQ_HISTOGRAM_BINS]
     kvq_cell *cells;         // [KVQ_PAIR_CELLS, KVQ_PAIR_CELLS], x (the lower channel) is the slower index
     kvq_fixed wxx, pair_wxx; // sums of w y'^2, and of w (x'^2 + y'^2); the weight of a pair is the mean of its two
-    int64_t   n_points;      // elements; those of a zero scale count nothing
+    int64_t   n_points;      // elements; those of a zero scale count nothing, and odd heads have no pairs
 } kvq_value_counts;
 kvq_status kvq_channel_counts_create(const kvq_context *ctx, int d, kvq_channel_counts **out, kvq_error *err);
 kvq_status kvq_value_counts_create(const kvq_context *ctx, kvq_value_counts **out, kvq_error *err);
@@ -254,18 +254,23 @@ void       kvq_value_counts_pack(const kvq_value_counts *counts, uint8_t *out);
 kvq_status kvq_value_counts_merge_packed(kvq_value_counts *into, const uint8_t *packed, int64_t bytes, kvq_error *err);
 
 // Adds rows [n_skip, n_rows) of keys x [n_rows, d], with gradients [n_rows, d] of the loss (signed; NULL when the
-// weighting needs none). Outliers are those of spec, a key row of kvq_block_hd.h, whose levels are not used.
-// Deterministic on any number of threads; errors as of kvq_count_rows.
+// weighting needs none). Outliers are those of spec, a key row of kvq_block_hd.h, whose levels are not used: at most
+// n_side per side and row, the largest ones; none when n_side is 0. They are not in the bins; whatever else lies beyond
+// [-1, 1] is, so means of the end bins may lie there too. Deterministic on any number of threads. KVQ_ERR_NUMERICAL,
+// naming position and channel, for an element or a gradient that is not finite, and for a weight, alone or times the
+// square of the position, beyond the range of the sums; nothing has been added then. KVQ_ERR_USAGE as of
+// kvq_count_rows, and for a weighting that needs gradients without any.
 kvq_status kvq_count_channels(const kvq_context *ctx, const kvq_block_spec *spec, const float *x,
                               const float *gradients, kvq_weighting weighting, int64_t n_rows, int64_t n_skip,
                               kvq_channel_counts *counts, kvq_error *err);
 // The same of values: rotated and scaled by the rule of `spec` (rotation and scale; levels and widths are not used),
-// weights from the gradients after the same rotation: g'^2, g'^2 s^2, s^2 or 1.
+// weights from the gradients after the same rotation: g'^2, g'^2 s^2, s^2 or 1. KVQ_ERR_NUMERICAL also for a scale that
+// does not fit into its format; a part of the rows may have been added then.
 kvq_status kvq_count_values(const kvq_context *ctx, const kvq_tile_spec *spec, const float *x, const float *gradients,
                             kvq_weighting weighting, int64_t n_rows, int64_t n_skip, kvq_value_counts *counts,
                             kvq_error *err);
 // Power of two near the root mean square of values: e such that e4m3 scales of rms * 2^-e lie well inside its range;
-// from the mean square of a layer's values (0 gives 0).
+// from the mean square of a layer's values (0 gives 0). The nearest one by ratio, within -100 .. 100.
 int kvq_scale_exponent(double mean_square);
 
 // The same in the precision in which it is stored; arrays NULL when not measured.
@@ -281,7 +286,7 @@ typedef struct kvq_value_distribution {
     int64_t *n_points;                 // [1]
     int64_t *scale_exponent;           // [1]
 } kvq_value_distribution;
-// Fill arrays that the caller made. KVQ_ERR_NUMERICAL when a sum left the range of fixed point.
+// Fill arrays that the caller made, all but the exponent. KVQ_ERR_NUMERICAL when a sum left the range of fixed point.
 kvq_status kvq_channel_distribution_take(const kvq_channel_counts *counts, kvq_channel_distribution *out,
                                          kvq_error *err);
 kvq_status kvq_value_distribution_take(const kvq_value_counts *counts, kvq_value_distribution *out, kvq_error *err);
