@@ -101,6 +101,20 @@ static void add_side(kvq_json *json, const char *key, double ppl, kvq_mean nll, 
     kvq_json_doubles(json, side, "window_nll", window_nll, n);
 }
 
+static void add_range(kvq_json *json, const kvq_range_report *range) {
+    cJSON *object = kvq_json_object(json, json->root, "k_beyond_range");
+    kvq_json_number(json, object, "share", range->share.mean);
+    kvq_json_number(json, object, "share_stderr", range->share.stderr_);
+    kvq_json_number(json, object, "expected", range->expected);
+    kvq_json_bool(json, object, "exceeds", range->exceeds);
+    kvq_json_count(json, object, "layer", range->layer);
+    kvq_json_count(json, object, "channel", range->channel);
+    kvq_json_count(json, object, "token", range->token);
+    kvq_json_number(json, object, "layer_share", range->layer_share);
+    kvq_json_number(json, object, "channel_share", range->channel_share);
+    kvq_json_number(json, object, "token_part", range->token_part);
+}
+
 static void add_gates(kvq_json *json, const validate_report *r) {
     cJSON *gates = kvq_json_array(json, json->root, "gates");
     for (int i = 0; i < r->n_gates; i++) {
@@ -137,6 +151,7 @@ kvq_status print_report_json(const validate_report *r, kvq_error *err) {
         kvq_json_number(&json, json.root, "top1_stderr", v->top1.stderr_);
         kvq_json_doubles(&json, json.root, "window_top1", v->window_top1, n);
         kvq_json_number(&json, json.root, "effective_bits", v->effective_bits);
+        if (v->has_range) add_range(&json, &v->range);
     }
     add_gates(&json, r);
     kvq_status status = kvq_json_print(&json, err);

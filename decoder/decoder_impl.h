@@ -21,4 +21,16 @@ typedef struct kvq_row_counts {
 // window).
 kvq_row_counts kvq_packed_layer_count(const kvq_packed_layer *cache, int tensor, const float *host_x);
 
+// ---------------------------------------------------------------- keys beyond their ranges (range_watch.c)
+
+// Watches the keys of windows of one length, as they are stored. *out = NULL when the artifact has no ranges of
+// channels or does not know how often they were left.
+typedef struct range_watch range_watch;
+kvq_status                 range_watch_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t vocab_size,
+                                              const kvq_windows *windows, range_watch **out, kvq_error *err);
+void                       range_watch_destroy(const kvq_context *ctx, range_watch **watch);
+void range_watch_see(range_watch *watch, const kvq_backend *be, int64_t layer, int64_t window, const int32_t *ids,
+                     const float *k, int64_t n_tokens);
+kvq_range_report range_watch_report(const range_watch *watch);
+
 #endif

@@ -83,19 +83,34 @@ typedef struct kvq_mean {
 } kvq_mean;
 kvq_mean kvq_mean_of(const double *values, int64_t n); // stderr = sqrt(sum (x - mean)^2 / (n - 1) / n)
 
+// Keys beyond the thresholds of their channel (outliers, and what is cut off when there are too many), sinks left out.
+// `expected`: the share in calibration, and what chance adds to it on new text. Where the share is larger by the
+// margin, and by two standard errors over windows, the text is of another kind than the calibration's.
+#define KVQ_RANGE_MARGIN 1.25
+typedef struct kvq_range_report {
+    bool     exceeds;
+    double   expected;
+    kvq_mean share;                      // of all elements of K
+    int64_t  layer, channel, token;      // the layer with most of them, its worst channel, the worst token id
+    double   layer_share, channel_share; // of the elements of that layer, of that channel
+    double   token_part;                 // of all elements beyond their range, those at that token
+} kvq_range_report;
+
 // Perplexity = exp(mean nll in nats). dppl is the relative change, ppl_quantized / ppl_baseline - 1, and its error
 // follows from the paired differences of the windows' mean nll by the delta method.
 typedef struct kvq_validation {
-    bool           has_artifact;                      // false: only the baseline fields are set
-    int64_t        n_windows, seq_len, tokens_scored; // N * (S - 1)
-    kvq_mean       baseline_nll, quantized_nll;       // nats per token, over windows
-    kvq_mean       difference_nll;                    // paired
-    double         baseline_ppl, quantized_ppl;
-    kvq_mean       dppl; // relative; 0.01 = 1 %
-    kvq_mean       kld;  // KL(baseline || quantized), nats per token
-    kvq_mean       top1; // share of positions where both prefer the same token
-    kvq_cache_size size; // of one window
-    double         effective_bits;
+    bool             has_artifact;                      // false: only the baseline fields are set
+    int64_t          n_windows, seq_len, tokens_scored; // N * (S - 1)
+    kvq_mean         baseline_nll, quantized_nll;       // nats per token, over windows
+    kvq_mean         difference_nll;                    // paired
+    double           baseline_ppl, quantized_ppl;
+    kvq_mean         dppl;      // relative; 0.01 = 1 %
+    kvq_mean         kld;       // KL(baseline || quantized), nats per token
+    kvq_mean         top1;      // share of positions where both prefer the same token
+    bool             has_range; // the artifact knows ranges of channels
+    kvq_range_report range;
+    kvq_cache_size   size; // of one window
+    double           effective_bits;
     double *window_baseline_nll, *window_quantized_nll, *window_kld, *window_top1; // [N], means over S - 1 positions
 } kvq_validation;
 void kvq_validation_free(const kvq_context *ctx, kvq_validation *validation);
