@@ -80,6 +80,7 @@ static kvq_status make_curves(allocating *a, kvq_error *err) {
     kvq_status          status = KVQ_OK;
     for (int64_t l = 0; l < L; l++) {
         KVQ_TRY(get_layer(a->ctx, a->from, l, &layer, err));
+        if (a->options->gradients_only) layer->kl[0] = layer->kl[1] = 0;
         status = kvq_layer_curves_make(a->ctx, layer, a->from->measure, a->options, &a->curves[l], err);
         if (status != KVQ_OK) kvq_error_prefix(err, "layer %lld: ", (long long)l);
         if (status != KVQ_OK) goto done;

@@ -65,6 +65,8 @@ kvq_status check_allocated_options(const calibrate_options *o, kvq_error *err) {
         return kvq_fail(err, KVQ_ERR_USAGE, "give it to kvq-calibrate --from; --allocated measures what it needs",
                         "--measure-only: --target-bits and --preset have no meaning here");
     }
+    if (o->from != NULL && a->kl_tokens != NOT_GIVEN && a->kl_tokens != 0)
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--from: the measurement decides --kl-tokens; 0 ignores what it has");
     if ((a->target_bits > 0) + (a->preset != NOT_GIVEN) + (a->k_bits > 0) > 1 || (a->k_bits > 0) != (a->v_bits > 0)) {
         return kvq_fail(err, KVQ_ERR_USAGE, "give --target-bits, or a --preset, or --k-mean-bits and --v-mean-bits",
                         "more than one budget, or half of one");
@@ -111,6 +113,7 @@ kvq_status resolve_allocated_options(calibration *c, kvq_error *err) {
     KVQ_TRY(read_set("--v-rates", a->v_rates, &to->v_rates, err));
     to->outlier_fraction = c->o->outliers.count > 0 ? c->o->outliers.values[0] : USUAL_OUTLIERS;
     c->kl_tokens = !c->allocated && !a->measure ? 0 : a->kl_tokens != NOT_GIVEN ? a->kl_tokens : USUAL_KL_TOKENS;
+    to->gradients_only = c->o->from != NULL && a->kl_tokens == 0;
     c->options.measure.rotation = (kvq_rotation_kind)a->rotation;
     c->options.measure.scale_format = (kvq_scale_format)a->scale;
     if (c->allocated) c->options.fit.outlier_fraction = to->outlier_fraction;

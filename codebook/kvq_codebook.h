@@ -614,7 +614,8 @@ typedef struct kvq_alloc_options {
     int              group; // channels of a head that share a width, sorted by D_c(2) (ties: the lower channel)
     kvq_budget_scope scope;
     kvq_table_kind   tables;
-    int              v_dim; // 1, or 2: pairs
+    int              v_dim;          // 1, or 2: pairs
+    bool             gradients_only; // do not scale errors by measured KL
 } kvq_alloc_options;
 kvq_alloc_options kvq_alloc_options_default(void); // 0.25 %, 3 bits at 2048 tokens, widths 0 .. 5, groups of 8, model,
                                                    // channel, pairs of 2 to 4 bits per element
