@@ -148,6 +148,13 @@ static inline double codebook_mean_in_bin(double mean, int bin, double per_unit,
 // Which LAPACK is behind the name is the system's choice, and so are its threads; here it gets one (spectrum.c).
 void codebook_keep_lapack_to_one_thread(void);
 
+// Exact k-means for several numbers of levels ks [n_ks] ascending in one run, from points as kvq_kmeans_exact wants
+// them, without allocating: levels [sum of ks] one table behind the other, costs [n_ks], scratch
+// [codebook_kmeans_scratch(n, largest k)] of doubles. False when a sum is not finite.
+int64_t codebook_kmeans_scratch(int64_t n, int k);
+bool    codebook_kmeans_many(const kvq_weighted_point *points, int64_t n, const int *ks, int n_ks, double *scratch,
+                             double *levels, double *costs);
+
 // What kvq_histogram_add leaves to the one who counts: whether a weight is in the range of the sums, the squares
 // of elements x [n] whatever became of them, and how far beyond the range of half width sqrt(r2) one lies, in
 // units of that.
