@@ -155,6 +155,10 @@ int64_t codebook_kmeans_scratch(int64_t n, int k);
 bool    codebook_kmeans_many(const kvq_weighted_point *points, int64_t n, const int *ks, int n_ks, double *scratch,
                              double *levels, double *costs);
 
+// Keys with affine tables: all levels, and where the table of a width begins.
+#define CODEBOOK_AFFINE_LEVELS ((2 << KVQ_MAX_KEY_WIDTH) - 1)
+static inline int32_t codebook_affine_table(int width) { return (1 << width) - 1; }
+
 // What kvq_histogram_add leaves to the one who counts: whether a weight is in the range of the sums, the squares
 // of elements x [n] whatever became of them, and how far beyond the range of half width sqrt(r2) one lies, in
 // units of that.
