@@ -155,6 +155,12 @@ int64_t codebook_kmeans_scratch(int64_t n, int k);
 bool    codebook_kmeans_many(const kvq_weighted_point *points, int64_t n, const int *ks, int n_ks, double *scratch,
                              double *levels, double *costs);
 
+// kvq_kmeans_plane for several numbers of levels ks [n_tables] ascending, on all threads: levels one table behind the
+// other, of f16 precision when `half`, and the costs [n_tables] of these.
+kvq_status codebook_plane_tables(const kvq_context *ctx, const float *w, const float *x, const float *y, int64_t n,
+                                 const int *ks, int n_tables, uint64_t seed, bool half, float *levels, double *costs,
+                                 kvq_error *err);
+
 // Keys with affine tables: all levels, and where the table of a width begins.
 #define CODEBOOK_AFFINE_LEVELS ((2 << KVQ_MAX_KEY_WIDTH) - 1)
 static inline int32_t codebook_affine_table(int width) { return (1 << width) - 1; }
