@@ -161,9 +161,36 @@ kvq_status codebook_plane_tables(const kvq_context *ctx, const float *w, const f
                                  const int *ks, int n_tables, uint64_t seed, bool half, float *levels, double *costs,
                                  kvq_error *err);
 
+// The channel-allocated format. Index of the options' outlier fraction in a measurement of its statistics;
+// KVQ_ERR_INTERNAL when they were not measured.
+kvq_status codebook_find_allocated(const kvq_measured_layer *measured, const kvq_measure_options *measure,
+                                   const kvq_alloc_options *options, int *fraction, kvq_error *err);
+// What turns weighted squared errors of a channel in normalised units into those in the tensor's.
+double codebook_channel_factor(kvq_weighting weighting, float lower, float upper);
+// The occupied bins of a channel, points [KVQ_CHANNEL_BINS]; returns how many.
+int64_t codebook_channel_points(const kvq_channel_distribution *channels, int64_t c, kvq_weighted_point *points);
+// Exact k-means of a channel as codebook_kmeans_many, with at most 2^KVQ_MAX_KEY_WIDTH levels, by a thread of
+// kvq_parallel_for. The scratch is for all threads; its memory is freed by the caller.
+typedef struct codebook_channel_scratch {
+    double *memory;
+    int64_t stride;
+} codebook_channel_scratch;
+kvq_status codebook_channel_scratch_create(const kvq_context *ctx, codebook_channel_scratch *out, kvq_error *err);
+bool       codebook_channel_tables(const kvq_channel_distribution *channels, int64_t c, const int *ks, int n_ks,
+                                   const codebook_channel_scratch *scratch, int worker, double *levels, double *costs);
+// Tables of values for rates [n_tables] ascending, in columns of dim channels, of f16 precision, one behind the other;
+// errors [n_tables] of these, the scatter inside bins included.
+kvq_status codebook_value_tables(const kvq_context *ctx, const kvq_value_distribution *v, int dim, const int *rates,
+                                 int n_tables, float *levels, double *errors, kvq_error *err);
+static inline float codebook_half(double x) { return kvq_float_of_half(kvq_half_of_float((float)x)); }
+
 // Keys with affine tables: all levels, and where the table of a width begins.
 #define CODEBOOK_AFFINE_LEVELS ((2 << KVQ_MAX_KEY_WIDTH) - 1)
 static inline int32_t codebook_affine_table(int width) { return (1 << width) - 1; }
+
+// Fills key_levels, offset and scale of keys from their widths and thresholds; what does not fit into f16 is infinite.
+kvq_status codebook_fit_affine(const kvq_context *ctx, const kvq_channel_distribution *channels,
+                               kvq_weighting weighting, int64_t d, kvq_tensor_quant *k, kvq_error *err);
 
 // What kvq_histogram_add leaves to the one who counts: whether a weight is in the range of the sums, the squares
 // of elements x [n] whatever became of them, and how far beyond the range of half width sqrt(r2) one lies, in
