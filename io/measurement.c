@@ -12,8 +12,8 @@
 // ---------------------------------------------------------------- the layout
 
 #define NUMBER(name, kind, member, low, high)                                                                          \
-    FIELD_NUMBER(kvq_measure_options, MEASUREMENT_GROUP, name, kind, member, low, high, 0)
-#define NAMED(name, member, names) FIELD_NAMED(kvq_measure_options, MEASUREMENT_GROUP, name, member, names, 0)
+    FIELD_NUMBER(kvq_measure_options, MEASUREMENT_GROUP, name, kind, member, low, high, 0, OF_ALL)
+#define NAMED(name, member, names) FIELD_NAMED(kvq_measure_options, MEASUREMENT_GROUP, name, member, names, 0, OF_ALL)
 
 const field MEASURE_FIELDS[] = {
     NUMBER("sink_tokens", FIELD_I64, sink_tokens, 0, FIELD_TOKENS_MAX),
