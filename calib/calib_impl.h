@@ -108,24 +108,26 @@ measure_shape measure_shape_of_artifact(const kvq_artifact *artifact);
 // What the channel-allocated format needs besides (measure_tiles.c). Forward: the mean square of V, from which the
 // exponent of a layer's scales follows; backward: counts of channels and of rotated values.
 typedef struct tile_measure tile_measure;
-kvq_status tiles_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
-                        tile_measure **out, kvq_error *err);
-void       tiles_destroy(const kvq_context *ctx, tile_measure **tiles);
-void       tiles_drop(tile_measure *tiles);                                      // frees the counts
-int64_t    tiles_bytes(const kvq_measure_options *options, measure_shape shape); // at the worst moment
-void       tiles_begin_forward(tile_measure *tiles);
-void       tiles_see_forward(tile_measure *tiles, const float *v);
-void       tiles_finish_forward(tile_measure *tiles, int64_t layer);
-kvq_fixed *tiles_squares(tile_measure *tiles); // of the layer in work: what is saved and merged of the forward pass
-int64_t   *tiles_exponent(tile_measure *tiles, int64_t layer);
-kvq_status tiles_begin_backward(tile_measure *tiles, kvq_error *err);
+kvq_status measure_tiles_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
+                                tile_measure **out, kvq_error *err);
+void       measure_tiles_destroy(const kvq_context *ctx, tile_measure **tiles);
+void       measure_tiles_drop(tile_measure *tiles);                                      // frees the counts
+int64_t    measure_tiles_bytes(const kvq_measure_options *options, measure_shape shape); // at the worst moment
+void       measure_tiles_begin_forward(tile_measure *tiles);
+void       measure_tiles_see_forward(tile_measure *tiles, const float *v);
+void       measure_tiles_finish_forward(tile_measure *tiles, int64_t layer);
+kvq_fixed *measure_tiles_squares(
+    tile_measure *tiles); // of the layer in work: what is saved and merged of the forward pass
+int64_t   *measure_tiles_exponent(tile_measure *tiles, int64_t layer);
+kvq_status measure_tiles_begin_backward(tile_measure *tiles, kvq_error *err);
 // spec: the outliers of this fraction. Gradients are signed.
-kvq_status tiles_see_keys(tile_measure *tiles, int fraction, const kvq_block_spec *spec, const float *k,
-                          const float *dk, kvq_error *err);
-kvq_status tiles_see_values(tile_measure *tiles, int64_t layer, const float *v, const float *dv, kvq_error *err);
-kvq_status tiles_save(const tile_measure *tiles, kvq_blob *out, kvq_error *err);
-kvq_status tiles_merge(tile_measure *tiles, blob_reader *in, kvq_error *err);
-kvq_status tiles_fill(const tile_measure *tiles, int64_t layer, kvq_measured_layer *to, kvq_error *err);
+kvq_status measure_tiles_see_keys(tile_measure *tiles, int fraction, const kvq_block_spec *spec, const float *k,
+                                  const float *dk, kvq_error *err);
+kvq_status measure_tiles_see_values(tile_measure *tiles, int64_t layer, const float *v, const float *dv,
+                                    kvq_error *err);
+kvq_status measure_tiles_save(const tile_measure *tiles, kvq_blob *out, kvq_error *err);
+kvq_status measure_tiles_merge(tile_measure *tiles, blob_reader *in, kvq_error *err);
+kvq_status measure_tiles_fill(const tile_measure *tiles, int64_t layer, kvq_measured_layer *to, kvq_error *err);
 
 // One layer at a time: the ends of K and second moments in the forward pass, histograms of K and V in the backward
 // pass. A layer's result is a kvq_measured_layer as bytes.

@@ -109,7 +109,7 @@ static void drop_forward(measure *m) {
     }
     kvq_free(m->ctx, m->moment_scratch);
     m->moment_scratch = NULL;
-    if (m->tiles != NULL) tiles_drop(m->tiles);
+    if (m->tiles != NULL) measure_tiles_drop(m->tiles);
 }
 
 // The passes never need what the other one keeps.
@@ -117,7 +117,7 @@ static kvq_status begin_forward(measure *m, kvq_error *err) {
     kvq_status status = KVQ_OK;
     drop_histograms(m);
     drop_forward(m);
-    if (m->tiles != NULL) tiles_begin_forward(m->tiles);
+    if (m->tiles != NULL) measure_tiles_begin_forward(m->tiles);
     if (has_thresholds(m->options))
         KVQ_TRY(kvq_tails_create(m->ctx, m->d, kept_ends(m->options, m->shape), &m->tails, err));
     for (int i = 0; i < 3 && m->options->moments; i++)
@@ -138,7 +138,7 @@ static kvq_status see_forward(measure *m, const kvq_seen *seen, kvq_error *err) 
         kvq_moments_add(m->ctx, seen->k + skip * m->d, n, Hkv, D, m->moments[1], m->moment_scratch);
         kvq_moments_add(m->ctx, seen->v + skip * m->d, n, Hkv, D, m->moments[2], m->moment_scratch);
     }
-    if (m->tiles != NULL) tiles_see_forward(m->tiles, seen->v);
+    if (m->tiles != NULL) measure_tiles_see_forward(m->tiles, seen->v);
     if (m->tails == NULL) return KVQ_OK;
     if (m->options->count_sinks) return kvq_tails_push(m->ctx, m->tails, seen->k, m->shape.seq_len, err);
     return kvq_tails_push(m->ctx, m->tails, seen->k + skip * m->d, n, err);
@@ -178,7 +178,8 @@ static kvq_status save_forward(const measure *m, kvq_blob *out, kvq_error *err) 
     int64_t    mark = m->options->n_fractions; // something to save, also without thresholds and moments
     KVQ_TRY(kvq_blob_append(m->ctx, out, &mark, sizeof mark, err));
     if (m->tails != NULL) KVQ_TRY(save_tails(m, out, err));
-    if (m->tiles != NULL) KVQ_TRY(kvq_blob_append(m->ctx, out, tiles_squares(m->tiles), sizeof(kvq_fixed), err));
+    if (m->tiles != NULL)
+        KVQ_TRY(kvq_blob_append(m->ctx, out, measure_tiles_squares(m->tiles), sizeof(kvq_fixed), err));
     for (int i = 0; i < 3 && m->options->moments; i++) {
         int64_t bytes = moment_count(m->shape, i) * (int64_t)sizeof *m->moments[i];
         KVQ_TRY(kvq_blob_append(m->ctx, out, m->moments[i], bytes, err));
@@ -195,7 +196,7 @@ static kvq_status merge_forward(measure *m, blob_reader *in, kvq_error *err) {
     if (m->tails != NULL) KVQ_TRY(merge_tails(m, in, err));
     if (m->tiles != NULL) {
         KVQ_TRY(blob_take(in, &sum, sizeof sum, err));
-        kvq_fixed_merge(tiles_squares(m->tiles), sum);
+        kvq_fixed_merge(measure_tiles_squares(m->tiles), sum);
     }
     for (int i = 0; i < 3 && m->options->moments; i++) {
         for (int64_t j = 0, D = m->shape.head_dim; j < moment_count(m->shape, i); j++) {
@@ -216,8 +217,8 @@ static kvq_status finish_forward(measure *m, int64_t layer, kvq_blob *result, kv
     KVQ_TRY(kvq_blob_append(m->ctx, result, &mark, sizeof mark, err));
     KVQ_TRY(kvq_blob_append(m->ctx, result, lower_of(m, layer, 0), n * (int64_t)sizeof(float), err));
     if (m->tiles != NULL) {
-        tiles_finish_forward(m->tiles, layer);
-        KVQ_TRY(kvq_blob_append(m->ctx, result, tiles_exponent(m->tiles, layer), sizeof(int64_t), err));
+        measure_tiles_finish_forward(m->tiles, layer);
+        KVQ_TRY(kvq_blob_append(m->ctx, result, measure_tiles_exponent(m->tiles, layer), sizeof(int64_t), err));
     }
     for (int i = 0; i < 3 && m->options->moments; i++) {
         uint8_t *at = NULL;
@@ -239,7 +240,7 @@ static kvq_status restore_forward(measure *m, int64_t layer, blob_reader *in, kv
     kvq_status status = blob_take(in, &mark, sizeof mark, err);
     if (status == KVQ_OK) status = blob_take(in, lower_of(m, layer, 0), n * (int64_t)sizeof(float), err);
     if (status != KVQ_OK || m->tiles == NULL) return status;
-    return blob_take(in, tiles_exponent(m->tiles, layer), sizeof(int64_t), err);
+    return blob_take(in, measure_tiles_exponent(m->tiles, layer), sizeof(int64_t), err);
 }
 
 // ---------------------------------------------------------------- backward
@@ -254,7 +255,7 @@ static kvq_status begin_backward(measure *m, kvq_error *err) {
     drop_forward(m);
     drop_histograms(m);
     for (int i = 0; i < n; i++) KVQ_TRY(kvq_histogram_create(m->ctx, m->options->weightings, &m->histograms[i], err));
-    if (m->tiles != NULL) KVQ_TRY(tiles_begin_backward(m->tiles, err));
+    if (m->tiles != NULL) KVQ_TRY(measure_tiles_begin_backward(m->tiles, err));
 done:
     return status;
 }
@@ -294,10 +295,10 @@ kvq_status measure_count(measure *m, int64_t layer, const float *k, const float 
 }
 
 static kvq_status count_tiles(measure *m, int64_t layer, const kvq_seen *seen, kvq_error *err) {
-    kvq_status status = tiles_see_values(m->tiles, layer, seen->v, seen->dv, err);
+    kvq_status status = measure_tiles_see_values(m->tiles, layer, seen->v, seen->dv, err);
     for (int f = 0; f < m->options->n_fractions && status == KVQ_OK; f++) {
         kvq_block_spec spec = spec_of(m, layer, f, K);
-        status = tiles_see_keys(m->tiles, f, &spec, seen->k, seen->dk, err);
+        status = measure_tiles_see_keys(m->tiles, f, &spec, seen->k, seen->dk, err);
     }
     if (status != KVQ_OK) kvq_error_prefix(err, "layer %lld, ", (long long)layer);
     return status;
@@ -323,7 +324,7 @@ static kvq_status save_backward(const measure *m, kvq_blob *out, kvq_error *err)
         KVQ_TRY(kvq_blob_extend(m->ctx, out, bytes, &at, err));
         kvq_histogram_pack(m->histograms[i], at);
     }
-    if (m->tiles != NULL) KVQ_TRY(tiles_save(m->tiles, out, err));
+    if (m->tiles != NULL) KVQ_TRY(measure_tiles_save(m->tiles, out, err));
 done:
     return status;
 }
@@ -342,7 +343,7 @@ static kvq_status merge_backward(measure *m, blob_reader *in, kvq_error *err) {
         in->at += bytes;
         in->left -= bytes;
     }
-    if (m->tiles != NULL) KVQ_TRY(tiles_merge(m->tiles, in, err));
+    if (m->tiles != NULL) KVQ_TRY(measure_tiles_merge(m->tiles, in, err));
 done:
     return status;
 }
@@ -396,7 +397,7 @@ static kvq_status fill_layer(const measure *m, int64_t layer, kvq_measured_layer
             return status;
         }
     }
-    return m->tiles != NULL ? tiles_fill(m->tiles, layer, to, err) : KVQ_OK;
+    return m->tiles != NULL ? measure_tiles_fill(m->tiles, layer, to, err) : KVQ_OK;
 }
 
 static kvq_status finish_backward(measure *m, int64_t layer, kvq_blob *result, kvq_error *err) {
@@ -508,7 +509,7 @@ int64_t measure_bytes(const kvq_measure_options *o, measure_shape shape) {
     int64_t d = width_of(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0;
     int64_t forward = has_thresholds(o) ? kvq_tails_bytes(d, kept_ends(o, shape)) : 0;
     int64_t backward = histogram_count(o, shape) * kvq_histogram_bytes(o->weightings) * 9 / 4;
-    if (o->allocated) backward += tiles_bytes(o, shape);
+    if (o->allocated) backward += measure_tiles_bytes(o, shape);
     forward += n_ends * (int64_t)sizeof(float) * (o->threshold_scope == KVQ_SCOPE_MATRIX ? 2 : 1);
     for (int i = 0; i < 3 && o->moments; i++) forward += 2 * moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
     if (o->moments) forward += kvq_moments_scratch_doubles(shape.n_heads, shape.head_dim) * (int64_t)sizeof(double);
@@ -534,7 +535,7 @@ kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *opt
     KVQ_TRY(KVQ_NEW(ctx, 2 * d, "offsets and ranges", &m->z_and_r, err));
     KVQ_TRY(KVQ_NEW(ctx, measure_thresholds_count(m), "thresholds", &m->thresholds, err));
     KVQ_TRY(KVQ_NEW(ctx, histogram_count(options, shape), "histograms", &m->histograms, err));
-    if (options->allocated) KVQ_TRY(tiles_create(ctx, options, shape, &m->tiles, err));
+    if (options->allocated) KVQ_TRY(measure_tiles_create(ctx, options, shape, &m->tiles, err));
     *out = m;
     m = NULL;
 done:
@@ -552,7 +553,7 @@ void measure_destroy(const kvq_context *ctx, measure **measurement) {
     for (int i = 0; i < N_TENSORS; i++) kvq_free(ctx, m->w[i]);
     kvq_free(ctx, m->scratch);
     kvq_free(ctx, m->z_and_r);
-    tiles_destroy(ctx, &m->tiles);
+    measure_tiles_destroy(ctx, &m->tiles);
     kvq_free(ctx, m);
     *measurement = NULL;
 }

@@ -18,8 +18,8 @@ struct tile_measure {
     kvq_value_counts          *values;    // backward
 };
 
-kvq_status tiles_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
-                        tile_measure **out, kvq_error *err) {
+kvq_status measure_tiles_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
+                                tile_measure **out, kvq_error *err) {
     tile_measure *t = NULL;
     const char   *kind;
     int64_t       D = shape.head_dim;
@@ -36,20 +36,20 @@ kvq_status tiles_create(const kvq_context *ctx, const kvq_measure_options *optio
     *out = t;
     t = NULL;
 done:
-    tiles_destroy(ctx, &t);
+    measure_tiles_destroy(ctx, &t);
     return status;
 }
 
-void tiles_drop(tile_measure *t) {
+void measure_tiles_drop(tile_measure *t) {
     for (int f = 0; t->channels != NULL && f < t->options->n_fractions; f++)
         kvq_channel_counts_destroy(t->ctx, &t->channels[f]);
     kvq_value_counts_destroy(t->ctx, &t->values);
 }
 
-void tiles_destroy(const kvq_context *ctx, tile_measure **tiles) {
+void measure_tiles_destroy(const kvq_context *ctx, tile_measure **tiles) {
     tile_measure *t = *tiles;
     if (t == NULL) return;
-    tiles_drop(t);
+    measure_tiles_drop(t);
     kvq_free(ctx, t->channels);
     kvq_free(ctx, t->rotation);
     kvq_free(ctx, t->exponents);
@@ -58,38 +58,38 @@ void tiles_destroy(const kvq_context *ctx, tile_measure **tiles) {
 }
 
 // A window in memory, and the same as bytes.
-int64_t tiles_bytes(const kvq_measure_options *options, measure_shape shape) {
+int64_t measure_tiles_bytes(const kvq_measure_options *options, measure_shape shape) {
     int d = shape.n_kv_heads * shape.head_dim;
     return 2 * (options->n_fractions * kvq_channel_counts_bytes(d) + kvq_value_counts_bytes());
 }
 
 // ---------------------------------------------------------------- forward
 
-void tiles_begin_forward(tile_measure *t) {
-    tiles_drop(t);
+void measure_tiles_begin_forward(tile_measure *t) {
+    measure_tiles_drop(t);
     memset(&t->squares, 0, sizeof t->squares);
 }
 
 // The mean of a window is a sum in a fixed order; those of windows add up exactly.
-void tiles_see_forward(tile_measure *t, const float *v) {
+void measure_tiles_see_forward(tile_measure *t, const float *v) {
     int64_t skip = t->options->sink_tokens * t->d, n = t->shape.seq_len * t->d - skip;
     double  sum = 0;
     for (int64_t i = 0; i < n; i++) sum += (double)v[skip + i] * (double)v[skip + i];
     kvq_fixed_add(&t->squares, sum / (double)n);
 }
 
-void tiles_finish_forward(tile_measure *t, int64_t layer) {
+void measure_tiles_finish_forward(tile_measure *t, int64_t layer) {
     t->exponents[layer] = kvq_scale_exponent(kvq_fixed_to_double(t->squares) / (double)t->shape.n_windows);
 }
 
-kvq_fixed *tiles_squares(tile_measure *t) { return &t->squares; }
-int64_t   *tiles_exponent(tile_measure *t, int64_t layer) { return &t->exponents[layer]; }
+kvq_fixed *measure_tiles_squares(tile_measure *t) { return &t->squares; }
+int64_t   *measure_tiles_exponent(tile_measure *t, int64_t layer) { return &t->exponents[layer]; }
 
 // ---------------------------------------------------------------- backward
 
-kvq_status tiles_begin_backward(tile_measure *t, kvq_error *err) {
+kvq_status measure_tiles_begin_backward(tile_measure *t, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    tiles_drop(t);
+    measure_tiles_drop(t);
     for (int f = 0; f < t->options->n_fractions; f++)
         KVQ_TRY(kvq_channel_counts_create(t->ctx, t->d, &t->channels[f], err));
     KVQ_TRY(kvq_value_counts_create(t->ctx, &t->values, err));
@@ -97,13 +97,13 @@ done:
     return status;
 }
 
-kvq_status tiles_see_keys(tile_measure *t, int fraction, const kvq_block_spec *spec, const float *k, const float *dk,
-                          kvq_error *err) {
+kvq_status measure_tiles_see_keys(tile_measure *t, int fraction, const kvq_block_spec *spec, const float *k,
+                                  const float *dk, kvq_error *err) {
     return kvq_count_channels(t->ctx, spec, k, dk, t->options->channel_weighting, t->shape.seq_len,
                               t->options->sink_tokens, t->channels[fraction], err);
 }
 
-kvq_status tiles_see_values(tile_measure *t, int64_t layer, const float *v, const float *dv, kvq_error *err) {
+kvq_status measure_tiles_see_values(tile_measure *t, int64_t layer, const float *v, const float *dv, kvq_error *err) {
     kvq_tile_spec spec = {.d = t->d,
                           .head_dim = t->shape.head_dim,
                           .rotation = t->rotation,
@@ -118,7 +118,7 @@ static kvq_status append_space(const kvq_context *ctx, int64_t bytes, kvq_blob *
     return status == KVQ_OK ? kvq_blob_extend(ctx, out, bytes, at, err) : status;
 }
 
-kvq_status tiles_save(const tile_measure *t, kvq_blob *out, kvq_error *err) {
+kvq_status measure_tiles_save(const tile_measure *t, kvq_blob *out, kvq_error *err) {
     uint8_t   *at = NULL;
     kvq_status status = KVQ_OK;
     for (int f = 0; f < t->options->n_fractions; f++) {
@@ -139,7 +139,7 @@ static kvq_status take_packed(blob_reader *in, const uint8_t **at, int64_t *byte
     return blob_take(in, NULL, *bytes, err);
 }
 
-kvq_status tiles_merge(tile_measure *t, blob_reader *in, kvq_error *err) {
+kvq_status measure_tiles_merge(tile_measure *t, blob_reader *in, kvq_error *err) {
     const uint8_t *at = NULL;
     int64_t        bytes = 0;
     kvq_status     status = KVQ_OK;
@@ -153,7 +153,7 @@ done:
     return status;
 }
 
-kvq_status tiles_fill(const tile_measure *t, int64_t layer, kvq_measured_layer *to, kvq_error *err) {
+kvq_status measure_tiles_fill(const tile_measure *t, int64_t layer, kvq_measured_layer *to, kvq_error *err) {
     kvq_status status = KVQ_OK;
     for (int f = 0; f < t->options->n_fractions; f++)
         KVQ_TRY(kvq_channel_distribution_take(t->channels[f], &to->k[f].channels, err));

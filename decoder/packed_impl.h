@@ -48,25 +48,25 @@ kvq_status packed_does_not_fit(const kvq_packed_layer *cache, int tensor, int64_
 
 // An append happens in two steps for each of K and V: `prepare` does all that can fail and changes nothing that is in
 // use, `commit` the rest. n tokens x [n, d] behind the `length` that are there; the caller has stored their sinks.
-kvq_status     rows_create(kvq_packed_layer *cache, const kvq_artifact *artifact, kvq_error *err);
-void           rows_destroy(kvq_packed_layer *cache);
-kvq_status     rows_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x, int64_t n,
-                            kvq_error *err);
-void           rows_commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n);
-void           rows_advance(kvq_packed_layer *cache, int64_t n); // after both commits
-kvq_status     rows_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err);
-void           rows_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, float *x); // all but sinks
-int64_t        rows_bytes(const kvq_packed_layer *cache);                                               // all but sinks
-kvq_row_counts rows_count(const kvq_packed_layer *cache, int tensor, const float *host_x);
+kvq_status packed_rows_create(kvq_packed_layer *cache, const kvq_artifact *artifact, kvq_error *err);
+void       packed_rows_destroy(kvq_packed_layer *cache);
+kvq_status packed_rows_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x,
+                               int64_t n, kvq_error *err);
+void       packed_rows_commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n);
+void       packed_rows_advance(kvq_packed_layer *cache, int64_t n); // after both commits
+kvq_status packed_rows_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err);
+void    packed_rows_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, float *x); // all but sinks
+int64_t packed_rows_bytes(const kvq_packed_layer *cache);                                               // all but sinks
+kvq_row_counts packed_rows_count(const kvq_packed_layer *cache, int tensor, const float *host_x);
 
-kvq_status tiles_create(kvq_packed_layer *cache, const kvq_artifact *artifact, kvq_error *err);
-void       tiles_destroy(kvq_packed_layer *cache);
-kvq_status tiles_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x, int64_t n,
-                         kvq_error *err);
-void       tiles_commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n);
-kvq_status tiles_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err);
-void       tiles_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, float *x);
-int64_t    tiles_bytes(const kvq_packed_layer *cache);
-kvq_row_counts tiles_count(const kvq_packed_layer *cache, int tensor, const float *host_x);
+kvq_status packed_tiles_create(kvq_packed_layer *cache, const kvq_artifact *artifact, kvq_error *err);
+void       packed_tiles_destroy(kvq_packed_layer *cache);
+kvq_status packed_tiles_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x,
+                                int64_t n, kvq_error *err);
+void       packed_tiles_commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n);
+kvq_status packed_tiles_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err);
+void       packed_tiles_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, float *x);
+int64_t    packed_tiles_bytes(const kvq_packed_layer *cache);
+kvq_row_counts packed_tiles_count(const kvq_packed_layer *cache, int tensor, const float *host_x);
 
 #endif

@@ -23,7 +23,7 @@ kvq_status kvq_packed_layer_create(const kvq_context *ctx, const kvq_artifact *a
     cache->n_sinks = packed_smaller(artifact->quantizer.sink_tokens, capacity);
     cache->tiled = kvq_artifact_is_allocated(artifact);
     for (int i = 0; i < 2; i++) KVQ_TRY(KVQ_NEW(ctx, cache->n_sinks * cache->d, "sink tokens", &cache->sinks[i], err));
-    KVQ_TRY(cache->tiled ? tiles_create(cache, artifact, err) : rows_create(cache, artifact, err));
+    KVQ_TRY(cache->tiled ? packed_tiles_create(cache, artifact, err) : packed_rows_create(cache, artifact, err));
     *out = cache;
     cache = NULL;
 
@@ -35,8 +35,8 @@ done:
 void kvq_packed_layer_destroy(const kvq_context *ctx, kvq_packed_layer **cache) {
     if (*cache == NULL) return;
     for (int i = 0; i < 2; i++) kvq_free(ctx, (*cache)->sinks[i]);
-    rows_destroy(*cache);
-    tiles_destroy(*cache);
+    packed_rows_destroy(*cache);
+    packed_tiles_destroy(*cache);
     kvq_free(ctx, *cache);
     *cache = NULL;
 }
@@ -98,16 +98,17 @@ static kvq_status prepare(const kvq_backend *be, const kvq_packed_layer *cache, 
                           kvq_error *err) {
     int64_t bad = packed_store_halves(be, x, sinks_among(cache, n) * cache->d, NULL);
     if (bad >= 0) return packed_does_not_fit(cache, tensor, cache->length + bad / cache->d, err);
-    return cache->tiled ? tiles_prepare(be, cache, tensor, x, n, err) : rows_prepare(be, cache, tensor, x, n, err);
+    return cache->tiled ? packed_tiles_prepare(be, cache, tensor, x, n, err)
+                        : packed_rows_prepare(be, cache, tensor, x, n, err);
 }
 
 static void commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n) {
     int64_t d = cache->d;
     (void)packed_store_halves(be, x, sinks_among(cache, n) * d, cache->sinks[tensor] + cache->length * d);
     if (cache->tiled)
-        tiles_commit(be, cache, tensor, x, n);
+        packed_tiles_commit(be, cache, tensor, x, n);
     else
-        rows_commit(be, cache, tensor, x, n);
+        packed_rows_commit(be, cache, tensor, x, n);
 }
 
 kvq_status kvq_packed_layer_append(const kvq_backend *be, kvq_packed_layer *cache, const float *k, const float *v,
@@ -121,7 +122,7 @@ kvq_status kvq_packed_layer_append(const kvq_backend *be, kvq_packed_layer *cach
     KVQ_TRY(prepare(be, cache, 1, v, n, err));
     commit(be, cache, 0, k, n);
     commit(be, cache, 1, v, n);
-    if (!cache->tiled) rows_advance(cache, n);
+    if (!cache->tiled) packed_rows_advance(cache, n);
     if (n > 0) cache->tiles.flushed = false; // a tile that was closed early is open again
     cache->length += n;
 
@@ -130,7 +131,7 @@ done:
 }
 
 kvq_status kvq_packed_layer_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err) {
-    return cache->tiled ? tiles_flush(be, cache, err) : rows_flush(be, cache, err);
+    return cache->tiled ? packed_tiles_flush(be, cache, err) : packed_rows_flush(be, cache, err);
 }
 
 // ---------------------------------------------------------------- read
@@ -140,9 +141,9 @@ void kvq_packed_layer_decode(const kvq_backend *be, const kvq_packed_layer *cach
     for (int i = 0; i < 2; i++) {
         packed_load_halves(be, cache->sinks[i], packed_smaller(cache->length, cache->n_sinks) * cache->d, to[i]);
         if (cache->tiled)
-            tiles_decode(be, cache, i, to[i]);
+            packed_tiles_decode(be, cache, i, to[i]);
         else
-            rows_decode(be, cache, i, to[i]);
+            packed_rows_decode(be, cache, i, to[i]);
     }
 }
 
@@ -168,9 +169,9 @@ int64_t kvq_packed_layer_length(const kvq_packed_layer *cache) { return cache->l
 
 int64_t kvq_packed_layer_bytes(const kvq_packed_layer *cache) {
     int64_t sinks = packed_smaller(cache->length, cache->n_sinks) * 2 * cache->d * (int64_t)sizeof(uint16_t);
-    return sinks + (cache->tiled ? tiles_bytes(cache) : rows_bytes(cache));
+    return sinks + (cache->tiled ? packed_tiles_bytes(cache) : packed_rows_bytes(cache));
 }
 
 kvq_row_counts kvq_packed_layer_count(const kvq_packed_layer *cache, int tensor, const float *host_x) {
-    return cache->tiled ? tiles_count(cache, tensor, host_x) : rows_count(cache, tensor, host_x);
+    return cache->tiled ? packed_tiles_count(cache, tensor, host_x) : packed_rows_count(cache, tensor, host_x);
 }

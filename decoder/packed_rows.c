@@ -6,7 +6,7 @@
 
 #define STAGED_TOKENS 1024 // encoded together when they leave the window
 
-kvq_status rows_create(kvq_packed_layer *cache, const kvq_artifact *artifact, kvq_error *err) {
+kvq_status packed_rows_create(kvq_packed_layer *cache, const kvq_artifact *artifact, kvq_error *err) {
     const kvq_layer_quant  *layer = &artifact->layers[cache->layer];
     const kvq_tensor_quant *quants[2] = {&layer->k, &layer->v};
     const int               n_side[2] = {artifact->quantizer.n_side_k, artifact->quantizer.n_side_v};
@@ -25,7 +25,7 @@ done:
     return status;
 }
 
-void rows_destroy(kvq_packed_layer *cache) {
+void packed_rows_destroy(kvq_packed_layer *cache) {
     for (int i = 0; i < 2; i++) {
         kvq_free(cache->ctx, cache->rows.ranges[i]);
         kvq_free(cache->ctx, cache->rows.recent[i]);
@@ -91,8 +91,8 @@ static arrival arrival_of(const kvq_packed_layer *cache, int64_t n) {
     return a;
 }
 
-kvq_status rows_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x, int64_t n,
-                        kvq_error *err) {
+kvq_status packed_rows_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x,
+                               int64_t n, kvq_error *err) {
     arrival      a = arrival_of(cache, n);
     const float *behind = x + a.n_sinks * cache->d;
     if (cache->rows.n_recent > 0) {
@@ -103,16 +103,16 @@ kvq_status rows_prepare(const kvq_backend *be, const kvq_packed_layer *cache, in
     return n > a.n_sinks ? encode(be, cache, tensor, behind, a.old, n - a.n_sinks, err) : KVQ_OK;
 }
 
-void rows_commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n) {
+void packed_rows_commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n) {
     arrival a = arrival_of(cache, n);
     int64_t d = cache->d;
     for (int64_t token = a.old > a.n_rows ? a.old : a.n_rows; token < a.old + n - a.n_sinks; token++)
         (void)packed_store_halves(be, x + (a.n_sinks + token - a.old) * d, d, ring_place(cache, tensor, token));
 }
 
-void rows_advance(kvq_packed_layer *cache, int64_t n) { cache->rows.n_rows = arrival_of(cache, n).n_rows; }
+void packed_rows_advance(kvq_packed_layer *cache, int64_t n) { cache->rows.n_rows = arrival_of(cache, n).n_rows; }
 
-kvq_status rows_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err) {
+kvq_status packed_rows_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err) {
     int64_t    end = behind_sinks(cache, cache->length);
     kvq_status status = KVQ_OK;
     for (int tensor = 0; tensor < 2; tensor++) KVQ_TRY(encode_leaving(be, cache, tensor, end, end, NULL, err));
@@ -124,7 +124,7 @@ done:
 
 // ---------------------------------------------------------------- read
 
-void rows_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, float *x) {
+void packed_rows_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, float *x) {
     const packed_rows *r = &cache->rows;
     int64_t n_sinks = packed_smaller(cache->length, cache->n_sinks), end = behind_sinks(cache, cache->length);
     int64_t d = cache->d;
@@ -133,14 +133,14 @@ void rows_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tenso
         packed_load_halves(be, ring_place(cache, tensor, token), d, x + (n_sinks + token) * d);
 }
 
-int64_t rows_bytes(const kvq_packed_layer *cache) {
+int64_t packed_rows_bytes(const kvq_packed_layer *cache) {
     const packed_rows *r = &cache->rows;
     int64_t            per_row = kvq_block_row_bytes(&r->specs[0]) + kvq_block_row_bytes(&r->specs[1]);
     int64_t            n_recent = behind_sinks(cache, cache->length) - r->n_rows;
     return n_recent * 2 * cache->d * (int64_t)sizeof(uint16_t) + r->n_rows * per_row;
 }
 
-kvq_row_counts rows_count(const kvq_packed_layer *cache, int tensor, const float *host_x) {
+kvq_row_counts packed_rows_count(const kvq_packed_layer *cache, int tensor, const float *host_x) {
     const packed_rows    *r = &cache->rows;
     const kvq_block_spec *spec = &r->specs[tensor];
     kvq_row_counts        counts = {.n_elements = r->n_rows * cache->d};

@@ -8,7 +8,7 @@
 #define TILE         KVQ_TILE_TOKENS
 #define STAGED_TILES 8 // encoded together
 
-kvq_status tiles_create(kvq_packed_layer *cache, const kvq_artifact *artifact, kvq_error *err) {
+kvq_status packed_tiles_create(kvq_packed_layer *cache, const kvq_artifact *artifact, kvq_error *err) {
     const kvq_layer_quant  *layer = &artifact->layers[cache->layer];
     const kvq_tensor_quant *quants[2] = {&layer->k, &layer->v};
     packed_tiles           *t = &cache->tiles;
@@ -25,7 +25,7 @@ done:
     return status;
 }
 
-void tiles_destroy(kvq_packed_layer *cache) {
+void packed_tiles_destroy(kvq_packed_layer *cache) {
     packed_tiles *t = &cache->tiles;
     for (int i = 0; i < 2; i++) {
         kvq_tile_view_free(cache->ctx, &t->views[i]);
@@ -67,21 +67,21 @@ done:
     return status;
 }
 
-kvq_status tiles_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x, int64_t n,
-                         kvq_error *err) {
+kvq_status packed_tiles_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x,
+                                int64_t n, kvq_error *err) {
     int64_t bad = packed_store_halves(be, x, n * cache->d, NULL);
     if (bad >= 0) return packed_does_not_fit(cache, tensor, cache->length + bad / cache->d, err);
     return encode(be, cache, tensor, x, whole(cache->length), whole(cache->length + n), err);
 }
 
-void tiles_commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n) {
+void packed_tiles_commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n) {
     int64_t open = whole(cache->length + n), from = cache->length > open ? cache->length : open;
     int64_t d = cache->d;
     (void)packed_store_halves(be, x + (from - cache->length) * d, (cache->length + n - from) * d,
                               cache->tiles.open[tensor] + (from - open) * d);
 }
 
-kvq_status tiles_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err) {
+kvq_status packed_tiles_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err) {
     kvq_status status = KVQ_OK;
     for (int i = 0; i < 2; i++) KVQ_TRY(encode(be, cache, i, NULL, whole(cache->length), cache->length, err));
     cache->tiles.flushed = true;
@@ -96,7 +96,7 @@ static int64_t coded(const kvq_packed_layer *cache) {
     return cache->tiles.flushed ? cache->length : whole(cache->length);
 }
 
-void tiles_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, float *x) {
+void packed_tiles_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, float *x) {
     const packed_tiles *t = &cache->tiles;
     int64_t             end = coded(cache), first = packed_smaller(end, cache->n_sinks), d = cache->d;
     int64_t             behind = end > cache->n_sinks ? end : packed_smaller(cache->length, cache->n_sinks);
@@ -106,7 +106,7 @@ void tiles_decode(const kvq_backend *be, const kvq_packed_layer *cache, int tens
 }
 
 // Sinks are in f16 already when they lie in the open tile.
-int64_t tiles_bytes(const kvq_packed_layer *cache) {
+int64_t packed_tiles_bytes(const kvq_packed_layer *cache) {
     const packed_tiles *t = &cache->tiles;
     int64_t             end = coded(cache), sinks = packed_smaller(cache->length, cache->n_sinks);
     int64_t             open = cache->length - (end > sinks ? end : sinks);
@@ -120,7 +120,7 @@ static int count_beyond(const kvq_packed_layer *cache, int tensor, const float *
     return kvq_tile_count_beyond(&cache->tiles.views[tensor].spec, row, 0, 1);
 }
 
-kvq_row_counts tiles_count(const kvq_packed_layer *cache, int tensor, const float *host_x) {
+kvq_row_counts packed_tiles_count(const kvq_packed_layer *cache, int tensor, const float *host_x) {
     const packed_tiles  *t = &cache->tiles;
     const kvq_tile_spec *spec = &t->views[tensor].spec;
     int64_t              end = coded(cache), first = packed_smaller(end, cache->n_sinks);
