@@ -56,6 +56,27 @@ START_TEST(hadamard_rotations) {
 }
 END_TEST
 
+// Sylvester's doubling, down to the smallest matrices: of order 1, and of Paley's, whose first row is positive and
+// whose sum with its transpose is twice the identity.
+START_TEST(hadamard_rotations_are_doublings) {
+    static const int ORDERS[] = {1, 2, 4, 8, 32, 64, 12, 24, 48, 20, 40};
+    static float     half[64 * 64], whole[128 * 128];
+    half[0] = 1;
+    for (size_t k = 0; k < sizeof ORDERS / sizeof *ORDERS; k++) {
+        int n = ORDERS[k];
+        if (n > 1) (void)make(KVQ_ROTATION_ORTHOGONAL, n, 1, half);
+        (void)make(KVQ_ROTATION_ORTHOGONAL, 2 * n, 1, whole);
+        for (int i = 0; i < 4 * n * n; i++) {
+            int  row = i / (2 * n), column = i % (2 * n);
+            bool flipped = row >= n && column >= n;
+            ck_assert(((whole[i] > 0) != flipped) == (half[row % n * n + column % n] > 0));
+        }
+        for (int i = 0; i < n * n && (n == 12 || n == 20); i++)
+            ck_assert(half[i % n] > 0 && (half[i] > 0) == (i / n == i % n || half[i % n * n + i / n] < 0));
+    }
+}
+END_TEST
+
 static double random_normal(int64_t i) {
     double u = kvq_rng_uniform(0, KVQ_RNG_ROTATION, 0, (uint64_t)i);
     return sqrt(-2 * log(1 - u)) * cos(2 * acos(-1) * kvq_rng_uniform(0, KVQ_RNG_ROTATION, 1, (uint64_t)i));
@@ -132,6 +153,7 @@ END_TEST
 
 static const kvq_test_case CASES[] = {
     KVQ_CASE(hadamard_rotations),
+    KVQ_CASE(hadamard_rotations_are_doublings),
     KVQ_CASE(random_rotations),
     KVQ_CASE(no_rotation_and_no_such_rotation),
     KVQ_CASE(scale_exponents_are_nearest),
