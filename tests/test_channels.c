@@ -383,6 +383,22 @@ START_TEST(values_beyond_the_reach) {
 }
 END_TEST
 
+// Each element fits, but the position of one times the weight of the other does not: 2^13 * 2^28 = 2^41.
+START_TEST(pairs_must_fit_too) {
+    kvq_context       ctx = kvq_test_context();
+    kvq_error         err = {0};
+    const float       rotation[4] = {1, 0, 0, 1}, x[2] = {448 * 0x1p14f, 0};
+    float             g[2] = {0, 0x1p7f};
+    kvq_tile_spec     spec = {.d = 2, .head_dim = 2, .dim = 2, .rotation = rotation};
+    kvq_value_counts *counts = new_values();
+    kvq_test_failed(kvq_count_values(&ctx, &spec, x, g, KVQ_WEIGHT_FISHER, 1, 0, counts, &err), KVQ_ERR_NUMERICAL, &err,
+                    "V, position 0, channel 1");
+    g[1] /= 2;
+    kvq_test_ok(kvq_count_values(&ctx, &spec, x, g, KVQ_WEIGHT_FISHER, 1, 0, counts, &err), &err);
+    kvq_value_counts_destroy(&ctx, &counts);
+}
+END_TEST
+
 START_TEST(odd_heads_have_no_pairs) {
     static value_arrays got;
     kvq_context         ctx = kvq_test_context();
@@ -725,6 +741,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(outliers_by_hand),
     KVQ_CASE(values_by_hand),
     KVQ_CASE(values_beyond_the_reach),
+    KVQ_CASE(pairs_must_fit_too),
     KVQ_CASE(odd_heads_have_no_pairs),
     KVQ_LOOP(order_partition_and_threads_do_not_matter, 2),
     KVQ_LOOP(damaged_bytes_are_refused, 2),
