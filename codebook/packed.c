@@ -67,7 +67,7 @@ kvq_status codebook_merge_count(int64_t *into, codebook_reader *from, kvq_error 
     int64_t    n = 0;
     kvq_status status = codebook_read(from, &n, (int64_t)sizeof n, err);
     if (status != KVQ_OK) return status;
-    if (n < 0) return does_not_fit(from, err);
+    if (n < 0 || n > INT64_MAX - *into) return does_not_fit(from, err);
     *into += n;
     return KVQ_OK;
 }

@@ -158,9 +158,10 @@ static kvq_status check_weights(const value_job *job, int64_t row, int head, con
     double w_before = 0, x2_before = 0;
     for (int i = 0; i < n; i++) {
         double w = weight_of(job, g[i], scale), x2 = (double)y[i] * (double)y[i];
-        bool   pair = i % 2 == 1, fits = codebook_channel_weight_fits(w, x2);
-        fits = fits && (!pair || codebook_channel_weight_fits((w + w_before) / 2, x2 + x2_before));
-        if (!fits) return codebook_bad_channel_weight(row, (int64_t)head * n + i, w, x2, err);
+        if (!codebook_channel_weight_fits(w, x2))
+            return codebook_bad_channel_weight(row, (int64_t)head * n + i, w, x2, err);
+        if (i % 2 == 1 && !codebook_channel_weight_fits((w + w_before) / 2, x2 + x2_before))
+            return codebook_bad_channel_weight(row, (int64_t)head * n + i, (w + w_before) / 2, x2 + x2_before, err);
         w_before = w;
         x2_before = x2;
     }
