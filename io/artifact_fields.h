@@ -59,7 +59,8 @@ typedef struct field {
 #define ARTIFACT_MAX_LAYERS 1000   // three digits name a layer
 #define QUANTIZER_GROUP     "/quantizer"
 #define QUANTIZER_SCHEME    QUANTIZER_GROUP "@scheme"
-#define TARGET_BITS_MAX     32 // more than nothing at all saves
+#define TARGET_BITS_MAX     32  // more than nothing at all saves
+#define SCALE_EXPONENT_MAX  200 // powers of two of f32 and their inverses, with room for e4m3
 
 // Members of kvq_artifact, all but its layers.
 extern const field  ARTIFACT_FIELDS[];

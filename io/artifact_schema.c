@@ -26,7 +26,7 @@ static const field TENSOR_FIELDS[] = {
     NAMED("domain", domain, kvq_key_domain_names, 0, OF_K), // V has one domain
     NAMED("table_kind", table_kind, kvq_table_kind_names, 2, OF_ALLOC_K),
     NAMED("scale_format", scale_format, kvq_scale_format_names, 2, OF_ALLOC_V),
-    NUMBER_OF("", "scale_exponent", FIELD_INT, scale_exponent, -200, 200, 2, OF_ALLOC_V),
+    NUMBER_OF("", "scale_exponent", FIELD_INT, scale_exponent, -SCALE_EXPONENT_MAX, SCALE_EXPONENT_MAX, 2, OF_ALLOC_V),
     NUMBER_OF("", "kl", FIELD_F64, kl, 0, DBL_MAX, 2, OF_ALLOC),
     NUMBER("/fit", "n_points", FIELD_I64, fit.n_points, 0, FIELD_COUNT_MAX),
     NUMBER("/fit", "n_outliers", FIELD_I64, fit.n_outliers, 0, FIELD_COUNT_MAX),
