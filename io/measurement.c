@@ -215,7 +215,7 @@ done:
 
 static kvq_status check_channels(const kvq_measured_layer *m, int64_t layer, const kvq_channel_distribution *c,
                                  kvq_error *err) {
-    static const grid BINS = {KVQ_CHANNEL_BINS, 1, false};
+    static const grid BINS = {KVQ_CHANNEL_BINS, 1, true}; // of a channel without slots everything counts
     int64_t           d = (int64_t)m->n_kv_heads * m->head_dim;
     kvq_status        status = check_sums(m, layer, c->scatter, d, err);
     for (int64_t i = 0; c->w != NULL && status == KVQ_OK && i < d; i++)

@@ -26,6 +26,7 @@ static float half_of(float x) { return kvq_float_of_half(kvq_half_of_float(x)); 
 // Widths 0 to 5 in turn, a table for each channel.
 static void fill_keys(rig *r, kvq_tensor_quant *k) {
     k->axis = KVQ_AXIS_CHANNEL;
+    k->dim = 1;
     k->widths = array(r, D_KV, sizeof *k->widths);
     k->lower = array(r, D_KV, sizeof *k->lower);
     k->upper = array(r, D_KV, sizeof *k->upper);
