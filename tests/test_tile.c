@@ -577,6 +577,11 @@ START_TEST(outliers_that_find_no_slot_are_clipped) {
     kvq_tile_decode(&e.spec, e.tile, 0, 3, e.y);
     static const float DECODED[12] = {3, -3, 3, 1, /**/ 1, 5, -1, -1, /**/ -1, 1, -1, -1};
     for (int i = 0; i < 12; i++) ck_assert(e.y[i] == DECODED[i]);
+    memcpy(e.x, (const float[4]){-3, 3, 3, -3}, 4 * sizeof *e.x); // equal on both sides: still the lowest channel
+    e.spec.n_slots = 1;
+    ck_assert_int_eq(kvq_tile_encode(&e.spec, e.x, 0, 1, &e.scratch, e.tile), -1);
+    ck_assert_int_eq(name_of_entry(&e, 0), 0);
+    memcpy(e.x, X, sizeof X);
     e.spec.n_slots = 0;
     ck_assert_int_eq(kvq_tile_bytes(&e.spec), 64);
     ck_assert_int_eq(kvq_tile_encode(&e.spec, e.x, 0, 3, &e.scratch, e.tile), -1);
