@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Measurement files: every number comes back, equal content gives equal bytes, and no damaged, incomplete or senseless
-// file is believed. With --write-sample FILE it serves check_measurement_h5py.py.
+// file is believed. With --write-sample and --write-allocated FILE it serves check_measurement_h5py.py.
 #include <dirent.h>
 #include <hdf5.h>
 #include <math.h>
@@ -709,16 +709,17 @@ static const kvq_test_case CASES[] = {
 };
 
 // The service for check_measurement_h5py.py; prints the hash.
-static int write_sample(const char *path) {
+static int write_sample(const char *path, kvq_measure_options options) {
     kvq_context ctx = kvq_test_context();
     kvq_error   err = {0};
     char        sha256[KVQ_SHA256_HEX] = "";
-    kvq_status  status = write_measurement(&ctx, &ctx, path, sample_options(), NULL, sha256, &err);
+    kvq_status  status = write_measurement(&ctx, &ctx, path, options, NULL, sha256, &err);
     printf("%s\n", status == KVQ_OK ? sha256 : err.message);
     return status == KVQ_OK ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
 int main(int argc, char **argv) {
-    if (argc == 3 && strcmp(argv[1], "--write-sample") == 0) return write_sample(argv[2]);
+    if (argc == 3 && strcmp(argv[1], "--write-sample") == 0) return write_sample(argv[2], sample_options());
+    if (argc == 3 && strcmp(argv[1], "--write-allocated") == 0) return write_sample(argv[2], allocated_options());
     return kvq_test_run("measurement", CASES, (int)(sizeof CASES / sizeof *CASES));
 }
