@@ -69,14 +69,16 @@ static void map_exactly(affine_fit *f, int64_t c, const kvq_weighted_point *poin
     f->s[c] = k == 1 ? 0 : (levels[1] - levels[0]) / 2;
 }
 
-// To f16 in the tensor's units, and back. A constant channel is its middle.
+// To f16 in the tensor's units, and back. A constant channel is its middle, and so is one whose map does not fit: the
+// caller finds the infinite number.
 static void round_map(affine_fit *f, int64_t c) {
     double middle = (double)kvq_range_middle(f->k->lower[c], f->k->upper[c]);
     double half = (double)kvq_range_half(f->k->lower[c], f->k->upper[c]);
     f->k->offset[c] = codebook_half(middle + half * f->z[c]);
     f->k->scale[c] = codebook_half(half * f->s[c]);
-    f->z[c] = half > 0 ? ((double)f->k->offset[c] - middle) / half : 0;
-    f->s[c] = half > 0 ? (double)f->k->scale[c] / half : 0;
+    bool fits = half > 0 && isfinite(f->k->offset[c]) && isfinite(f->k->scale[c]);
+    f->z[c] = fits ? ((double)f->k->offset[c] - middle) / half : 0;
+    f->s[c] = fits ? (double)f->k->scale[c] / half : 0;
 }
 
 // ---------------------------------------------------------------- the table

@@ -72,7 +72,7 @@ static kvq_status check_points(const kvq_weighted_point *points, int64_t n, int 
 // Drops points without weight and joins points at one position; when no point has weight, each counts as 1.
 static void gather_positions(sample *s, const kvq_weighted_point *points, int64_t n) {
     bool weighted = false;
-    for (int64_t i = 0; i < n; i++) weighted = weighted || points[i].w > 0;
+    for (int64_t i = 0; i < n; i++) weighted = weighted || points[i].w != 0;
     for (int64_t i = 0; i < n; i++) {
         kvq_weighted_point p = {points[i].x, weighted ? points[i].w : 1};
         if (p.w == 0) continue;
