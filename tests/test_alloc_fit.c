@@ -240,6 +240,53 @@ START_TEST(affine_tables_against_those_of_channels) {
 }
 END_TEST
 
+static int by_position(const void *a, const void *b) {
+    double x = ((const kvq_weighted_point *)a)->x, y = ((const kvq_weighted_point *)b)->x;
+    return (x > y) - (x < y);
+}
+
+// The table is the best one for the maps as they are stored: exact k-means of the pooled points themselves is better by
+// no more than the bins of the pool and f16 hide: levels of about 2 are off by up to 5e-4, whose square is 2e-5 of the
+// error of 4 bits, some 0.01.
+START_TEST(an_affine_table_is_fitted_last) {
+    static kvq_weighted_point points[CHANNELS * KVQ_CHANNEL_BINS];
+    kvq_context               ctx = kvq_test_context();
+    kvq_error                 err = {0};
+    kvq_measure_options       measure = measure_options(0.01);
+    kvq_alloc_options         o = small_options(KVQ_TABLE_AFFINE, 2);
+    made_layer               *m = make_layer(H, D, 400);
+    for (int w = 2; w <= 4; w++) {
+        uint8_t widths[CHANNELS];
+        double  levels[16], optimum, cost = 0;
+        int64_t n = 0;
+        memset(widths, w, sizeof widths);
+        kvq_artifact           *a = fit(m, &measure, &o, widths, 5, 2);
+        const kvq_tensor_quant *k = &a->layers[0].k;
+        for (int c = 0; c < CHANNELS; c++) {
+            double  middle = (double)kvq_range_middle(k->lower[c], k->upper[c]), r = half_range(m, c);
+            double  z = ((double)k->offset[c] - middle) / r, s = (double)k->scale[c] / r;
+            int64_t n_before = n;
+            n += points_of(m, c, points + n);
+            for (int64_t i = n_before; i < n; i++)
+                points[i] = (kvq_weighted_point){(points[i].x - z) / s, points[i].w * s * s};
+        }
+        qsort(points, (size_t)n, sizeof *points, by_position);
+        kvq_test_ok(kvq_kmeans_exact(&ctx, points, n, 1 << w, levels, &optimum, &err), &err);
+        for (int64_t i = 0; i < n; i++) {
+            double least = HUGE_VAL;
+            for (int j = 0; j < 1 << w; j++) {
+                double distance = points[i].x - (double)k->key_levels[(1 << w) - 1 + j];
+                least = fmin(least, distance * distance);
+            }
+            cost += points[i].w * least;
+        }
+        ck_assert(cost >= optimum * (1 - 1e-9) && cost <= optimum * (1 + 2e-5));
+        drop_artifact(&a);
+    }
+    drop_layer(m);
+}
+END_TEST
+
 // Channels that differ only by an affine map, some of them mirrored, lose nothing by sharing a table.
 START_TEST(affine_copies_share_a_table) {
     kvq_measure_options measure = measure_options(0.01);
@@ -469,6 +516,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(the_reference_allocation),
     KVQ_CASE(tables_of_channels),
     KVQ_CASE(affine_tables_against_those_of_channels),
+    KVQ_CASE(an_affine_table_is_fitted_last),
     KVQ_CASE(affine_copies_share_a_table),
     KVQ_CASE(degenerate_layers),
     KVQ_CASE(maps_beyond_f16_are_refused),
