@@ -41,11 +41,16 @@ kvq_status check_allocated_options(const calibrate_options *o, kvq_error *err) {
                   {"--compat", o->compat != 0},
                   {"--shard", o->shard != NULL},
                   {"--capture", o->capture != NULL}},
-      own[] = {{"--k-mean-bits", a->k_bits > 0},         {"--v-mean-bits", a->v_bits > 0},
-               {"--k-widths", a->k_widths != NULL},      {"--v-rates", a->v_rates != NULL},
-               {"--width-group", a->width_group > 0},    {"--budget", a->scope != 0},
-               {"--k-tables", a->tables != 0},           {"--v-dim", a->v_dim != 1},
-               {"--target-tokens", a->target_tokens > 0}};
+      own[] = {{"--k-mean-bits", a->k_bits > 0},
+               {"--v-mean-bits", a->v_bits > 0},
+               {"--k-widths", a->k_widths != NULL},
+               {"--v-rates", a->v_rates != NULL},
+               {"--width-group", a->width_group > 0},
+               {"--budget", a->scope != 0},
+               {"--k-tables", a->tables != 0},
+               {"--v-dim", a->v_dim != 1},
+               {"--target-tokens", a->target_tokens > 0},
+               {"--target-sequences", a->target_sequences > 0}};
     if (a->measure && !o->measure_only)
         return kvq_fail(err, KVQ_ERR_USAGE, "add --measure-only", "--allocated belongs to a measurement");
     if (!wants_artifact(a)) {
@@ -104,6 +109,7 @@ kvq_status resolve_allocated_options(calibration *c, kvq_error *err) {
     to->v_bits = a->v_bits;
     to->scope = (kvq_budget_scope)a->scope;
     to->tables = (kvq_table_kind)a->tables;
+    if (a->target_sequences > 0) to->n_sequences = a->target_sequences;
     if (a->width_group > 0) to->group = (int)a->width_group;
     if (a->v_dim == 0) { // single channels: whole bits
         to->v_dim = 1;
@@ -134,6 +140,7 @@ void list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n) {
                    {"outliers", NULL, a->outlier_fraction},
                    {"target_bits", NULL, a->k_bits > 0 ? 0 : a->target_bits},
                    {"target_tokens", NULL, (double)a->n_tokens},
+                   {"target_sequences", NULL, (double)a->n_sequences},
                    {"k_mean_bits", NULL, a->k_bits},
                    {"v_mean_bits", NULL, a->v_bits},
                    {"k_widths", NULL, a->k_widths},
@@ -152,8 +159,8 @@ void print_allocated(kvq_cli *cli, const calibration *c) {
     if (a->k_bits > 0)
         (void)snprintf(budget, sizeof budget, "K %g bits  V %g bits", a->k_bits, a->v_bits);
     else
-        (void)snprintf(budget, sizeof budget, "%g bits at %lld tokens, everything counted", a->target_bits,
-                       (long long)a->n_tokens);
+        (void)snprintf(budget, sizeof budget, "%g bits for %lld sequences of %lld tokens, everything counted",
+                       a->target_bits, (long long)a->n_sequences, (long long)a->n_tokens);
     kvq_cli_say(cli, "quantizer  channel-allocated  %s", budget);
     kvq_cli_say(cli,
                 "           K tables per %s, widths in groups of %d, budget by %s, outliers %g%%  V rotated (%s), %s, "
@@ -188,6 +195,18 @@ static void print_allocation(kvq_cli *cli, const calibration *c, const kvq_alloc
     kvq_cli_say(cli, "V bits by layer:%s", text);
 }
 
+// While a sequence grows, its last tile is in f16: 63.5 tokens on average.
+void print_allocated_size(kvq_cli *cli, const calibration *c) {
+    const kvq_alloc_options *a = &c->alloc;
+    kvq_cache_size           size = kvq_artifact_cache_size(c->artifact, a->n_tokens);
+    double                   bits = kvq_cache_bits_per_element(size, a->n_sequences);
+    kvq_cli_say(cli,
+                "cache: %.3f bits per element for %lld sequences of %lld tokens, everything counted (%.3f for one); "
+                "while they grow, their open tiles add %.3f on average",
+                bits, (long long)a->n_sequences, (long long)a->n_tokens, kvq_cache_bits_per_element(size, 1),
+                (KVQ_TILE_TOKENS - 1) / 2.0 * (16 - bits) / (double)a->n_tokens);
+}
+
 // ---------------------------------------------------------------- runs
 
 int64_t sensitivity_bytes(const calibration *c) {
@@ -203,7 +222,6 @@ static kvq_status measure_kl(kvq_cli *cli, calibration *c, const kvq_measured_la
     int64_t           L = c->artifact->model.n_layers;
     kvq_status        status = KVQ_OK;
     reference.outlier_fraction = c->measured.fractions[c->measured.n_fractions > 1 ? 1 : 0];
-    reference.n_tokens = c->seq_len;
     KVQ_TRY(KVQ_NEW(&cli->ctx, 2 * L, "KL of single tensors", &kl, err));
     KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &reference, &artifact, NULL, err));
     KVQ_TRY(kvq_measure_sensitivity(&cli->ctx, c->be, c->model, artifact, &c->windows, c->kl_tokens, kl, err));

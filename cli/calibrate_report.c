@@ -160,8 +160,12 @@ kvq_status print_calibration_summary(kvq_cli *cli, const calibration *c, kvq_err
     kvq_cli_format_seconds(kvq_now_s() - c->start_s, seconds, sizeof seconds);
     kvq_cache_size cache = kvq_artifact_cache_size(c->artifact, c->seq_len);
 
-    kvq_cli_say(cli, "cache: %.3f bits per element at %lld tokens, everything counted",
-                kvq_cache_bits_per_element(cache), (long long)c->seq_len);
+    if (c->allocated) {
+        print_allocated_size(cli, c);
+    } else {
+        kvq_cli_say(cli, "cache: %.3f bits per element at %lld tokens, everything counted",
+                    kvq_cache_bits_per_element(cache, 1), (long long)c->seq_len);
+    }
     status = print_worst_layers(cli, c->artifact, err);
     if (status != KVQ_OK) return status;
     print_memory(cli, c);

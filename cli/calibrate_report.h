@@ -11,8 +11,8 @@
 
 // Of the channel-allocated format; see calibrate_allocated.c.
 typedef struct allocated_options {
-    double      target_bits, k_bits, v_bits;           // 0 = not given
-    int64_t     target_tokens, width_group, kl_tokens; // 0 = not given; kl_tokens: NOT_GIVEN
+    double      target_bits, k_bits, v_bits;                             // 0 = not given
+    int64_t     target_tokens, target_sequences, width_group, kl_tokens; // 0 = not given; kl_tokens: NOT_GIVEN
     const char *k_widths, *v_rates;
     int         preset;                                // NOT_GIVEN, or index of calibrate_preset_names
     int         scope, tables, v_dim, scale, rotation; // choices
@@ -113,6 +113,7 @@ kvq_status resolve_allocated_options(calibration *c, kvq_error *err);
 // Called when the shape of the model is known; d channels in a row.
 void       complete_allocated_options(calibration *c, int64_t d);
 void       print_allocated(kvq_cli *cli, const calibration *c);
+void       print_allocated_size(kvq_cli *cli, const calibration *c);
 void       list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n);
 int64_t    sensitivity_bytes(const calibration *c);                          // of memory, 0 when it is not measured
 kvq_status run_allocated(kvq_cli *cli, calibration *c, kvq_error *err);      // c->artifact from a model

@@ -28,6 +28,10 @@ int inspect_tables(const kvq_artifact *a, const kvq_tensor_quant *t) {
     return t->table_kind == KVQ_TABLE_AFFINE ? N_WIDTHS : (int)row_width(a);
 }
 
+int64_t inspect_budget_sequences(const kvq_artifact *a) {
+    return a->quantizer.budget_sequences > 0 ? a->quantizer.budget_sequences : 1;
+}
+
 int64_t inspect_budget_tokens(const kvq_artifact *a) {
     return a->quantizer.budget_tokens > 0 ? a->quantizer.budget_tokens : a->dataset.seq_len;
 }
@@ -119,6 +123,7 @@ void inspect_print_alloc_tables(const kvq_artifact *a, int64_t layer, const kvq_
 void inspect_add_alloc_quantizer(kvq_json *json, cJSON *quantizer, const kvq_artifact *a) {
     kvq_json_count(json, quantizer, "n_slots", a->quantizer.n_slots);
     kvq_json_count(json, quantizer, "budget_tokens", a->quantizer.budget_tokens);
+    kvq_json_count(json, quantizer, "budget_sequences", a->quantizer.budget_sequences);
     kvq_json_number(json, quantizer, "target_bits",
                     a->quantizer.target_bits > 0 ? a->quantizer.target_bits : (double)NAN);
     kvq_json_text(json, quantizer, "rotation_kind", a->quantizer.rotation_kind);

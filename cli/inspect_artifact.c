@@ -57,9 +57,10 @@ static void print_header(const kvq_artifact *a, const char *path, const char *co
     if (!kvq_artifact_is_allocated(a)) printf("  recent tokens %lld", (long long)a->quantizer.recent_tokens);
     printf("\n");
     inspect_print_run(a);
-    printf("cache      %.3f bits per element at %lld tokens, everything counted\n\n",
-           kvq_cache_bits_per_element(kvq_artifact_cache_size(a, inspect_budget_tokens(a))),
-           (long long)inspect_budget_tokens(a));
+    printf(
+        "cache      %.3f bits per element at %lld tokens, everything counted\n\n",
+        kvq_cache_bits_per_element(kvq_artifact_cache_size(a, inspect_budget_tokens(a)), inspect_budget_sequences(a)),
+        (long long)inspect_budget_tokens(a));
 }
 
 // Whether errors of decoded elements are known: not in files of format 1.0, nor with an integer zero point, whose
@@ -255,8 +256,9 @@ static kvq_status print_json(const kvq_artifact *a, const inspect_options *o, co
     inspect_add_dataset(&json, a);
     add_quantizer(&json, a);
     inspect_add_run(&json, a);
-    kvq_json_number(&json, json.root, "bits_per_element",
-                    kvq_cache_bits_per_element(kvq_artifact_cache_size(a, inspect_budget_tokens(a))));
+    kvq_json_number(
+        &json, json.root, "bits_per_element",
+        kvq_cache_bits_per_element(kvq_artifact_cache_size(a, inspect_budget_tokens(a)), inspect_budget_sequences(a)));
     add_layers(&json, a, o);
     kvq_status status = kvq_json_print(&json, err);
     kvq_json_free(&json);

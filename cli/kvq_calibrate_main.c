@@ -42,6 +42,8 @@ static const kvq_cli_option OPTIONS[] = {
     {"target-tokens", 0, CLI_COUNT, AT(allocated.target_tokens), "N",
      .help = "length of the sequence whose bits are meant (as --seq-len)", .min = 128, .max = CLI_MAX_TOKENS,
      .rare = true},
+    {"target-sequences", 0, CLI_COUNT, AT(allocated.target_sequences), "N",
+     .help = "how many such sequences share the tables (8)", .min = 1, .max = 1024, .rare = true},
     {"k-mean-bits", 0, CLI_NUMBER, AT(allocated.k_bits), "B", .help = "mean width of K, instead of a target",
      .min = 0.0625, .max = 5, .rare = true},
     {"v-mean-bits", 0, CLI_NUMBER, AT(allocated.v_bits), "B", .help = "mean bits of V, beside it", .min = 0.5, .max = 8,

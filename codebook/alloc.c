@@ -21,6 +21,8 @@
 #define STEPS_PER_BIT  16
 #define ROUNDING       1e-6 // of a bit, so that 2.1 bits of 1000 channels are 2100
 #define BITS_OF_LEVEL  16
+#define MAX_TOKENS     (INT64_C(1) << 24)
+#define MAX_SEQUENCES  (INT64_C(1) << 10)
 #define QUARTER_OF_BIT (STEPS_PER_BIT / 4)
 
 // ---------------------------------------------------------------- options
@@ -29,6 +31,7 @@ kvq_alloc_options kvq_alloc_options_default(void) {
     return (kvq_alloc_options){.outlier_fraction = 0.0025,
                                .target_bits = 3,
                                .n_tokens = 2048,
+                               .n_sequences = 8,
                                .k_widths = (2u << KVQ_MAX_KEY_WIDTH) - 1,
                                .v_rates = 1u << 4 | 1u << 5 | 1u << 6 | 1u << 7 | 1u << 8,
                                .group = 8,
@@ -69,19 +72,21 @@ static kvq_status check_budget(const kvq_alloc_options *o, kvq_error *err) {
     kvq_status status = KVQ_OK;
     if (o->k_bits != 0 || o->v_bits != 0) {
         if (!(o->k_bits > 0) || !(o->v_bits > 0)) {
-            return kvq_fail(err, KVQ_ERR_USAGE, "give both, or --target-bits", "--k-bits %g and --v-bits %g", o->k_bits,
-                            o->v_bits);
+            return kvq_fail(err, KVQ_ERR_USAGE, "give both, or --target-bits", "--k-mean-bits %g and --v-mean-bits %g",
+                            o->k_bits, o->v_bits);
         }
-        KVQ_TRY(check_mean("--k-bits", o->k_bits, lowest_bit(o->k_widths), highest_bit(o->k_widths), err));
-        KVQ_TRY(check_mean("--v-bits", o->v_bits, (double)lowest_bit(o->v_rates) / o->v_dim,
+        KVQ_TRY(check_mean("--k-mean-bits", o->k_bits, lowest_bit(o->k_widths), highest_bit(o->k_widths), err));
+        KVQ_TRY(check_mean("--v-mean-bits", o->v_bits, (double)lowest_bit(o->v_rates) / o->v_dim,
                            (double)highest_bit(o->v_rates) / o->v_dim, err));
     } else if (!(o->target_bits > 0) || !(o->target_bits <= 32)) {
         return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--target-bits %g is not a number of bits per element",
                         o->target_bits);
     }
-    if (o->n_tokens < 1 || o->n_tokens > INT64_C(1) << 32) {
-        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--budget-tokens %lld; 1 to 2^32 are possible",
-                        (long long)o->n_tokens);
+    if (o->n_tokens < 1 || o->n_tokens > MAX_TOKENS || o->n_sequences < 1 || o->n_sequences > MAX_SEQUENCES) {
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL,
+                        "--target-tokens %lld and --target-sequences %lld; 1 to %lld and 1 to %lld are possible",
+                        (long long)o->n_tokens, (long long)o->n_sequences, (long long)MAX_TOKENS,
+                        (long long)MAX_SEQUENCES);
     }
 done:
     return status;
@@ -108,7 +113,7 @@ kvq_status kvq_alloc_options_check(const kvq_alloc_options *o, int head_dim, kvq
                         o->v_dim == 2 ? "pairs" : "channels", KVQ_TILE_MAX_WIDTH);
     }
     if (o->group < 1 || o->group > KVQ_TILE_MAX_HEAD_DIM) {
-        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--k-group %d; 1 to %d channels can share a width", o->group,
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--width-group %d; 1 to %d channels can share a width", o->group,
                         KVQ_TILE_MAX_HEAD_DIM);
     }
     if ((unsigned)o->scope >= KVQ_N_BUDGET_SCOPES || (unsigned)o->tables >= KVQ_N_TABLE_KINDS) {
@@ -256,7 +261,7 @@ typedef struct request {
     const kvq_alloc_options *options;
     int64_t                  n_layers, n_heads, D;
     bool                     in_bits; // the budget is a mean of code bits, and nothing else costs
-    int64_t                  n_tiled; // tokens
+    int64_t                  n_tiled; // tokens of a sequence, in whole tiles
 } request;
 
 // A layer's errors become nats where its KL was measured.
@@ -266,7 +271,7 @@ static double loss_scale(const kvq_layer_curves *curves, int tensor) {
 }
 
 static int64_t columns_cost(const request *r, int64_t n_columns, int bits) {
-    return n_columns * bits * (r->in_bits ? 1 : r->n_tiled);
+    return n_columns * bits * (r->in_bits ? 1 : r->n_tiled * r->options->n_sequences);
 }
 
 static int64_t key_cost(const request *r, int64_t n_channels, int width) {
@@ -415,9 +420,10 @@ static int64_t chosen_bits(const request *r, const kvq_artifact *a) {
 static kvq_status spend_target(const request *r, const kvq_artifact *a, hulls *k, hulls *v, kvq_allocation *out,
                                kvq_error *err) {
     kvq_cache_size size = kvq_artifact_cache_size(a, r->n_tiled);
-    int64_t        fixed = 8 * (size.row_bytes + size.exact_bytes + size.tables_bytes) - chosen_bits(r, a);
-    double         n = (double)size.n_elements, least = (double)(fixed + k->min_cost + v->min_cost) / n;
-    int64_t        budget = (int64_t)floor(r->options->target_bits * n + ROUNDING) - fixed;
+    int64_t        n_sequences = r->options->n_sequences;
+    int64_t fixed = 8 * ((size.row_bytes + size.exact_bytes) * n_sequences + size.tables_bytes) - chosen_bits(r, a);
+    double  n = (double)(size.n_elements * n_sequences), least = (double)(fixed + k->min_cost + v->min_cost) / n;
+    int64_t budget = (int64_t)floor(r->options->target_bits * n + ROUNDING) - fixed;
     if (budget < k->min_cost + v->min_cost) {
         return kvq_fail(err, KVQ_ERR_USAGE, "ask for more bits, a longer sequence, or allow smaller widths",
                         "--target-bits %g is out of reach: with %lld tokens these widths need at least %.3f bits per "
@@ -438,7 +444,8 @@ static kvq_status spend_means(const request *r, hulls *k, hulls *v, kvq_allocati
     int64_t k_budget = (int64_t)floor(r->options->k_bits * (double)(r->n_layers * d) + ROUNDING);
     int64_t v_budget = (int64_t)floor(r->options->v_bits * (double)(r->n_layers * d) + ROUNDING);
     if (k_budget < k->min_cost || v_budget < v->min_cost) {
-        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--k-bits %g or --v-bits %g is out of reach of the allowed widths",
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL,
+                        "--k-mean-bits %g or --v-mean-bits %g is out of reach of the allowed widths",
                         r->options->k_bits, r->options->v_bits);
     }
     (void)walk(k, k_budget);

@@ -83,6 +83,7 @@ kvq_status kvq_artifact_describe_allocated(const kvq_context *ctx, kvq_artifact 
     a->quantizer.threshold_scope = measure->threshold_scope;
     a->quantizer.sinks_counted = measure->count_sinks;
     a->quantizer.budget_tokens = options->n_tokens;
+    a->quantizer.budget_sequences = options->n_sequences;
     a->quantizer.target_bits = by_target ? options->target_bits : 0;
 done:
     return status;

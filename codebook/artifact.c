@@ -282,7 +282,8 @@ kvq_cache_size kvq_artifact_cache_size(const kvq_artifact *artifact, int64_t n_t
     return size;
 }
 
-double kvq_cache_bits_per_element(kvq_cache_size size) {
-    int64_t bytes = size.row_bytes + size.exact_bytes + size.tables_bytes;
-    return size.n_elements > 0 ? 8.0 * (double)bytes / (double)size.n_elements : 0;
+double kvq_cache_bits_per_element(kvq_cache_size size, int64_t n_sequences) {
+    int64_t bytes = (size.row_bytes + size.exact_bytes) * n_sequences + size.tables_bytes;
+    int64_t n = size.n_elements * n_sequences;
+    return n > 0 ? 8.0 * (double)bytes / (double)n : 0;
 }

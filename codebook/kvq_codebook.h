@@ -439,7 +439,7 @@ typedef struct kvq_artifact {
                                      // "alloc": channel-allocated keys and rotated values, in tiles
         // of "alloc":
         int     n_slots;       // outliers of keys per tile
-        int64_t budget_tokens; // length of the sequence that target_bits speak of
+        int64_t budget_tokens, budget_sequences; // length and number of the sequences that target_bits speak of
         double  target_bits;   // effective bits per element that were asked for; 0 = the widths were given
         float  *rotation;      // [D, D] of values, NULL in "nuq"
         char   *rotation_kind; // "hadamard", "random", "none"
@@ -605,9 +605,9 @@ typedef enum kvq_budget_scope { // what shares a budget of keys
 extern const char *const kvq_budget_scope_names[]; // "model", "layer", "head", NULL at the end
 
 typedef struct kvq_alloc_options {
-    double           outlier_fraction; // of K, one of those measured
-    double           target_bits;      // effective bits per element of a sequence of n_tokens, everything counted
-    int64_t          n_tokens;
+    double           outlier_fraction;      // of K, one of those measured
+    double           target_bits;           // effective bits per element, everything counted, of a cache that holds
+    int64_t          n_tokens, n_sequences; // n_sequences sequences of n_tokens, which share the tables
     double           k_bits, v_bits; // > 0: mean code bits per element of keys, and of values, instead of target_bits
     unsigned         k_widths;       // allowed widths as bits 1 << width
     unsigned         v_rates;        // allowed bits of a column of values as bits 1 << bits
@@ -617,8 +617,8 @@ typedef struct kvq_alloc_options {
     int              v_dim;          // 1, or 2: pairs
     bool             gradients_only; // do not scale errors by measured KL
 } kvq_alloc_options;
-kvq_alloc_options kvq_alloc_options_default(void); // 0.25 %, 3 bits at 2048 tokens, widths 0 .. 5, groups of 8, model,
-                                                   // channel, pairs of 2 to 4 bits per element
+kvq_alloc_options kvq_alloc_options_default(void); // 0.25 %, 3 bits of 8 sequences of 2048 tokens, widths 0 .. 5,
+                                                   // groups of 8, model, channel, pairs of 2 to 4 bits per element
 // KVQ_ERR_USAGE, naming the option as kvq-calibrate spells it.
 kvq_status kvq_alloc_options_check(const kvq_alloc_options *options, int head_dim, kvq_error *err);
 
@@ -683,7 +683,8 @@ typedef struct kvq_cache_size {
     int64_t row_bytes, exact_bytes, tables_bytes; // exact: sink and recent tokens
 } kvq_cache_size;
 kvq_cache_size kvq_artifact_cache_size(const kvq_artifact *artifact, int64_t n_tokens);
-double         kvq_cache_bits_per_element(kvq_cache_size size); // all bytes * 8 / elements
+// Bits per element of a cache that holds n_sequences such sequences: all bytes * 8 / elements, the tables once.
+double kvq_cache_bits_per_element(kvq_cache_size size, int64_t n_sequences);
 
 #ifdef __cplusplus
 }

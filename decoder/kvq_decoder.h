@@ -110,7 +110,7 @@ typedef struct kvq_validation {
     bool             has_range; // the artifact knows ranges of channels
     kvq_range_report range;
     kvq_cache_size   size; // of one window
-    double           effective_bits;
+    double           effective_bits; // of a cache that holds the windows as sequences; these share the tables
     double *window_baseline_nll, *window_quantized_nll, *window_kld, *window_top1; // [N], means over S - 1 positions
 } kvq_validation;
 void kvq_validation_free(const kvq_context *ctx, kvq_validation *validation);

@@ -157,7 +157,7 @@ static kvq_status summarise(run *r, kvq_error *err) {
     v->kld = kvq_mean_of(v->window_kld, n);
     v->top1 = kvq_mean_of(v->window_top1, n);
     v->size = kvq_artifact_cache_size(r->artifact, v->seq_len);
-    v->effective_bits = kvq_cache_bits_per_element(v->size);
+    v->effective_bits = kvq_cache_bits_per_element(v->size, v->n_windows);
     v->has_range = r->watch != NULL;
     if (v->has_range) v->range = range_watch_report(r->watch);
     kvq_free(r->ctx, difference);

@@ -59,6 +59,8 @@ const field ARTIFACT_FIELDS[] = {
     ADDED(QUANTIZER_GROUP, "sinks_counted", FIELD_BOOL, quantizer.sinks_counted, 0, 1),
     NUMBER_OF(QUANTIZER_GROUP, "n_slots", FIELD_INT, quantizer.n_slots, 0, 65534, 2, OF_ALLOC),
     NUMBER_OF(QUANTIZER_GROUP, "budget_tokens", FIELD_I64, quantizer.budget_tokens, 0, FIELD_TOKENS_MAX, 2, OF_ALLOC),
+    NUMBER_OF(QUANTIZER_GROUP, "budget_sequences", FIELD_I64, quantizer.budget_sequences, 0, FIELD_TOKENS_MAX, 2,
+              OF_ALLOC),
     NUMBER_OF(QUANTIZER_GROUP, "target_bits", FIELD_F64, quantizer.target_bits, 0, TARGET_BITS_MAX, 2, OF_ALLOC),
     FIELD_WORDS(kvq_artifact, QUANTIZER_GROUP, "rotation_kind", FIELD_TEXT, quantizer.rotation_kind, 2, OF_ALLOC),
 };

@@ -232,6 +232,7 @@ static inline kvq_artifact *sample_alloc_artifact(const kvq_context *ctx, int64_
     a->quantizer.n_side_v = 0;
     a->quantizer.n_slots = 6;
     a->quantizer.budget_tokens = 2048;
+    a->quantizer.budget_sequences = 8;
     a->quantizer.target_bits = 3.1;
     sample_require(kvq_artifact_set_text(ctx, &a->quantizer.scheme, "alloc", &err));
     sample_require(kvq_artifact_set_text(ctx, &a->quantizer.rotation_kind, "hadamard", &err));
@@ -329,6 +330,7 @@ static inline void assert_equal(const kvq_artifact *a, const kvq_artifact *b) {
     ASSERT_SAME_TEXT(quantizer.scheme);
     ASSERT_SAME_INT(quantizer.n_slots);
     ASSERT_SAME_INT(quantizer.budget_tokens);
+    ASSERT_SAME_INT(quantizer.budget_sequences);
     ASSERT_SAME_DOUBLE(quantizer.target_bits);
     ASSERT_SAME_TEXT(quantizer.rotation_kind);
     assert_equal_floats(a->quantizer.rotation, b->quantizer.rotation, a->model.head_dim * a->model.head_dim);

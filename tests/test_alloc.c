@@ -275,6 +275,7 @@ START_TEST(targets_are_met_to_the_step) {
         o.outlier_fraction = measure.fractions[0];
         o.target_bits = 8 + 0.05 * problem; // the tables of so few channels are much
         o.n_tokens = T - problem;
+        o.n_sequences = 1 + problem % 4;
         o.k_widths = WIDTH_SETS[problem % N_SETS];
         o.group = groups[problem % 3];
         o.scope = (kvq_budget_scope)(problem / 3 % 3);
@@ -284,7 +285,7 @@ START_TEST(targets_are_met_to_the_step) {
         kvq_allocation found = allocate(a, curves, &o);
         choose(a, &found);
         kvq_cache_size size = kvq_artifact_cache_size(a, T);
-        double         left = (o.target_bits - kvq_cache_bits_per_element(size)) * (double)size.n_elements;
+        double         left = (o.target_bits - kvq_cache_bits_per_element(size, o.n_sequences)) * (double)(size.n_elements * o.n_sequences);
         ck_assert(left >= -1e-6);
         int64_t cheapest = INT64_MAX;
         for (int i = 0; i < L * H * D; i++) {
@@ -292,7 +293,7 @@ START_TEST(targets_are_met_to_the_step) {
             while (next < N_WIDTHS && (o.k_widths >> next & 1u) == 0) next++;
             if (next == N_WIDTHS) continue;
             int64_t tables = o.tables == KVQ_TABLE_CHANNEL ? 16 * ((1 << next) - (1 << now)) : 0;
-            int64_t cost = o.group * ((int64_t)T * (next - now) + tables);
+            int64_t cost = o.group * ((int64_t)T * o.n_sequences * (next - now) + tables);
             if (cost < cheapest) cheapest = cost;
         }
         if (cheapest < INT64_MAX) {
@@ -418,8 +419,8 @@ START_TEST(options_are_checked) {
     enum { N_BAD = 12 };
     kvq_alloc_options bad[N_BAD];
     const char       *fragments[N_BAD] = {"--outliers", "--k-widths", "--k-widths", "--v-dim",
-                                          "--v-dim",    "--v-rates",  "--v-rates",  "--k-group",
-                                          "--k-bits",   "--k-bits 6", "--v-bits",   "--target-bits"};
+                                          "--v-dim",    "--v-rates",  "--v-rates",  "--width-group",
+                                          "--k-mean-bits",   "--k-mean-bits 6", "--v-mean-bits",   "--target-bits"};
     kvq_error         err = {0};
     for (int i = 0; i < N_BAD; i++) bad[i] = kvq_alloc_options_default();
     bad[0].outlier_fraction = 1;
@@ -440,7 +441,7 @@ START_TEST(options_are_checked) {
     for (int i = 0; i < 2; i++) kvq_test_ok(kvq_alloc_options_check(&good[i], 64, &err), &err);
     kvq_test_failed(kvq_alloc_options_check(&good[0], 1024, &err), KVQ_ERR_UNSUPPORTED, &err, "1024");
     good[0].n_tokens = 0;
-    kvq_test_failed(kvq_alloc_options_check(&good[0], 64, &err), KVQ_ERR_USAGE, &err, "--budget-tokens 0");
+    kvq_test_failed(kvq_alloc_options_check(&good[0], 64, &err), KVQ_ERR_USAGE, &err, "--target-tokens 0");
 }
 END_TEST
 
