@@ -3,6 +3,7 @@
 // One option table drives parsing, checking, suggestions and help, so that they cannot disagree. popt splits the
 // command line; values are converted here, because a number must be read to its last character and lie in a stated
 // range.
+#include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <math.h>
@@ -33,6 +34,7 @@ static bool is_operand(const kvq_cli_option *option) {
 
 option_rows collect_options(const kvq_cli_program *program) {
     option_rows all = {.n = 0};
+    assert(program->n_options + CLI_COUNT_OF(COMMON) <= CLI_MAX_OPTIONS);
     for (int i = 0; i < program->n_options && all.n < CLI_MAX_OPTIONS; i++) all.rows[all.n++] = &program->options[i];
     for (int i = 0; i < CLI_COUNT_OF(COMMON) && all.n < CLI_MAX_OPTIONS; i++) all.rows[all.n++] = &COMMON[i];
     return all;
