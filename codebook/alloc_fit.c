@@ -59,10 +59,10 @@ kvq_status kvq_artifact_describe_allocated(const kvq_context *ctx, kvq_artifact 
     bool       by_target = !(options->k_bits > 0);
     KVQ_TRY(kvq_alloc_options_check(options, (int)a->model.head_dim, err));
     n_slots = kvq_tile_slots(options->outlier_fraction, d);
-    if (n_slots > UINT16_MAX - 1) {
+    if (options->outlier_fraction * KVQ_TILE_TOKENS * d > KVQ_TILE_MAX_SLOTS) {
         return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "use a smaller outlier fraction",
-                        "outliers of %g need %d slots for a tile of %d channels; %d are possible",
-                        options->outlier_fraction, n_slots, d, UINT16_MAX - 1);
+                        "outliers of %g need more slots for a tile of %d channels than the %d that are possible",
+                        options->outlier_fraction, d, KVQ_TILE_MAX_SLOTS);
     }
     for (int64_t layer = 0; layer < a->model.n_layers; layer++) {
         kvq_tensor_quant *k = &a->layers[layer].k;

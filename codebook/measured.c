@@ -218,10 +218,10 @@ static void offer_rotated(part_search *s, const kvq_value_distribution *rotated)
     offer(s, "rotated/", "weight", KVQ_PART_F32, rotated->w, KVQ_HISTOGRAM_BINS, 0, 0);
     offer(s, "rotated/", "mean", KVQ_PART_F32, rotated->x, KVQ_HISTOGRAM_BINS, 0, 0);
     offer(s, "rotated/", "pair_weight", KVQ_PART_F32, rotated->pair_w, KVQ_PAIR_CELLS, KVQ_PAIR_CELLS, 0);
-    offer(s, "rotated/", "pair_mean_x", KVQ_PART_F32, rotated->pair_x, KVQ_PAIR_CELLS, KVQ_PAIR_CELLS, 0);
-    offer(s, "rotated/", "pair_mean_y", KVQ_PART_F32, rotated->pair_y, KVQ_PAIR_CELLS, KVQ_PAIR_CELLS, 0);
+    offer(s, "rotated/", "pair_x", KVQ_PART_F32, rotated->pair_x, KVQ_PAIR_CELLS, KVQ_PAIR_CELLS, 0);
+    offer(s, "rotated/", "pair_y", KVQ_PART_F32, rotated->pair_y, KVQ_PAIR_CELLS, KVQ_PAIR_CELLS, 0);
     offer(s, "rotated/", "scatter", KVQ_PART_F64, rotated->scatter, 2, 0, 0);
-    offer(s, "rotated/", "points", KVQ_PART_I64, rotated->n_points, 1, 0, 0);
+    offer(s, "rotated/", "n_points", KVQ_PART_I64, rotated->n_points, 1, 0, 0);
     offer(s, "rotated/", "scale_exponent", KVQ_PART_I64, rotated->scale_exponent, 1, 0, 0);
 }
 
@@ -237,6 +237,6 @@ int kvq_measured_layer_parts(const kvq_measured_layer *l, int index, kvq_measure
     offer(&s, "moments/", "k", KVQ_PART_F64, l->moments.k, l->n_kv_heads, D, D);
     offer(&s, "moments/", "v", KVQ_PART_F64, l->moments.v, l->n_kv_heads, D, D);
     offer_rotated(&s, &l->rotated);
-    offer(&s, "", "alloc_kl", KVQ_PART_F64, l->kl, 2, 0, 0);
+    offer(&s, "", "kl", KVQ_PART_F64, l->kl, 2, 0, 0);
     return s.found;
 }

@@ -462,11 +462,15 @@ START_TEST(a_cache_by_hand) {
     ck_assert_int_eq(size.n_elements, 2 * 4 * 300);
     ck_assert_int_eq(size.row_bytes, 2 * ((144 + 4 + 4 * 6) + (160 + 128)));
     ck_assert_int_eq(size.exact_bytes, (4 + 44) * 2 * 4 * 2);
-    int64_t thresholds = 2 * 4 * 2, levels = (1 + 2 + 8 + 32) * 2, pairs = 32 * 2 * 2, rotation = 4 * 4 * 4;
-    ck_assert_int_eq(size.tables_bytes, thresholds + levels + 4 + pairs + rotation);
+    int64_t thresholds = 2 * 4 * 2, levels = (1 + 2 + 8 + 32) * 2, pairs = 32 * 2 * 2;
+    ck_assert_int_eq(size.tables_bytes, thresholds + levels + 4 + pairs);
     a->layers[0].k.table_kind = KVQ_TABLE_AFFINE;
     ck_assert_int_eq(kvq_artifact_cache_size(a, 300).tables_bytes,
-                     thresholds + 63 * 2 + 2 * 4 * 2 + 4 + pairs + rotation);
+                     thresholds + 63 * 2 + 2 * 4 * 2 + 4 + pairs);
+    kvq_context ctx = kvq_test_context(); // a rotation that cannot be made again belongs to the tables
+    kvq_test_ok(kvq_artifact_set_text(&ctx, &a->quantizer.rotation_kind, "random", NULL), NULL);
+    ck_assert_int_eq(kvq_artifact_cache_size(a, 300).tables_bytes,
+                     thresholds + 63 * 2 + 2 * 4 * 2 + 4 + pairs + 4 * 4 * 4);
     a->layers[0].v.scale_format = KVQ_SCALE_F16;
     ck_assert_int_eq(kvq_artifact_cache_size(a, 300).row_bytes, size.row_bytes + 2 * 128);
     size = kvq_artifact_cache_size(a, 3); // all of them are sinks, in no tile

@@ -90,12 +90,12 @@ START_TEST(parts_of_the_channel_allocated_format) {
         {"rotated/weight", KVQ_PART_F32, KVQ_HISTOGRAM_BINS},
         {"rotated/mean", KVQ_PART_F32, KVQ_HISTOGRAM_BINS},
         {"rotated/pair_weight", KVQ_PART_F32, KVQ_PAIR_CELLS * KVQ_PAIR_CELLS},
-        {"rotated/pair_mean_x", KVQ_PART_F32, KVQ_PAIR_CELLS * KVQ_PAIR_CELLS},
-        {"rotated/pair_mean_y", KVQ_PART_F32, KVQ_PAIR_CELLS * KVQ_PAIR_CELLS},
+        {"rotated/pair_x", KVQ_PART_F32, KVQ_PAIR_CELLS * KVQ_PAIR_CELLS},
+        {"rotated/pair_y", KVQ_PART_F32, KVQ_PAIR_CELLS * KVQ_PAIR_CELLS},
         {"rotated/scatter", KVQ_PART_F64, 2},
-        {"rotated/points", KVQ_PART_I64, 1},
+        {"rotated/n_points", KVQ_PART_I64, 1},
         {"rotated/scale_exponent", KVQ_PART_I64, 1},
-        {"alloc_kl", KVQ_PART_F64, 2},
+        {"kl", KVQ_PART_F64, 2},
     };
     enum { N_PARTS = sizeof PARTS / sizeof *PARTS };
     kvq_context         ctx = kvq_test_context();

@@ -219,7 +219,7 @@ static bool set_channel_weight(kvq_measured_layer *m, int64_t layer) {
 }
 static bool set_channel_mean(kvq_measured_layer *m, int64_t layer) {
     float *x = m->k[0].channels.x + 2 * KVQ_CHANNEL_BINS;
-    return x[0] = -1.5f, layer >= 0; // ends are closed: what lies beyond counts at the edge
+    return x[9] = -1.5f, layer >= 0;
 }
 static bool set_channel_scatter(kvq_measured_layer *m, int64_t layer) {
     return m->k[0].channels.scatter[4] = -1, layer >= 0;
@@ -257,7 +257,7 @@ static const struct spoiled {
 
 static const struct spoiled SPOILED_ALLOCATED[] = {
     {set_channel_weight, KVQ_ERR_NUMERICAL, "/layers/000/k/1/channel_weight: element 1027 is -0.5, a negative weight"},
-    {set_channel_mean, KVQ_ERR_NUMERICAL, "element 2048 is -1.5, a mean outside of its bin"},
+    {set_channel_mean, KVQ_ERR_NUMERICAL, "element 2057 is -1.5, a mean outside of its bin"},
     {set_channel_scatter, KVQ_ERR_NUMERICAL, "element 4 is -1, a negative sum"},
     {set_channel_count, KVQ_ERR_NUMERICAL, "element 11 is -1, a negative count"},
     {set_value_weight, KVQ_ERR_NUMERICAL, "element 5 is -1, a negative weight"},
