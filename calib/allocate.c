@@ -3,6 +3,8 @@
 // Artifacts of the channel-allocated format from measured layers, wherever these are: in the work directory that the
 // sweeps left, or in a measurement file. Layers are read twice, for their error curves and for the fit, so that one at
 // a time is in memory.
+#include <string.h>
+
 #include "calib_impl.h"
 
 // ---------------------------------------------------------------- measured layers
@@ -110,9 +112,32 @@ done:
     return status;
 }
 
+// What another artifact chose.
+static kvq_status copy_allocation(const allocating *a, const kvq_artifact *like, kvq_allocation *out, kvq_error *err) {
+    const kvq_artifact *to = a->artifact;
+    int64_t             L = to->model.n_layers, d = to->model.n_kv_heads * to->model.head_dim;
+    kvq_status          status = KVQ_OK;
+    if (!kvq_artifact_is_allocated(like) || like->model.n_layers != L ||
+        like->model.n_kv_heads != to->model.n_kv_heads || like->model.head_dim != to->model.head_dim ||
+        like->layers[0].v.dim != a->options->v_dim) {
+        return kvq_fail(err, KVQ_ERR_MISMATCH, "give an artifact of this model and --v-dim",
+                        "the artifact whose widths are to be used is not channel-allocated, or of another shape");
+    }
+    KVQ_TRY(KVQ_NEW(a->ctx, L * d, "widths of keys", &out->widths, err));
+    KVQ_TRY(KVQ_NEW(a->ctx, L, "rates of values", &out->rates, err));
+    for (int64_t l = 0; l < L; l++) {
+        memcpy(out->widths + l * d, like->layers[l].k.widths, (size_t)d);
+        out->rates[l] = (uint8_t)like->layers[l].v.bits;
+        for (int64_t c = 0; c < d; c++) out->chosen.k_bits += (double)out->widths[l * d + c] / (double)(L * d);
+        out->chosen.v_bits += (double)out->rates[l] / (double)(L * a->options->v_dim);
+    }
+done:
+    return status;
+}
+
 kvq_status kvq_fit_allocated(const kvq_context *ctx, const kvq_measured_layers *layers,
-                             const kvq_alloc_options *options, kvq_artifact **out, kvq_allocation *chosen,
-                             kvq_error *err) {
+                             const kvq_alloc_options *options, const kvq_artifact *like, kvq_artifact **out,
+                             kvq_allocation *chosen, kvq_error *err) {
     const kvq_artifact *about = layers->about;
     kvq_allocation      allocation = {.widths = NULL};
     allocating          a = {.ctx = ctx, .from = layers, .options = options};
@@ -126,9 +151,13 @@ kvq_status kvq_fit_allocated(const kvq_context *ctx, const kvq_measured_layers *
     KVQ_TRY(kvq_artifact_create(ctx, about->model.n_layers, &a.artifact, err));
     KVQ_TRY(calib_copy_identity(ctx, about, a.artifact, err));
     KVQ_TRY(kvq_artifact_describe_allocated(ctx, a.artifact, layers->measure, options, err));
-    KVQ_TRY(KVQ_NEW(ctx, about->model.n_layers, "error curves", &a.curves, err));
-    KVQ_TRY(make_curves(&a, err));
-    KVQ_TRY(kvq_allocate(ctx, a.artifact, a.curves, options, &allocation, err));
+    if (like != NULL) {
+        KVQ_TRY(copy_allocation(&a, like, &allocation, err));
+    } else {
+        KVQ_TRY(KVQ_NEW(ctx, about->model.n_layers, "error curves", &a.curves, err));
+        KVQ_TRY(make_curves(&a, err));
+        KVQ_TRY(kvq_allocate(ctx, a.artifact, a.curves, options, &allocation, err));
+    }
     KVQ_TRY(fit_layers(&a, &allocation, err));
     *out = a.artifact;
     a.artifact = NULL;

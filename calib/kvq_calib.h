@@ -195,12 +195,13 @@ kvq_status kvq_measured_layers_of_file(const kvq_context *ctx, const kvq_measure
                                        kvq_error *err);
 void       kvq_measured_layers_close(const kvq_context *ctx, kvq_measured_layers **layers);
 
-// Error curves of all layers, the allocation of bits, and the fit. Memory: one measured layer, and the curves. *chosen
+// Error curves of all layers, the allocation of bits, and the fit. With `like` (NULL = none), an artifact of the same
+// shape, its widths and rates are used instead of an allocation. Memory: one measured layer, and the curves. *chosen
 // (NULL = not wanted; kvq_allocation_free) says what was chosen. KVQ_ERR_USAGE when the outlier fraction or what the
-// format needs was not measured, or the target is out of reach.
+// format needs was not measured, or the target is out of reach; KVQ_ERR_MISMATCH when `like` has another shape.
 kvq_status kvq_fit_allocated(const kvq_context *ctx, const kvq_measured_layers *layers,
-                             const kvq_alloc_options *options, kvq_artifact **out, kvq_allocation *chosen,
-                             kvq_error *err);
+                             const kvq_alloc_options *options, const kvq_artifact *like, kvq_artifact **out,
+                             kvq_allocation *chosen, kvq_error *err);
 
 // A calibration from a capture file, without a model. source_name is recorded when the capture does not say what its
 // text was. KVQ_ERR_INPUT when a layer or needed squared gradients are missing. KVQ_ERR_UNSUPPORTED for keys after

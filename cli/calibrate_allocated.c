@@ -19,7 +19,7 @@ const char *const   calibrate_v_dim_names[] = {"1", "2", NULL};
 // ---------------------------------------------------------------- options
 
 static bool wants_artifact(const allocated_options *a) {
-    return a->target_bits > 0 || a->preset != NOT_GIVEN || a->k_bits > 0 || a->v_bits > 0;
+    return a->target_bits > 0 || a->preset != NOT_GIVEN || a->k_bits > 0 || a->v_bits > 0 || a->widths_from != NULL;
 }
 
 // What only artifacts of this scheme have, and what they never have.
@@ -72,8 +72,10 @@ kvq_status check_allocated_options(const calibrate_options *o, kvq_error *err) {
     }
     if (o->from != NULL && a->kl_tokens != NOT_GIVEN && a->kl_tokens != 0)
         return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--from: the measurement decides --kl-tokens; 0 ignores what it has");
-    if ((a->target_bits > 0) + (a->preset != NOT_GIVEN) + (a->k_bits > 0) > 1 || (a->k_bits > 0) != (a->v_bits > 0)) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "give --target-bits, or a --preset, or --k-mean-bits and --v-mean-bits",
+    int n_budgets = (a->target_bits > 0) + (a->preset != NOT_GIVEN) + (a->k_bits > 0) + (a->widths_from != NULL);
+    if (n_budgets > 1 || (a->k_bits > 0) != (a->v_bits > 0)) {
+        return kvq_fail(err, KVQ_ERR_USAGE,
+                        "give --target-bits, or a --preset, or --k-mean-bits and --v-mean-bits, or --widths-from",
                         "more than one budget, or half of one");
     }
     return KVQ_OK;
@@ -156,7 +158,9 @@ void list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n) {
 void print_allocated(kvq_cli *cli, const calibration *c) {
     const kvq_alloc_options *a = &c->alloc;
     char                     budget[96];
-    if (a->k_bits > 0)
+    if (c->o->allocated.widths_from != NULL)
+        (void)snprintf(budget, sizeof budget, "widths of %.64s", kvq_file_name(c->o->allocated.widths_from));
+    else if (a->k_bits > 0)
         (void)snprintf(budget, sizeof budget, "K %g bits  V %g bits", a->k_bits, a->v_bits);
     else
         (void)snprintf(budget, sizeof budget, "%g bits for %lld sequences of %lld tokens, everything counted",
@@ -223,7 +227,7 @@ static kvq_status measure_kl(kvq_cli *cli, calibration *c, const kvq_measured_la
     kvq_status        status = KVQ_OK;
     reference.outlier_fraction = c->measured.fractions[c->measured.n_fractions > 1 ? 1 : 0];
     KVQ_TRY(KVQ_NEW(&cli->ctx, 2 * L, "KL of single tensors", &kl, err));
-    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &reference, &artifact, NULL, err));
+    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &reference, NULL, &artifact, NULL, err));
     KVQ_TRY(kvq_measure_sensitivity(&cli->ctx, c->be, c->model, artifact, &c->windows, c->kl_tokens, kl, err));
     for (int64_t l = 0; l < L; l++) {
         c->artifact->layers[l].k.kl = kl[2 * l];
@@ -249,16 +253,20 @@ done:
 }
 
 static kvq_status fit(kvq_cli *cli, calibration *c, const kvq_measured_layers *layers, kvq_error *err) {
-    kvq_artifact  *artifact = NULL;
+    kvq_artifact  *artifact = NULL, *like = NULL;
     kvq_allocation chosen = {.widths = NULL};
+    const char    *widths_from = c->o->allocated.widths_from;
+    char           sha256[KVQ_SHA256_HEX];
     kvq_status     status = KVQ_OK;
-    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &c->alloc, &artifact, &chosen, err));
+    if (widths_from != NULL) KVQ_TRY(kvq_artifact_read(&cli->ctx, widths_from, &like, sha256, err));
+    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &c->alloc, like, &artifact, &chosen, err));
     kvq_artifact_destroy(&cli->ctx, &c->artifact);
     c->artifact = artifact;
     kvq_cli_end_progress(cli);
-    print_allocation(cli, c, &chosen);
+    if (widths_from == NULL) print_allocation(cli, c, &chosen);
 
 done:
+    kvq_artifact_destroy(&cli->ctx, &like);
     kvq_allocation_free(&cli->ctx, &chosen);
     return status;
 }

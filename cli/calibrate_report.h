@@ -13,7 +13,7 @@
 typedef struct allocated_options {
     double      target_bits, k_bits, v_bits;                             // 0 = not given
     int64_t     target_tokens, target_sequences, width_group, kl_tokens; // 0 = not given; kl_tokens: NOT_GIVEN
-    const char *k_widths, *v_rates;
+    const char *k_widths, *v_rates, *widths_from;
     int         preset;                                // NOT_GIVEN, or index of calibrate_preset_names
     int         scope, tables, v_dim, scale, rotation; // choices
     bool        measure;                               // also measure what the format needs

@@ -44,6 +44,8 @@ static const kvq_cli_option OPTIONS[] = {
      .rare = true},
     {"target-sequences", 0, CLI_COUNT, AT(allocated.target_sequences), "N",
      .help = "how many such sequences share the tables (8)", .min = 1, .max = 1024, .rare = true},
+    {"widths-from", 0, CLI_TEXT, AT(allocated.widths_from), "FILE",
+     .help = "use the widths of this artifact instead of a target; tables are fitted anew", .rare = true},
     {"k-mean-bits", 0, CLI_NUMBER, AT(allocated.k_bits), "B", .help = "mean width of K, instead of a target",
      .min = 0.0625, .max = 5, .rare = true},
     {"v-mean-bits", 0, CLI_NUMBER, AT(allocated.v_bits), "B", .help = "mean bits of V, beside it", .min = 0.5, .max = 8,

@@ -40,7 +40,8 @@ void print_report_text(const validate_report *r) {
                plus_minus(v->kld.stderr_, 5, " nats", text, sizeof text));
         printf("top-1        -            %-12.4f %s\n", v->top1.mean,
                plus_minus(v->top1.stderr_, 4, "", text, sizeof text));
-        printf("bits         -            %-12.3f per element of these windows, everything counted\n", v->effective_bits);
+        printf("bits         -            %-12.3f per element of these windows, everything counted\n",
+               v->effective_bits);
         printf("+- is one standard error over %lld windows\n", (long long)v->n_windows);
     }
     for (int i = 0; i < r->n_gates; i++) {
