@@ -123,6 +123,7 @@ static kvq_status copy_allocation(const allocating *a, const kvq_artifact *like,
         return kvq_fail(err, KVQ_ERR_MISMATCH, "give an artifact of this model and --v-dim",
                         "the artifact whose widths are to be used is not channel-allocated, or of another shape");
     }
+    a->artifact->quantizer.target_bits = 0; // the widths were given
     KVQ_TRY(KVQ_NEW(a->ctx, L * d, "widths of keys", &out->widths, err));
     KVQ_TRY(KVQ_NEW(a->ctx, L, "rates of values", &out->rates, err));
     for (int64_t l = 0; l < L; l++) {
