@@ -43,8 +43,8 @@ void inspect_print_alloc_quantizer(const kvq_artifact *a) {
            a->quantizer.scheme, a->quantizer.outlier_fraction * 100, a->quantizer.n_side_k, a->quantizer.n_slots,
            KVQ_TILE_TOKENS, kvq_weighting_names[a->quantizer.weighting]);
     if (a->quantizer.target_bits > 0)
-        printf("           target %g bits per element at %lld tokens", a->quantizer.target_bits,
-               (long long)a->quantizer.budget_tokens);
+        printf("           target %g bits per element for %lld sequences of %lld tokens", a->quantizer.target_bits,
+               (long long)a->quantizer.budget_sequences, (long long)a->quantizer.budget_tokens);
     else
         printf("           bits as given");
     printf("  rotation of values %s\n", a->quantizer.rotation_kind);

@@ -57,10 +57,12 @@ static void print_header(const kvq_artifact *a, const char *path, const char *co
     if (!kvq_artifact_is_allocated(a)) printf("  recent tokens %lld", (long long)a->quantizer.recent_tokens);
     printf("\n");
     inspect_print_run(a);
-    printf(
-        "cache      %.3f bits per element at %lld tokens, everything counted\n\n",
-        kvq_cache_bits_per_element(kvq_artifact_cache_size(a, inspect_budget_tokens(a)), inspect_budget_sequences(a)),
-        (long long)inspect_budget_tokens(a));
+    int64_t        n_tokens = inspect_budget_tokens(a), n_sequences = inspect_budget_sequences(a);
+    kvq_cache_size size = kvq_artifact_cache_size(a, n_tokens);
+    char           sequences[48] = "";
+    if (n_sequences > 1) (void)snprintf(sequences, sizeof sequences, " for %lld sequences", (long long)n_sequences);
+    printf("cache      %.3f bits per element%s at %lld tokens, everything counted\n\n",
+           kvq_cache_bits_per_element(size, n_sequences), sequences, (long long)n_tokens);
 }
 
 // Whether errors of decoded elements are known: not in files of format 1.0, nor with an integer zero point, whose
