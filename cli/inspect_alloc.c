@@ -50,7 +50,9 @@ void inspect_print_alloc_quantizer(const kvq_artifact *a) {
     printf("  rotation of values %s\n", a->quantizer.rotation_kind);
 }
 
-static void print_kl(const kvq_tensor_quant *t) {
+static void print_fit_and_kl(const kvq_tensor_quant *t) {
+    int64_t n = t->fit.n_points + t->fit.n_outliers + t->fit.n_constant;
+    printf("  %14.4e  %7.3f%%", t->fit.objective, 100 * inspect_share(t->fit.n_outliers, n));
     if (t->kl > 0)
         printf("  %11.4e\n", t->kl);
     else
@@ -71,8 +73,10 @@ static void print_values(const kvq_tensor_quant *t) {
 }
 
 void inspect_print_alloc_head(void) {
-    printf("\nbits per element of codes, and channels of K by their bits\n"
-           "layer  tensor   bits      0      1      2      3      4      5  tables    scale  exponent  KL in nats\n");
+    printf("bits per element of codes, channels of K by their bits, and the KL of the tensor alone at 2 (K) or 3 (V) "
+           "bits\n"
+           "layer  tensor   bits      0      1      2      3      4      5  tables    scale  exponent  weighted error"
+           "  outliers   KL in nats\n");
 }
 
 void inspect_print_alloc_row(const kvq_artifact *a, int64_t layer, const kvq_tensor_quant *t) {
@@ -82,7 +86,7 @@ void inspect_print_alloc_row(const kvq_artifact *a, int64_t layer, const kvq_ten
         print_keys(a, t);
     else
         print_values(t);
-    print_kl(t);
+    print_fit_and_kl(t);
 }
 
 static void print_levels(const float *levels, int n, int dim) {

@@ -99,20 +99,23 @@ static void print_fit(const kvq_artifact *a, const tensor_row *row, bool lloyd) 
     printf("  %7s  %7.3f%%  %12s\n", clipped, inspect_share(fit->n_outliers, n_elements(fit)) * 100, entropy);
 }
 
+static void print_allocation(const kvq_artifact *a, const inspect_options *o) {
+    tensor_row row;
+    inspect_print_alloc_head();
+    for (int64_t i = 0; find_row(a, o, i, &row); i++) inspect_print_alloc_row(a, row.layer, row.tensor);
+}
+
 static void print_fits(const kvq_artifact *a, const inspect_options *o) {
     tensor_row row;
     bool       lloyd = false;
+    if (kvq_artifact_is_allocated(a)) {
+        print_allocation(a, o);
+        return;
+    }
     for (int64_t i = 0; find_row(a, o, i, &row); i++) lloyd = lloyd || row.tensor->fit.lloyd_objective > 0;
     printf("layer  tensor  bits  datatype     tables  effective samples  weighted error  binning bound");
     printf("%s       NMSE  SQNR dB  clipped  outliers  entropy bits\n", lloyd ? "   Lloyd reaches" : "");
     for (int64_t i = 0; find_row(a, o, i, &row); i++) print_fit(a, &row, lloyd);
-}
-
-static void print_allocation(const kvq_artifact *a, const inspect_options *o) {
-    tensor_row row;
-    if (!kvq_artifact_is_allocated(a)) return;
-    inspect_print_alloc_head();
-    for (int64_t i = 0; find_row(a, o, i, &row); i++) inspect_print_alloc_row(a, row.layer, row.tensor);
 }
 
 static void print_heldout(const kvq_artifact *a, const inspect_options *o) {
@@ -290,7 +293,6 @@ kvq_status inspect_artifact(kvq_cli *cli, const inspect_options *o, kvq_error *e
     } else {
         print_header(a, o->file, content_sha256);
         print_fits(a, o);
-        print_allocation(a, o);
         print_heldout(a, o);
     }
     kvq_cli_next(cli, "kvq-validate", "--model", "MODEL", "--artifact", o->file, "--text", "HELD_OUT.txt", NULL);
