@@ -213,9 +213,15 @@ void print_allocated_size(kvq_cli *cli, const calibration *c) {
 
 // ---------------------------------------------------------------- runs
 
+static kvq_sensitivity_cost cost_of(const calibration *c) {
+    return kvq_sensitivity_plan(c->model, c->seq_len, c->o->samples, c->kl_tokens);
+}
+
+double sensitivity_tera_flops(const calibration *c) { return c->kl_tokens > 0 ? cost_of(c).tera_flops : 0; }
+
 int64_t sensitivity_bytes(const calibration *c) {
     if (c->kl_tokens == 0) return 0;
-    kvq_sensitivity_cost cost = kvq_sensitivity_plan(c->model, c->seq_len, c->o->samples, c->kl_tokens);
+    kvq_sensitivity_cost cost = cost_of(c);
     return c->plan.weight_bytes + c->plan.program_bytes + cost.bytes;
 }
 

@@ -115,6 +115,7 @@ void       complete_allocated_options(calibration *c, int64_t d);
 void       print_allocated(kvq_cli *cli, const calibration *c);
 void       print_allocated_size(kvq_cli *cli, const calibration *c);
 void       list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n);
+double     sensitivity_tera_flops(const calibration *c);
 int64_t    sensitivity_bytes(const calibration *c);                          // of memory, 0 when it is not measured
 kvq_status run_allocated(kvq_cli *cli, calibration *c, kvq_error *err);      // c->artifact from a model
 kvq_status fit_allocated_from(kvq_cli *cli, calibration *c, kvq_error *err); // c->artifact from a measurement

@@ -128,6 +128,8 @@ static kvq_status dry_run(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_status status = kvq_calib_probe(&cli->ctx, c->be, c->model, &c->measured, c->o->samples, c->seq_len,
                                         c->sweep.n_shards * c->processes.n_ranks, &c->plan, &seconds, err);
     if (status != KVQ_OK) return status;
+    // the KL of single tensors passes the same layers, so it takes as long for its share of the work
+    seconds += seconds * sensitivity_tera_flops(c) / c->plan.tera_flops;
     kvq_cli_format_seconds(seconds, text, sizeof text);
     kvq_cli_say(cli, "time       about %s on %d threads (2 windows of random tokens were timed in layer 0)", text,
                 cli->ctx.n_threads);
