@@ -111,6 +111,12 @@ kvq_status kvq_sweep_set_result(const kvq_context *ctx, const kvq_sweep_options 
                                 const kvq_processes *processes, const char result[KVQ_SHA256_HEX], kvq_error *err);
 kvq_status kvq_sweep_peek_result(const kvq_context *ctx, const kvq_sweep_options *options,
                                  const kvq_processes *processes, char result[KVQ_SHA256_HEX], kvq_error *err);
+// Bytes that a caller wants to find when its run goes on. recall: *found is false when nothing of this size was noted
+// under the name.
+kvq_status kvq_sweep_note(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                          const char *name, const void *data, int64_t bytes, kvq_error *err);
+kvq_status kvq_sweep_recall(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                            const char *name, void *data, int64_t bytes, bool *found, kvq_error *err);
 // Removes the work directory. KVQ_ERR_MISMATCH when it belongs to another run.
 kvq_status kvq_sweep_forget(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
                             kvq_error *err);

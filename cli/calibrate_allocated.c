@@ -225,36 +225,58 @@ int64_t sensitivity_bytes(const calibration *c) {
     return c->plan.weight_bytes + c->plan.program_bytes + cost.bytes;
 }
 
-static kvq_status measure_kl(kvq_cli *cli, calibration *c, const kvq_measured_layers *layers, kvq_error *err) {
-    kvq_alloc_options reference = kvq_reference_allocation();
-    kvq_artifact     *artifact = NULL;
-    double           *kl = NULL;
-    int64_t           L = c->artifact->model.n_layers;
-    kvq_status        status = KVQ_OK;
+static kvq_status fit_reference(kvq_cli *cli, const calibration *c, kvq_artifact **out, kvq_error *err) {
+    kvq_alloc_options    reference = kvq_reference_allocation();
+    kvq_measured_layers *layers = NULL;
+    kvq_status           status = KVQ_OK;
     reference.outlier_fraction = c->measured.fractions[c->measured.n_fractions > 1 ? 1 : 0];
-    KVQ_TRY(KVQ_NEW(&cli->ctx, 2 * L, "KL of single tensors", &kl, err));
-    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &reference, NULL, &artifact, NULL, err));
-    KVQ_TRY(kvq_measure_sensitivity(&cli->ctx, c->be, c->model, artifact, &c->windows, c->kl_tokens, kl, err));
-    for (int64_t l = 0; l < L; l++) {
-        c->artifact->layers[l].k.kl = kl[2 * l];
-        c->artifact->layers[l].v.kl = kl[2 * l + 1];
+    KVQ_TRY(kvq_measured_layers_open(&cli->ctx, c->artifact, &c->measured, &c->sweep, &c->processes, &layers, err));
+    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &reference, NULL, out, NULL, err));
+
+done:
+    kvq_measured_layers_close(&cli->ctx, &layers);
+    return status;
+}
+
+// kl [1 + 2 L]: how many layers are done, and what was found. The work directory has them after every piece, so that a
+// run that was ended goes on behind them.
+static kvq_status measure_pieces(kvq_cli *cli, const calibration *c, const kvq_artifact *reference, double *kl,
+                                 kvq_error *err) {
+    static const char NAME[] = "sensitivity";
+    int64_t           L = c->artifact->model.n_layers, bytes = (1 + 2 * L) * (int64_t)sizeof *kl;
+    int64_t           step = cost_of(c).n_layers;
+    bool              found = false;
+    kvq_status        status = KVQ_OK;
+    KVQ_TRY(kvq_sweep_recall(&cli->ctx, &c->sweep, &c->processes, NAME, kl, bytes, &found, err));
+    for (int64_t first = (int64_t)kl[0]; first < L; first += step) {
+        int64_t end = first + step < L ? first + step : L;
+        KVQ_TRY(kvq_measure_sensitivity(&cli->ctx, c->be, c->model, reference, &c->windows, c->kl_tokens, first, end,
+                                        kl + 1, err));
+        kl[0] = (double)end;
+        KVQ_TRY(kvq_sweep_note(&cli->ctx, &c->sweep, &c->processes, NAME, kl, bytes, err));
     }
 
 done:
-    kvq_artifact_destroy(&cli->ctx, &artifact);
-    kvq_free(&cli->ctx, kl);
     return status;
 }
 
 kvq_status measure_sensitivity(kvq_cli *cli, calibration *c, kvq_error *err) {
-    kvq_measured_layers *layers = NULL;
-    kvq_status           status = KVQ_OK;
+    kvq_artifact *reference = NULL;
+    double       *kl = NULL;
+    int64_t       L = c->artifact->model.n_layers;
+    kvq_status    status = KVQ_OK;
     if (c->kl_tokens == 0) return KVQ_OK;
-    KVQ_TRY(kvq_measured_layers_open(&cli->ctx, c->artifact, &c->measured, &c->sweep, &c->processes, &layers, err));
-    KVQ_TRY(measure_kl(cli, c, layers, err));
+    KVQ_TRY(KVQ_NEW(&cli->ctx, 1 + 2 * L, "KL of single tensors", &kl, err));
+    KVQ_TRY(fit_reference(cli, c, &reference, err));
+    KVQ_TRY(measure_pieces(cli, c, reference, kl, err));
+    for (int64_t l = 0; l < L; l++) {
+        c->artifact->layers[l].k.kl = kl[1 + 2 * l];
+        c->artifact->layers[l].v.kl = kl[2 + 2 * l];
+    }
 
 done:
-    kvq_measured_layers_close(&cli->ctx, &layers);
+    kvq_artifact_destroy(&cli->ctx, &reference);
+    kvq_free(&cli->ctx, kl);
     return status;
 }
 

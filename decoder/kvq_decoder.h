@@ -63,17 +63,19 @@ kvq_status kvq_measure_heldout(const kvq_context *ctx, const kvq_backend *be, kv
 
 // kl [n_layers, 2] = mean KL(full precision || quantised) in nats per token when K, or V, of one layer alone goes
 // through the packed cache of the artifact, over the beginnings (at most 512 tokens) of as many windows, spread over
-// those given, as hold n_tokens; every fourth position is scored. No recent window. Memory and work:
-// kvq_sensitivity_plan. KVQ_ERR_INTERRUPTED when ctx->stop asks for it.
+// those given, as hold n_tokens; every fourth position is scored. No recent window. Only the rows of layers [first,
+// end) are measured and set, so that long work can be done in pieces: the pieces do not change the numbers. Memory and
+// work: kvq_sensitivity_plan. KVQ_ERR_INTERRUPTED when ctx->stop asks for it.
 typedef struct kvq_sensitivity_cost {
     int64_t n_windows, n_tokens; // that are measured; n_tokens of each
+    int64_t n_layers;            // whose tensors are measured together
     int64_t bytes;               // beside weights
     double  tera_flops;
 } kvq_sensitivity_cost;
 kvq_sensitivity_cost kvq_sensitivity_plan(const kvq_model *model, int64_t seq_len, int64_t n_windows, int64_t n_tokens);
 kvq_status           kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
                                              const kvq_artifact *artifact, const kvq_windows *windows, int64_t n_tokens,
-                                             double *kl, kvq_error *err);
+                                             int64_t first, int64_t end, double *kl, kvq_error *err);
 
 // ---------------------------------------------------------------- validation
 
@@ -109,7 +111,7 @@ typedef struct kvq_validation {
     kvq_mean         top1;      // share of positions where both prefer the same token
     bool             has_range; // the artifact knows ranges of channels
     kvq_range_report range;
-    kvq_cache_size   size; // of one window
+    kvq_cache_size   size;           // of one window
     double           effective_bits; // of a cache that holds the windows as sequences; these share the tables
     double *window_baseline_nll, *window_quantized_nll, *window_kld, *window_top1; // [N], means over S - 1 positions
 } kvq_validation;

@@ -30,8 +30,7 @@ typedef struct run {
     int32_t                *positions, *targets;           // [n_scored + 1]
     kvq_position_score     *scores;
     int                     tensor; // that the hook quantises
-    int64_t                 done;
-    double                 *kl; // [L, 2]
+    double                 *kl;     // [L, 2]
 } run;
 
 // ---------------------------------------------------------------- one layer
@@ -108,6 +107,30 @@ done:
     return status;
 }
 
+// Passes of variants through layers, two at a time: those of the layers [0, first) to the end, ...
+static int64_t work_until(int64_t first, int64_t n_layers) { return first * n_layers - first * (first - 1) / 2; }
+
+// ... and those of [first, end) through the layers before l.
+static int64_t work_of(int64_t l, int64_t first, int64_t end) {
+    int64_t inside = (l < end ? l : end) - first, behind = l > end ? l - end : 0;
+    return inside * (inside + 1) / 2 + behind * (end - first);
+}
+
+// Exact states up to the first layer that is measured.
+static kvq_status pass_before(run *r, int64_t first, kvq_error *err) {
+    kvq_layer *layer = NULL;
+    kvq_status status = KVQ_OK;
+    for (int64_t l = 0; l < first; l++) {
+        KVQ_TRY(kvq_layer_load(r->model, l, &layer, err));
+        KVQ_TRY(forward(r, layer, r->exact, NULL, err));
+        kvq_layer_release(r->model, &layer);
+    }
+
+done:
+    kvq_layer_release(r->model, &layer);
+    return status;
+}
+
 static kvq_status run_batch(run *r, int64_t first, int64_t end, kvq_error *err) {
     int64_t    L = r->config->n_layers;
     kvq_head  *head = NULL;
@@ -115,8 +138,8 @@ static kvq_status run_batch(run *r, int64_t first, int64_t end, kvq_error *err) 
     for (int64_t l = first; l < L; l++) {
         KVQ_TRY(pass_layer(r, l, first, end, err));
         if (l == end - 1) r->be->copy(r->be, r->next, r->exact, r->state_floats);
-        r->done += l < end ? l - first + 1 : end - first;
-        kvq_report_progress(r->ctx, "sensitivity", l, r->done, L * (L + 1) / 2);
+        kvq_report_progress(r->ctx, "sensitivity", l, work_until(first, L) + work_of(l + 1, first, end),
+                            L * (L + 1) / 2);
     }
     KVQ_TRY(kvq_head_load(r->model, &head, err));
     for (int64_t l = first; l < end; l++) {
@@ -155,6 +178,7 @@ kvq_sensitivity_cost kvq_sensitivity_plan(const kvq_model *model, int64_t seq_le
     double  head = 2.0 * (double)c->vocab_size * (double)c->hidden_size / SCORED_STRIDE;
     return (kvq_sensitivity_cost){.n_windows = count,
                                   .n_tokens = length,
+                                  .n_layers = batch_of(c, state),
                                   .bytes = 4 * ((2 * batch_of(c, state) + 2) * state + length * 4 * d +
                                                 kvq_workspace_floats(model, length, false)),
                                   .tera_flops = tokens * (L * (L + 2) * layer + 4 * L * head) * 1e-12};
@@ -195,7 +219,7 @@ static void release(run *r) {
 
 kvq_status kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
                                    const kvq_artifact *artifact, const kvq_windows *windows, int64_t n_tokens,
-                                   double *kl, kvq_error *err) {
+                                   int64_t first, int64_t end, double *kl, kvq_error *err) {
     run        r = {.ctx = ctx,
                     .be = be,
                     .model = model,
@@ -214,8 +238,9 @@ kvq_status kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be
         float         *x = r.exact + w * r.n_tokens * r.config->hidden_size;
         KVQ_TRY(kvq_model_embed(model, ids, r.n_tokens, x, err));
     }
-    for (int64_t first = 0, L = r.config->n_layers; first < L; first += r.batch)
-        KVQ_TRY(run_batch(&r, first, first + r.batch < L ? first + r.batch : L, err));
+    KVQ_TRY(pass_before(&r, first, err));
+    for (int64_t at = first; at < end; at += r.batch)
+        KVQ_TRY(run_batch(&r, at, at + r.batch < end ? at + r.batch : end, err));
 
 done:
     release(&r);
