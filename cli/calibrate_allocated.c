@@ -120,12 +120,29 @@ kvq_status resolve_allocated_options(calibration *c, kvq_error *err) {
     KVQ_TRY(read_set("--k-widths", a->k_widths, &to->k_widths, err));
     KVQ_TRY(read_set("--v-rates", a->v_rates, &to->v_rates, err));
     to->outlier_fraction = c->o->outliers.count > 0 ? c->o->outliers.values[0] : USUAL_OUTLIERS;
-    c->kl_tokens = !c->allocated && !a->measure ? 0 : a->kl_tokens != NOT_GIVEN ? a->kl_tokens : USUAL_KL_TOKENS;
+    bool needs_kl = (c->allocated && a->widths_from == NULL) || a->measure; // given widths need no budget
+    c->kl_tokens = !needs_kl ? 0 : a->kl_tokens != NOT_GIVEN ? a->kl_tokens : USUAL_KL_TOKENS;
     to->gradients_only = c->o->from != NULL && a->kl_tokens == 0;
     c->options.measure.rotation = (kvq_rotation_kind)a->rotation;
     c->options.measure.scale_format = (kvq_scale_format)a->scale;
     if (c->allocated) c->options.fit.outlier_fraction = to->outlier_fraction;
     if (c->o->weighting != NOT_GIVEN) c->options.measure.channel_weighting = (kvq_weighting)c->o->weighting;
+
+done:
+    return status;
+}
+
+kvq_status open_widths(kvq_cli *cli, calibration *c, kvq_error *err) {
+    const char *path = c->o->allocated.widths_from;
+    char        sha256[KVQ_SHA256_HEX];
+    kvq_status  status = KVQ_OK;
+    if (path == NULL) return KVQ_OK;
+    KVQ_TRY(kvq_artifact_read(&cli->ctx, path, &c->like, sha256, err));
+    if (!kvq_artifact_is_allocated(c->like) || c->like->layers[0].v.dim != c->alloc.v_dim) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_MISMATCH, "give one that was made with --target-bits, and its --v-dim",
+                         "--widths-from %s: it is not channel-allocated, or not with --v-dim %d", path,
+                         c->alloc.v_dim));
+    }
 
 done:
     return status;
@@ -138,9 +155,10 @@ void complete_allocated_options(calibration *c, int64_t d) {
 
 void list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n) {
     const kvq_alloc_options *a = &c->alloc;
+    const char              *from = c->o->allocated.widths_from;
     const setting            all[] = {
                    {"outliers", NULL, a->outlier_fraction},
-                   {"target_bits", NULL, a->k_bits > 0 ? 0 : a->target_bits},
+                   {"target_bits", NULL, a->k_bits > 0 || from != NULL ? 0 : a->target_bits},
                    {"target_tokens", NULL, (double)a->n_tokens},
                    {"target_sequences", NULL, (double)a->n_sequences},
                    {"k_mean_bits", NULL, a->k_bits},
@@ -153,6 +171,7 @@ void list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n) {
                    {"v_dim", NULL, a->v_dim},
     };
     for (int i = 0; i < CLI_COUNT_OF(all); i++) list[(*n)++] = all[i];
+    if (from != NULL) list[(*n)++] = (setting){"widths_from", kvq_file_name(from), 0};
 }
 
 void print_allocated(kvq_cli *cli, const calibration *c) {
@@ -253,20 +272,16 @@ done:
 }
 
 static kvq_status fit(kvq_cli *cli, calibration *c, const kvq_measured_layers *layers, kvq_error *err) {
-    kvq_artifact  *artifact = NULL, *like = NULL;
+    kvq_artifact  *artifact = NULL;
     kvq_allocation chosen = {.widths = NULL};
-    const char    *widths_from = c->o->allocated.widths_from;
-    char           sha256[KVQ_SHA256_HEX];
     kvq_status     status = KVQ_OK;
-    if (widths_from != NULL) KVQ_TRY(kvq_artifact_read(&cli->ctx, widths_from, &like, sha256, err));
-    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &c->alloc, like, &artifact, &chosen, err));
+    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &c->alloc, c->like, &artifact, &chosen, err));
     kvq_artifact_destroy(&cli->ctx, &c->artifact);
     c->artifact = artifact;
     kvq_cli_end_progress(cli);
-    if (widths_from == NULL) print_allocation(cli, c, &chosen);
+    if (c->like == NULL) print_allocation(cli, c, &chosen);
 
 done:
-    kvq_artifact_destroy(&cli->ctx, &like);
     kvq_allocation_free(&cli->ctx, &chosen);
     return status;
 }

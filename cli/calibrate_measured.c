@@ -91,12 +91,14 @@ static kvq_status prepare_held_out(kvq_cli *cli, calibration *c, kvq_error *err)
 
 kvq_status run_from(kvq_cli *cli, calibration *c, kvq_error *err) {
     const calibrate_options *o = c->o;
-    const char              *inputs[CLI_SOURCE_FILES + 2] = {NULL};
+    const char              *inputs[CLI_SOURCE_FILES + 3] = {NULL};
     kvq_status               status = KVQ_OK;
     kvq_cli_source_files(&o->source, inputs);
     inputs[CLI_SOURCE_FILES] = o->model;
     inputs[CLI_SOURCE_FILES + 1] = o->from;
+    inputs[CLI_SOURCE_FILES + 2] = o->allocated.widths_from;
     KVQ_TRY(kvq_cli_check_output(cli, o->output, o->force, inputs, CLI_COUNT_OF(inputs), err));
+    KVQ_TRY(open_widths(cli, c, err));
     KVQ_TRY(kvq_measurement_open(&cli->ctx, o->from, &c->measurement, err));
     const kvq_artifact *about = kvq_measurement_about(c->measurement);
     c->measured = *kvq_measurement_options(c->measurement);

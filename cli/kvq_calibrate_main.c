@@ -244,6 +244,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
                                    : run_prepared(cli, &c, err));
 done:
     kvq_artifact_destroy(&cli->ctx, &c.artifact);
+    kvq_artifact_destroy(&cli->ctx, &c.like);
     kvq_measurement_close(&cli->ctx, &c.measurement);
     kvq_windows_free(&cli->ctx, &c.windows);
     kvq_model_destroy(&cli->ctx, &c.model);
