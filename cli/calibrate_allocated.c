@@ -22,63 +22,118 @@ static bool wants_artifact(const allocated_options *a) {
     return a->target_bits > 0 || a->preset != NOT_GIVEN || a->k_bits > 0 || a->v_bits > 0 || a->widths_from != NULL;
 }
 
-// What only artifacts of this scheme have, and what they never have.
+typedef struct named_option {
+    const char *name;
+    bool        given;
+} named_option;
+
+// The first option of a list that was given, or NULL.
+static const char *find_given(const named_option *options, int n) {
+    for (int i = 0; i < n; i++) {
+        if (options[i].given) return options[i].name;
+    }
+    return NULL;
+}
+
+// What artifacts of this scheme never have.
+static kvq_status refuse_others(const calibrate_options *o, kvq_error *err) {
+    const named_option others[] = {{"--bits", o->bits > 0},
+                                   {"--k-bits", o->k_bits > 0},
+                                   {"--v-bits", o->v_bits > 0},
+                                   {"--datatype", o->datatype != NOT_GIVEN},
+                                   {"--k-datatype", o->k_datatype != NOT_GIVEN},
+                                   {"--v-datatype", o->v_datatype != NOT_GIVEN},
+                                   {"--groups", o->groups != 0},
+                                   {"--q-norm", o->q_norm},
+                                   {"--compare-lloyd", o->compare_lloyd},
+                                   {"--recent-window", o->recent_window > 0},
+                                   {"--compat", o->compat != 0},
+                                   {"--shard", o->shard != NULL},
+                                   {"--capture", o->capture != NULL}};
+    const char        *found = find_given(others, CLI_COUNT_OF(others));
+    if (found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, "leave one of them out",
+                    "%s has no meaning in the channel-allocated format (--target-bits, --preset)", found);
+}
+
+// What only artifacts of this scheme have, or measurements for them.
+static kvq_status refuse_own(const calibrate_options *o, kvq_error *err) {
+    const allocated_options *a = &o->allocated;
+    const named_option       own[] = {{"--k-mean-bits", a->k_bits > 0},
+                                      {"--v-mean-bits", a->v_bits > 0},
+                                      {"--k-widths", a->k_widths != NULL},
+                                      {"--v-rates", a->v_rates != NULL},
+                                      {"--width-group", a->width_group > 0},
+                                      {"--budget", a->scope != 0},
+                                      {"--k-tables", a->tables != 0},
+                                      {"--v-dim", a->v_dim != 1},
+                                      {"--target-tokens", a->target_tokens > 0},
+                                      {"--target-sequences", a->target_sequences > 0}},
+                       measured[] = {{"--v-scale", a->scale != 0},
+                                     {"--v-rotation", a->rotation != 0},
+                                     {"--kl-tokens", a->kl_tokens != NOT_GIVEN}};
+    const char *found = find_given(own, CLI_COUNT_OF(own));
+    if (found == NULL && !a->measure) found = find_given(measured, CLI_COUNT_OF(measured));
+    if (found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE,
+                    !o->measure_only ? "add --target-bits, or a --preset"
+                    : a->measure     ? "give it to kvq-calibrate --from, which fits"
+                                     : "add --allocated, or give it to kvq-calibrate --from, which fits",
+                    "%s belongs to the channel-allocated format", found);
+}
+
+static kvq_status refuse_measured(const calibrate_options *o, kvq_error *err) {
+    const allocated_options *a = &o->allocated;
+    const named_option       measured[] = {
+              {"--v-scale", a->scale != 0}, {"--v-rotation", a->rotation != 0}, {"--weighting", o->weighting != NOT_GIVEN}};
+    const char *found = find_given(measured, CLI_COUNT_OF(measured));
+    if (o->from == NULL) return KVQ_OK;
+    if (a->kl_tokens != NOT_GIVEN && a->kl_tokens != 0)
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--from: the measurement decides --kl-tokens; 0 ignores what it has");
+    if (found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, "leave it out; to change it measure again with --measure-only --allocated",
+                    "--from: the measurement decides %s of the channel-allocated format", found);
+}
+
+static kvq_status check_budget_options(const allocated_options *a, kvq_error *err) {
+    const named_option decided[] = {{"--k-widths", a->k_widths != NULL},
+                                    {"--v-rates", a->v_rates != NULL},
+                                    {"--width-group", a->width_group > 0},
+                                    {"--budget", a->scope != 0},
+                                    {"--kl-tokens", a->kl_tokens > 0}};
+    const char        *found = find_given(decided, CLI_COUNT_OF(decided));
+    int                n_budgets =
+        (a->target_bits > 0) + (a->preset != NOT_GIVEN) + (a->k_bits > 0 || a->v_bits > 0) + (a->widths_from != NULL);
+    if (n_budgets > 1) {
+        return kvq_fail(err, KVQ_ERR_USAGE,
+                        "give --target-bits, or a --preset, or --k-mean-bits and --v-mean-bits, or --widths-from",
+                        "more than one budget of the channel-allocated format");
+    }
+    if ((a->k_bits > 0) != (a->v_bits > 0)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "give both, or --target-bits instead",
+                        "--k-mean-bits and --v-mean-bits belong together");
+    }
+    if (a->widths_from == NULL || found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, "leave one of them out",
+                    "--widths-from: %s has no meaning when the widths are given", found);
+}
+
 kvq_status check_allocated_options(const calibrate_options *o, kvq_error *err) {
     const allocated_options *a = &o->allocated;
-    const struct {
-        const char *name;
-        bool        given;
-    } others[] = {{"--bits", o->bits > 0},
-                  {"--k-bits", o->k_bits > 0},
-                  {"--v-bits", o->v_bits > 0},
-                  {"--datatype", o->datatype != NOT_GIVEN},
-                  {"--k-datatype", o->k_datatype != NOT_GIVEN},
-                  {"--v-datatype", o->v_datatype != NOT_GIVEN},
-                  {"--groups", o->groups != 0},
-                  {"--q-norm", o->q_norm},
-                  {"--compare-lloyd", o->compare_lloyd},
-                  {"--recent-window", o->recent_window > 0},
-                  {"--compat", o->compat != 0},
-                  {"--shard", o->shard != NULL},
-                  {"--capture", o->capture != NULL}},
-      own[] = {{"--k-mean-bits", a->k_bits > 0},
-               {"--v-mean-bits", a->v_bits > 0},
-               {"--k-widths", a->k_widths != NULL},
-               {"--v-rates", a->v_rates != NULL},
-               {"--width-group", a->width_group > 0},
-               {"--budget", a->scope != 0},
-               {"--k-tables", a->tables != 0},
-               {"--v-dim", a->v_dim != 1},
-               {"--target-tokens", a->target_tokens > 0},
-               {"--target-sequences", a->target_sequences > 0}};
+    kvq_status               status = KVQ_OK;
     if (a->measure && !o->measure_only)
         return kvq_fail(err, KVQ_ERR_USAGE, "add --measure-only", "--allocated belongs to a measurement");
-    if (!wants_artifact(a)) {
-        for (int i = 0; i < CLI_COUNT_OF(own); i++) {
-            if (!own[i].given) continue;
-            return kvq_fail(err, KVQ_ERR_USAGE, "add --target-bits, or a --preset",
-                            "%s belongs to the channel-allocated format", own[i].name);
-        }
-        return KVQ_OK;
-    }
-    for (int i = 0; i < CLI_COUNT_OF(others); i++) {
-        if (!others[i].given) continue;
-        return kvq_fail(err, KVQ_ERR_USAGE, "leave one of them out",
-                        "%s has no meaning in the channel-allocated format (--target-bits, --preset)", others[i].name);
-    }
+    if (!wants_artifact(a)) return refuse_own(o, err);
+    KVQ_TRY(refuse_others(o, err));
     if (o->measure_only) {
         return kvq_fail(err, KVQ_ERR_USAGE, "give it to kvq-calibrate --from; --allocated measures what it needs",
                         "--measure-only: --target-bits and --preset have no meaning here");
     }
-    if (o->from != NULL && a->kl_tokens != NOT_GIVEN && a->kl_tokens != 0)
-        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--from: the measurement decides --kl-tokens; 0 ignores what it has");
-    int n_budgets = (a->target_bits > 0) + (a->preset != NOT_GIVEN) + (a->k_bits > 0) + (a->widths_from != NULL);
-    if (n_budgets > 1 || (a->k_bits > 0) != (a->v_bits > 0)) {
-        return kvq_fail(err, KVQ_ERR_USAGE,
-                        "give --target-bits, or a --preset, or --k-mean-bits and --v-mean-bits, or --widths-from",
-                        "more than one budget, or half of one");
-    }
-    return KVQ_OK;
+    KVQ_TRY(refuse_measured(o, err));
+    KVQ_TRY(check_budget_options(a, err));
+
+done:
+    return status;
 }
 
 // "0,1,2,3": the numbers as bits of a set.
