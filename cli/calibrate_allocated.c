@@ -72,13 +72,13 @@ static kvq_status refuse_own(const calibrate_options *o, kvq_error *err) {
                        measured[] = {{"--v-scale", a->scale != 0},
                                      {"--v-rotation", a->rotation != 0},
                                      {"--kl-tokens", a->kl_tokens != NOT_GIVEN}};
-    const char *found = find_given(own, CLI_COUNT_OF(own));
-    if (found == NULL && !a->measure) found = find_given(measured, CLI_COUNT_OF(measured));
+    const char *of_fit = find_given(own, CLI_COUNT_OF(own));
+    const char *found = of_fit != NULL ? of_fit : a->measure ? NULL : find_given(measured, CLI_COUNT_OF(measured));
     if (found == NULL) return KVQ_OK;
     return kvq_fail(err, KVQ_ERR_USAGE,
                     !o->measure_only ? "add --target-bits, or a --preset"
-                    : a->measure     ? "give it to kvq-calibrate --from, which fits"
-                                     : "add --allocated, or give it to kvq-calibrate --from, which fits",
+                    : of_fit != NULL ? "give it to kvq-calibrate --from, which fits"
+                                     : "add --allocated",
                     "%s belongs to the channel-allocated format", found);
 }
 
@@ -203,9 +203,15 @@ done:
     return status;
 }
 
+// Bits are dealt for whole tiles, and an open tile is said apart; what is named and recorded is what was dealt for.
+void set_target_tokens(calibration *c) {
+    int64_t given = c->o->allocated.target_tokens, n = given > 0 ? given : c->seq_len;
+    c->alloc.n_tokens = (n + KVQ_TILE_TOKENS - 1) / KVQ_TILE_TOKENS * KVQ_TILE_TOKENS;
+}
+
 void complete_allocated_options(calibration *c, int64_t d) {
     if (c->allocated || c->o->allocated.measure) kvq_measure_for_tiles(&c->measured, d);
-    c->alloc.n_tokens = c->o->allocated.target_tokens > 0 ? c->o->allocated.target_tokens : c->seq_len;
+    set_target_tokens(c);
 }
 
 void list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n) {

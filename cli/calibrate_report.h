@@ -115,6 +115,7 @@ kvq_status resolve_allocated_options(calibration *c, kvq_error *err);
 kvq_status open_widths(kvq_cli *cli, calibration *c, kvq_error *err);
 // Called when the shape of the model is known; d channels in a row.
 void       complete_allocated_options(calibration *c, int64_t d);
+void       set_target_tokens(calibration *c); // c->seq_len is known
 void       print_allocated(kvq_cli *cli, const calibration *c);
 void       print_allocated_size(kvq_cli *cli, const calibration *c);
 void       list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n);
