@@ -177,7 +177,7 @@ kvq_status resolve_allocated_options(calibration *c, kvq_error *err) {
     to->outlier_fraction = c->o->outliers.count > 0 ? c->o->outliers.values[0] : USUAL_OUTLIERS;
     bool needs_kl = (c->allocated && a->widths_from == NULL) || a->measure; // given widths need no budget
     c->kl_tokens = !needs_kl ? 0 : a->kl_tokens != NOT_GIVEN ? a->kl_tokens : USUAL_KL_TOKENS;
-    to->gradients_only = c->o->from != NULL && a->kl_tokens == 0;
+    to->gradients_only = c->o->from != NULL && (a->kl_tokens == 0 || a->widths_from != NULL);
     c->options.measure.rotation = (kvq_rotation_kind)a->rotation;
     c->options.measure.scale_format = (kvq_scale_format)a->scale;
     if (c->allocated) c->options.fit.outlier_fraction = to->outlier_fraction;
