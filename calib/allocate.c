@@ -76,13 +76,19 @@ typedef struct allocating {
     kvq_artifact              *artifact;
 } allocating;
 
+// A layer as the options want it seen: what is not asked is not recorded either.
+static kvq_status read_layer(const allocating *a, int64_t l, kvq_measured_layer **out, kvq_error *err) {
+    kvq_status status = get_layer(a->ctx, a->from, l, out, err);
+    if (status == KVQ_OK && a->options->gradients_only) (*out)->kl[0] = (*out)->kl[1] = 0;
+    return status;
+}
+
 static kvq_status make_curves(allocating *a, kvq_error *err) {
     kvq_measured_layer *layer = NULL;
     int64_t             L = a->artifact->model.n_layers;
     kvq_status          status = KVQ_OK;
     for (int64_t l = 0; l < L; l++) {
-        KVQ_TRY(get_layer(a->ctx, a->from, l, &layer, err));
-        if (a->options->gradients_only) layer->kl[0] = layer->kl[1] = 0;
+        KVQ_TRY(read_layer(a, l, &layer, err));
         status = kvq_layer_curves_make(a->ctx, layer, a->from->measure, a->options, &a->curves[l], err);
         if (status != KVQ_OK) kvq_error_prefix(err, "layer %lld: ", (long long)l);
         if (status != KVQ_OK) goto done;
@@ -101,7 +107,7 @@ static kvq_status fit_layers(allocating *a, const kvq_allocation *chosen, kvq_er
     int64_t    L = a->artifact->model.n_layers, d = a->artifact->model.n_kv_heads * a->artifact->model.head_dim;
     kvq_status status = KVQ_OK;
     for (int64_t l = 0; l < L; l++) {
-        KVQ_TRY(get_layer(a->ctx, a->from, l, &layer, err));
+        KVQ_TRY(read_layer(a, l, &layer, err));
         KVQ_TRY(kvq_fit_allocated_layer(a->ctx, layer, a->from->measure, a->options, chosen->widths + l * d,
                                         chosen->rates[l], a->artifact, l, err));
         kvq_measured_layer_destroy(a->ctx, &layer);

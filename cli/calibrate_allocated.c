@@ -22,63 +22,118 @@ static bool wants_artifact(const allocated_options *a) {
     return a->target_bits > 0 || a->preset != NOT_GIVEN || a->k_bits > 0 || a->v_bits > 0 || a->widths_from != NULL;
 }
 
-// What only artifacts of this scheme have, and what they never have.
+typedef struct named_option {
+    const char *name;
+    bool        given;
+} named_option;
+
+// The first option of a list that was given, or NULL.
+static const char *find_given(const named_option *options, int n) {
+    for (int i = 0; i < n; i++) {
+        if (options[i].given) return options[i].name;
+    }
+    return NULL;
+}
+
+// What artifacts of this scheme never have.
+static kvq_status refuse_others(const calibrate_options *o, kvq_error *err) {
+    const named_option others[] = {{"--bits", o->bits > 0},
+                                   {"--k-bits", o->k_bits > 0},
+                                   {"--v-bits", o->v_bits > 0},
+                                   {"--datatype", o->datatype != NOT_GIVEN},
+                                   {"--k-datatype", o->k_datatype != NOT_GIVEN},
+                                   {"--v-datatype", o->v_datatype != NOT_GIVEN},
+                                   {"--groups", o->groups != 0},
+                                   {"--q-norm", o->q_norm},
+                                   {"--compare-lloyd", o->compare_lloyd},
+                                   {"--recent-window", o->recent_window > 0},
+                                   {"--compat", o->compat != 0},
+                                   {"--shard", o->shard != NULL},
+                                   {"--capture", o->capture != NULL}};
+    const char        *found = find_given(others, CLI_COUNT_OF(others));
+    if (found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, "leave one of them out",
+                    "%s has no meaning in the channel-allocated format (--target-bits, --preset)", found);
+}
+
+// What only artifacts of this scheme have, or measurements for them.
+static kvq_status refuse_own(const calibrate_options *o, kvq_error *err) {
+    const allocated_options *a = &o->allocated;
+    const named_option       own[] = {{"--k-mean-bits", a->k_bits > 0},
+                                      {"--v-mean-bits", a->v_bits > 0},
+                                      {"--k-widths", a->k_widths != NULL},
+                                      {"--v-rates", a->v_rates != NULL},
+                                      {"--width-group", a->width_group > 0},
+                                      {"--budget", a->scope != 0},
+                                      {"--k-tables", a->tables != 0},
+                                      {"--v-dim", a->v_dim != 1},
+                                      {"--target-tokens", a->target_tokens > 0},
+                                      {"--target-sequences", a->target_sequences > 0}},
+                       measured[] = {{"--v-scale", a->scale != 0},
+                                     {"--v-rotation", a->rotation != 0},
+                                     {"--kl-tokens", a->kl_tokens != NOT_GIVEN}};
+    const char *of_fit = find_given(own, CLI_COUNT_OF(own));
+    const char *found = of_fit != NULL ? of_fit : a->measure ? NULL : find_given(measured, CLI_COUNT_OF(measured));
+    if (found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE,
+                    !o->measure_only ? "add --target-bits, or a --preset"
+                    : of_fit != NULL ? "give it to kvq-calibrate --from, which fits"
+                                     : "add --allocated",
+                    "%s belongs to the channel-allocated format", found);
+}
+
+static kvq_status refuse_measured(const calibrate_options *o, kvq_error *err) {
+    const allocated_options *a = &o->allocated;
+    const named_option       measured[] = {
+              {"--v-scale", a->scale != 0}, {"--v-rotation", a->rotation != 0}, {"--weighting", o->weighting != NOT_GIVEN}};
+    const char *found = find_given(measured, CLI_COUNT_OF(measured));
+    if (o->from == NULL) return KVQ_OK;
+    if (a->kl_tokens != NOT_GIVEN && a->kl_tokens != 0)
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--from: the measurement decides --kl-tokens; 0 ignores what it has");
+    if (found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, "leave it out; to change it measure again with --measure-only --allocated",
+                    "--from: the measurement decides %s of the channel-allocated format", found);
+}
+
+static kvq_status check_budget_options(const allocated_options *a, kvq_error *err) {
+    const named_option decided[] = {{"--k-widths", a->k_widths != NULL},
+                                    {"--v-rates", a->v_rates != NULL},
+                                    {"--width-group", a->width_group > 0},
+                                    {"--budget", a->scope != 0},
+                                    {"--kl-tokens", a->kl_tokens > 0}};
+    const char        *found = find_given(decided, CLI_COUNT_OF(decided));
+    int                n_budgets =
+        (a->target_bits > 0) + (a->preset != NOT_GIVEN) + (a->k_bits > 0 || a->v_bits > 0) + (a->widths_from != NULL);
+    if (n_budgets > 1) {
+        return kvq_fail(err, KVQ_ERR_USAGE,
+                        "give --target-bits, or a --preset, or --k-mean-bits and --v-mean-bits, or --widths-from",
+                        "more than one budget of the channel-allocated format");
+    }
+    if ((a->k_bits > 0) != (a->v_bits > 0)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "give both, or --target-bits instead",
+                        "--k-mean-bits and --v-mean-bits belong together");
+    }
+    if (a->widths_from == NULL || found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, "leave one of them out",
+                    "--widths-from: %s has no meaning when the widths are given", found);
+}
+
 kvq_status check_allocated_options(const calibrate_options *o, kvq_error *err) {
     const allocated_options *a = &o->allocated;
-    const struct {
-        const char *name;
-        bool        given;
-    } others[] = {{"--bits", o->bits > 0},
-                  {"--k-bits", o->k_bits > 0},
-                  {"--v-bits", o->v_bits > 0},
-                  {"--datatype", o->datatype != NOT_GIVEN},
-                  {"--k-datatype", o->k_datatype != NOT_GIVEN},
-                  {"--v-datatype", o->v_datatype != NOT_GIVEN},
-                  {"--groups", o->groups != 0},
-                  {"--q-norm", o->q_norm},
-                  {"--compare-lloyd", o->compare_lloyd},
-                  {"--recent-window", o->recent_window > 0},
-                  {"--compat", o->compat != 0},
-                  {"--shard", o->shard != NULL},
-                  {"--capture", o->capture != NULL}},
-      own[] = {{"--k-mean-bits", a->k_bits > 0},
-               {"--v-mean-bits", a->v_bits > 0},
-               {"--k-widths", a->k_widths != NULL},
-               {"--v-rates", a->v_rates != NULL},
-               {"--width-group", a->width_group > 0},
-               {"--budget", a->scope != 0},
-               {"--k-tables", a->tables != 0},
-               {"--v-dim", a->v_dim != 1},
-               {"--target-tokens", a->target_tokens > 0},
-               {"--target-sequences", a->target_sequences > 0}};
+    kvq_status               status = KVQ_OK;
     if (a->measure && !o->measure_only)
         return kvq_fail(err, KVQ_ERR_USAGE, "add --measure-only", "--allocated belongs to a measurement");
-    if (!wants_artifact(a)) {
-        for (int i = 0; i < CLI_COUNT_OF(own); i++) {
-            if (!own[i].given) continue;
-            return kvq_fail(err, KVQ_ERR_USAGE, "add --target-bits, or a --preset",
-                            "%s belongs to the channel-allocated format", own[i].name);
-        }
-        return KVQ_OK;
-    }
-    for (int i = 0; i < CLI_COUNT_OF(others); i++) {
-        if (!others[i].given) continue;
-        return kvq_fail(err, KVQ_ERR_USAGE, "leave one of them out",
-                        "%s has no meaning in the channel-allocated format (--target-bits, --preset)", others[i].name);
-    }
+    if (!wants_artifact(a)) return refuse_own(o, err);
+    KVQ_TRY(refuse_others(o, err));
     if (o->measure_only) {
         return kvq_fail(err, KVQ_ERR_USAGE, "give it to kvq-calibrate --from; --allocated measures what it needs",
                         "--measure-only: --target-bits and --preset have no meaning here");
     }
-    if (o->from != NULL && a->kl_tokens != NOT_GIVEN && a->kl_tokens != 0)
-        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--from: the measurement decides --kl-tokens; 0 ignores what it has");
-    int n_budgets = (a->target_bits > 0) + (a->preset != NOT_GIVEN) + (a->k_bits > 0) + (a->widths_from != NULL);
-    if (n_budgets > 1 || (a->k_bits > 0) != (a->v_bits > 0)) {
-        return kvq_fail(err, KVQ_ERR_USAGE,
-                        "give --target-bits, or a --preset, or --k-mean-bits and --v-mean-bits, or --widths-from",
-                        "more than one budget, or half of one");
-    }
-    return KVQ_OK;
+    KVQ_TRY(refuse_measured(o, err));
+    KVQ_TRY(check_budget_options(a, err));
+
+done:
+    return status;
 }
 
 // "0,1,2,3": the numbers as bits of a set.
@@ -120,8 +175,9 @@ kvq_status resolve_allocated_options(calibration *c, kvq_error *err) {
     KVQ_TRY(read_set("--k-widths", a->k_widths, &to->k_widths, err));
     KVQ_TRY(read_set("--v-rates", a->v_rates, &to->v_rates, err));
     to->outlier_fraction = c->o->outliers.count > 0 ? c->o->outliers.values[0] : USUAL_OUTLIERS;
-    c->kl_tokens = !c->allocated && !a->measure ? 0 : a->kl_tokens != NOT_GIVEN ? a->kl_tokens : USUAL_KL_TOKENS;
-    to->gradients_only = c->o->from != NULL && a->kl_tokens == 0;
+    bool needs_kl = (c->allocated && a->widths_from == NULL) || a->measure; // given widths need no budget
+    c->kl_tokens = !needs_kl ? 0 : a->kl_tokens != NOT_GIVEN ? a->kl_tokens : USUAL_KL_TOKENS;
+    to->gradients_only = c->o->from != NULL && (a->kl_tokens == 0 || a->widths_from != NULL);
     c->options.measure.rotation = (kvq_rotation_kind)a->rotation;
     c->options.measure.scale_format = (kvq_scale_format)a->scale;
     if (c->allocated) c->options.fit.outlier_fraction = to->outlier_fraction;
@@ -131,16 +187,39 @@ done:
     return status;
 }
 
+kvq_status open_widths(kvq_cli *cli, calibration *c, kvq_error *err) {
+    const char *path = c->o->allocated.widths_from;
+    char        sha256[KVQ_SHA256_HEX];
+    kvq_status  status = KVQ_OK;
+    if (path == NULL) return KVQ_OK;
+    KVQ_TRY(kvq_artifact_read(&cli->ctx, path, &c->like, sha256, err));
+    if (!kvq_artifact_is_allocated(c->like) || c->like->layers[0].v.dim != c->alloc.v_dim) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_MISMATCH, "give one that was made with --target-bits, and its --v-dim",
+                         "--widths-from %s: it is not channel-allocated, or not with --v-dim %d", path,
+                         c->alloc.v_dim));
+    }
+
+done:
+    return status;
+}
+
+// Bits are dealt for whole tiles, and an open tile is said apart; what is named and recorded is what was dealt for.
+void set_target_tokens(calibration *c) {
+    int64_t given = c->o->allocated.target_tokens, n = given > 0 ? given : c->seq_len;
+    c->alloc.n_tokens = (n + KVQ_TILE_TOKENS - 1) / KVQ_TILE_TOKENS * KVQ_TILE_TOKENS;
+}
+
 void complete_allocated_options(calibration *c, int64_t d) {
     if (c->allocated || c->o->allocated.measure) kvq_measure_for_tiles(&c->measured, d);
-    c->alloc.n_tokens = c->o->allocated.target_tokens > 0 ? c->o->allocated.target_tokens : c->seq_len;
+    set_target_tokens(c);
 }
 
 void list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n) {
     const kvq_alloc_options *a = &c->alloc;
+    const char              *from = c->o->allocated.widths_from;
     const setting            all[] = {
                    {"outliers", NULL, a->outlier_fraction},
-                   {"target_bits", NULL, a->k_bits > 0 ? 0 : a->target_bits},
+                   {"target_bits", NULL, a->k_bits > 0 || from != NULL ? 0 : a->target_bits},
                    {"target_tokens", NULL, (double)a->n_tokens},
                    {"target_sequences", NULL, (double)a->n_sequences},
                    {"k_mean_bits", NULL, a->k_bits},
@@ -153,6 +232,7 @@ void list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n) {
                    {"v_dim", NULL, a->v_dim},
     };
     for (int i = 0; i < CLI_COUNT_OF(all); i++) list[(*n)++] = all[i];
+    if (from != NULL) list[(*n)++] = (setting){"widths_from", kvq_file_name(from), 0};
 }
 
 void print_allocated(kvq_cli *cli, const calibration *c) {
@@ -281,20 +361,16 @@ done:
 }
 
 static kvq_status fit(kvq_cli *cli, calibration *c, const kvq_measured_layers *layers, kvq_error *err) {
-    kvq_artifact  *artifact = NULL, *like = NULL;
+    kvq_artifact  *artifact = NULL;
     kvq_allocation chosen = {.widths = NULL};
-    const char    *widths_from = c->o->allocated.widths_from;
-    char           sha256[KVQ_SHA256_HEX];
     kvq_status     status = KVQ_OK;
-    if (widths_from != NULL) KVQ_TRY(kvq_artifact_read(&cli->ctx, widths_from, &like, sha256, err));
-    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &c->alloc, like, &artifact, &chosen, err));
+    KVQ_TRY(kvq_fit_allocated(&cli->ctx, layers, &c->alloc, c->like, &artifact, &chosen, err));
     kvq_artifact_destroy(&cli->ctx, &c->artifact);
     c->artifact = artifact;
     kvq_cli_end_progress(cli);
-    if (widths_from == NULL) print_allocation(cli, c, &chosen);
+    if (c->like == NULL) print_allocation(cli, c, &chosen);
 
 done:
-    kvq_artifact_destroy(&cli->ctx, &like);
     kvq_allocation_free(&cli->ctx, &chosen);
     return status;
 }

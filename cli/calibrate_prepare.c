@@ -31,10 +31,11 @@ static kvq_status check_output(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_status               status = kvq_sweep_peek_result(&cli->ctx, &c->sweep, &c->processes, result, err);
     if (status != KVQ_OK) return status;
     if (result[0] != 0 && !o->restart) c->finished = read_result(cli, c, found) && strcmp(result, found) == 0;
-    const char *inputs[CLI_SOURCE_FILES + 2] = {NULL};
+    const char *inputs[CLI_SOURCE_FILES + 3] = {NULL};
     kvq_cli_source_files(&o->source, inputs);
     inputs[CLI_SOURCE_FILES] = o->model;
     inputs[CLI_SOURCE_FILES + 1] = o->thresholds;
+    inputs[CLI_SOURCE_FILES + 2] = o->allocated.widths_from;
     return kvq_cli_check_output(cli, o->output, o->force || c->finished, inputs, CLI_COUNT_OF(inputs), err);
 }
 
@@ -113,6 +114,7 @@ kvq_status open_model(kvq_cli *cli, calibration *c, kvq_error *err) {
         KVQ_TRY(kvq_alloc_options_check(&c->alloc, config->head_dim, err));
     else if (!o->measure_only)
         KVQ_TRY(kvq_fit_options_check(&c->options.fit, err));
+    if (c->like != NULL) KVQ_TRY(kvq_artifact_matches(c->like, config, NULL, err));
     KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, c->checkpoint, &c->identity, err));
     KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &c->be, err));
     KVQ_TRY(kvq_model_create(&cli->ctx, c->be, c->checkpoint, false, &c->model, err));
@@ -131,6 +133,7 @@ kvq_status prepare_calibration(kvq_cli *cli, calibration *c, kvq_error *err) {
     const calibrate_options *o = c->o;
     bool                     self = kvq_cli_is_self(&o->source);
     KVQ_TRY(check_output(cli, c, err));
+    KVQ_TRY(open_widths(cli, c, err));
     KVQ_TRY(open_model(cli, c, err));
     KVQ_TRY(make_plan(cli, c, err));
     // a text is read before the plan, which says how much there is; writing one takes long, so it comes after

@@ -69,6 +69,7 @@ typedef struct calibration {
     kvq_windows              windows;
     kvq_cli_tokenizer        tokenizer;
     kvq_measurement         *measurement; // --from
+    kvq_artifact            *like;        // --widths-from
     kvq_artifact            *artifact;
     char                     content_sha256[KVQ_SHA256_HEX];
     double                   start_s;
@@ -110,8 +111,11 @@ bool       continues(const calibration *c); // the work directory holds a run th
 // calibrate_allocated.c: artifacts of scheme "alloc".
 kvq_status check_allocated_options(const calibrate_options *o, kvq_error *err);
 kvq_status resolve_allocated_options(calibration *c, kvq_error *err);
+// Reads the artifact of --widths-from, if it is given; what does not fit should be known before a run.
+kvq_status open_widths(kvq_cli *cli, calibration *c, kvq_error *err);
 // Called when the shape of the model is known; d channels in a row.
 void       complete_allocated_options(calibration *c, int64_t d);
+void       set_target_tokens(calibration *c); // c->seq_len is known
 void       print_allocated(kvq_cli *cli, const calibration *c);
 void       print_allocated_size(kvq_cli *cli, const calibration *c);
 void       list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n);

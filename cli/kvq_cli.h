@@ -191,8 +191,8 @@ typedef struct kvq_cli_source {
      .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names,             \
      .rare = true},                                                                                                    \
     {"newlines", 0, CLI_CHOICE, AT(source.newlines), "HOW",                                                            \
-     .help = "kept; bare: no spaces before them; single: no blank lines either; mixed: half kept, half bare",          \
-     .choices = kvq_cli_newlines_names}
+     .help = "kept; bare: no spaces in front; single: nor blank lines; mixed: half kept, half bare",                   \
+     .choices = kvq_cli_newlines_names, .rare = true}
 
 // Rows for the windows that are drawn from it, or from given ids: samples, seq_len and seed beside the source.
 #define CLI_WINDOW_ROWS                                                                                                \

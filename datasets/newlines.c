@@ -19,7 +19,7 @@ void newline_filter_free(const kvq_context *ctx, newline_filter *f) {
 }
 
 static void put_blanks(newline_filter *f) {
-    memset(f->data + f->n, ' ', f->n_blanks);
+    if (f->n_blanks > 0) memset(f->data + f->n, ' ', f->n_blanks); // there may be no data yet
     f->n += f->n_blanks;
     f->n_blanks = 0;
 }
