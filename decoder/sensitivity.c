@@ -4,7 +4,7 @@
 // the exact one from the layer whose K or V is quantised to the end; there are two such variants for each layer, and as
 // many as fit into memory are carried at a time. Only some positions are scored, because for small models the head
 // costs more than the layers do.
-#include <math.h>
+#include <string.h>
 
 #include "decoder_impl.h"
 
@@ -31,7 +31,7 @@ typedef struct run {
     kvq_position_score     *scores;
     int                     tensor; // that the hook quantises
     int64_t                 done;
-    double                 *kl; // [L, 2]
+    double                 *kl; // [L, 2]; the caller's stays as it is until all are known
 } run;
 
 // ---------------------------------------------------------------- one layer
@@ -176,6 +176,7 @@ static kvq_status allocate(run *r, kvq_error *err) {
     KVQ_TRY(KVQ_NEW(r->ctx, r->n_scored + 1, "scored positions", &r->positions, err));
     KVQ_TRY(KVQ_NEW(r->ctx, r->n_scored + 1, "targets", &r->targets, err));
     KVQ_TRY(KVQ_NEW(r->ctx, r->n_scored, "scores", &r->scores, err));
+    KVQ_TRY(KVQ_NEW(r->ctx, 2 * r->config->n_layers, "KL of tensors", &r->kl, err));
     KVQ_TRY(kvq_workspace_create(r->model, r->n_tokens + 1, false, &r->ws, err));
     for (int64_t i = 0; i < r->n_scored; i++) // the last ones of each stride, which have most context
         r->positions[i] = (int32_t)(r->n_tokens - 1 - i * SCORED_STRIDE);
@@ -191,6 +192,7 @@ static void release(run *r) {
     kvq_free(r->ctx, r->positions);
     kvq_free(r->ctx, r->targets);
     kvq_free(r->ctx, r->scores);
+    kvq_free(r->ctx, r->kl);
 }
 
 kvq_status kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
@@ -201,8 +203,7 @@ kvq_status kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be
                     .model = model,
                     .config = kvq_model_describe(model),
                     .artifact = artifact,
-                    .windows = windows,
-                    .kl = kl};
+                    .windows = windows};
     kvq_status status = KVQ_OK;
     if (windows->n_windows < 1 || windows->seq_len < 2)
         return kvq_fail(err, KVQ_ERR_INPUT, "give a longer text", "%s: no token can be scored", windows->source);
@@ -216,6 +217,7 @@ kvq_status kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be
     }
     for (int64_t first = 0, L = r.config->n_layers; first < L; first += r.batch)
         KVQ_TRY(run_batch(&r, first, first + r.batch < L ? first + r.batch : L, err));
+    memcpy(kl, r.kl, (size_t)(2 * r.config->n_layers) * sizeof *kl);
 
 done:
     release(&r);
