@@ -6,6 +6,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "counting_memory.h"
 #include "kvq_calib.h"
 #include "kvq_decoder.h"
 #include "kvq_make_model.h"
@@ -333,30 +334,6 @@ END_TEST
 
 // ---------------------------------------------------------------- memory
 
-typedef struct counted {
-    kvq_context inner;
-    int64_t     now, most;
-} counted;
-
-// The size stands in front of a block, which keeps its alignment.
-static void *counting_alloc(void *user, size_t bytes) {
-    counted *c = user;
-    char    *p = c->inner.alloc(c->inner.user, bytes + 64);
-    if (p == NULL) return NULL;
-    memcpy(p, &bytes, sizeof bytes);
-    c->now += (int64_t)bytes;
-    c->most = c->now > c->most ? c->now : c->most;
-    return p + 64;
-}
-
-static void counting_release(void *user, void *p) {
-    counted *c = user;
-    size_t   bytes;
-    memcpy(&bytes, (char *)p - 64, sizeof bytes);
-    c->now -= (int64_t)bytes;
-    c->inner.release(c->inner.user, (char *)p - 64);
-}
-
 // What is allocated at the worst moment, beside one layer's weights or the head, is what was planned. Not counted are a
 // token more in the workspace, padding to 64 bytes and structures (16 KiB), and the 256 KiB through which weights are
 // expanded, which are part of what a program needs in any case.
@@ -369,10 +346,8 @@ START_TEST(the_plan_has_room_for_all) {
     r.ctx.n_threads = 1; // the count is not made for several
     kvq_sensitivity_cost plan = kvq_sensitivity_plan(r.model, r.windows.seq_len, 4, 1200);
     kvq_context          normal = r.ctx;
-    counted              c = {.inner = normal};
-    r.ctx.user = &c;
-    r.ctx.alloc = counting_alloc;
-    r.ctx.release = counting_release;
+    counting_memory      c = {.inner = normal};
+    r.ctx = counting_context(&c);
     kvq_test_ok(kvq_measure_sensitivity(&r.ctx, r.be, r.model, r.artifact, &r.windows, 1200, kl, &err), &err);
     r.ctx = normal;
     int64_t layer = 4 * kvq_layer_floats(r.model), head = 4 * kvq_head_floats(r.model);
