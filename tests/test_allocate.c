@@ -20,6 +20,7 @@ enum { N = 5, S = 40, L = 3, HEADS = 2, DIM = 16, D = HEADS * DIM, SINKS = 2 };
 static void make_model(char path[256]) {
     kvq_make_options options = kvq_make_options_default();
     options.n_layers = L;
+    options.attention_bias = true; // with which the exponent of scales is not 0 everywhere
     (void)snprintf(path, 256, "%s/model", kvq_test_folder());
     kvq_make_model_hf(&options, path);
 }
