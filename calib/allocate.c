@@ -179,3 +179,29 @@ done:
     kvq_artifact_destroy(ctx, &a.artifact);
     return status;
 }
+
+// ---------------------------------------------------------------- before a run
+
+// An allocation of layers without any error has the same budget, and the same least that it must spend.
+kvq_status kvq_fit_allocated_check(const kvq_context *ctx, const kvq_model_config *config,
+                                   const kvq_measure_options *measured, const kvq_alloc_options *options,
+                                   kvq_error *err) {
+    kvq_artifact     *shape = NULL;
+    kvq_layer_curves *curves = NULL;
+    double           *zeros = NULL;
+    kvq_allocation    allocation = {.widths = NULL};
+    int64_t           L = config->n_layers, d = (int64_t)config->n_kv_heads * config->head_dim;
+    kvq_status        status = KVQ_OK;
+    KVQ_TRY(calib_create_artifact(ctx, config, measured, NULL, &shape, err));
+    KVQ_TRY(kvq_artifact_describe_allocated(ctx, shape, measured, options, err));
+    KVQ_TRY(KVQ_NEW(ctx, L, "error curves", &curves, err));
+    KVQ_TRY(KVQ_NEW(ctx, d * (KVQ_MAX_KEY_WIDTH + 1), "error curves", &zeros, err));
+    for (int64_t l = 0; l < L; l++) curves[l].k = zeros;
+    KVQ_TRY(kvq_allocate(ctx, shape, curves, options, &allocation, err));
+done:
+    kvq_allocation_free(ctx, &allocation);
+    kvq_free(ctx, zeros);
+    kvq_free(ctx, curves);
+    kvq_artifact_destroy(ctx, &shape);
+    return status;
+}

@@ -112,7 +112,7 @@ kvq_status measure_tiles_create(const kvq_context *ctx, const kvq_measure_option
                                 tile_measure **out, kvq_error *err);
 void       measure_tiles_destroy(const kvq_context *ctx, tile_measure **tiles);
 void       measure_tiles_drop(tile_measure *tiles);                                      // frees the counts
-int64_t    measure_tiles_bytes(const kvq_measure_options *options, measure_shape shape); // at the worst moment
+int64_t    measure_tiles_bytes(const kvq_measure_options *options, measure_shape shape); // of the counts
 void       measure_tiles_begin_forward(tile_measure *tiles);
 void       measure_tiles_see_forward(tile_measure *tiles, const float *v);
 void       measure_tiles_finish_forward(tile_measure *tiles, int64_t layer);

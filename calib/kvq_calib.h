@@ -136,9 +136,9 @@ kvq_calib_options kvq_calib_options_default(void);
 kvq_status kvq_measure_options_check(const kvq_measure_options *options, const kvq_model_config *config,
                                      int64_t seq_len, kvq_error *err);
 kvq_status kvq_fit_options_check(const kvq_fit_options *options, kvq_error *err);
-// Adds what the channel-allocated format needs of rows of d channels: thresholds in f16, and unless k_slots says
-// otherwise 8 outliers per token and side.
-void kvq_measure_for_tiles(kvq_measure_options *options, int64_t d);
+// Adds what the channel-allocated format needs: thresholds in f16, and unless k_slots says otherwise 8 outliers of keys
+// per token and side.
+void kvq_measure_for_tiles(kvq_measure_options *options);
 // What has to be measured for a fit: options->measure with the fit's fraction and weighting alone, without moments.
 kvq_measure_options kvq_measure_for_fit(const kvq_calib_options *options);
 
@@ -192,7 +192,7 @@ kvq_status kvq_refit(const kvq_context *ctx, const kvq_measurement *measurement,
 // ---------------------------------------------------------------- channel-allocated artifacts
 
 // The layers of one measurement: results of a finished kvq_measure in its work directory (about: the artifact that gave
-// its identity, with what kvq_measure_alone found in layers[].k.kl and v.kl), or a file. Everything is borrowed.
+// its identity, with what was measured of single tensors in layers[].k.kl and v.kl), or a file. Everything is borrowed.
 typedef struct kvq_measured_layers kvq_measured_layers;
 kvq_status                         kvq_measured_layers_open(const kvq_context *ctx, const kvq_artifact *about,
                                                             const kvq_measure_options *options, const kvq_sweep_options *sweep,
@@ -200,6 +200,12 @@ kvq_status                         kvq_measured_layers_open(const kvq_context *c
 kvq_status kvq_measured_layers_of_file(const kvq_context *ctx, const kvq_measurement *file, kvq_measured_layers **out,
                                        kvq_error *err);
 void       kvq_measured_layers_close(const kvq_context *ctx, kvq_measured_layers **layers);
+
+// What can be known before anything is measured: KVQ_ERR_USAGE for options out of range and a target that no widths can
+// reach.
+kvq_status kvq_fit_allocated_check(const kvq_context *ctx, const kvq_model_config *config,
+                                   const kvq_measure_options *measured, const kvq_alloc_options *options,
+                                   kvq_error *err);
 
 // Error curves of all layers, the allocation of bits, and the fit. With `like` (NULL = none), an artifact of the same
 // shape, its widths and rates are used instead of an allocation. Memory: one measured layer, and the curves. *chosen

@@ -298,6 +298,7 @@ static kvq_status count_tiles(measure *m, int64_t layer, const kvq_seen *seen, k
     kvq_status status = measure_tiles_see_values(m->tiles, layer, seen->v, seen->dv, err);
     for (int f = 0; f < m->options->n_fractions && status == KVQ_OK; f++) {
         kvq_block_spec spec = spec_of(m, layer, f, K);
+        spec.n_side = kvq_measured_tile_side(m->options, m->options->fractions[f], m->d);
         status = measure_tiles_see_keys(m->tiles, f, &spec, seen->k, seen->dk, err);
     }
     if (status != KVQ_OK) kvq_error_prefix(err, "layer %lld, ", (long long)layer);
@@ -503,15 +504,20 @@ kvq_observer measure_observer(measure *m) {
 
 void measure_keep_raw(measure *m) { m->raw = true; }
 
-// Forward: what is kept of K, and its packed ends, which are saved and sorted; moments and the same as bytes. Backward:
-// histograms, and the same as bytes with an index for each bin.
+// The worst moment of a pass is when what was seen is saved: beside it the same as bytes, in a blob that grew (up to
+// half as much again), and once more as the file.
+static int64_t while_saving(int64_t seen, int64_t bytes) { return seen + bytes * 5 / 2; }
+
+// Forward: what is kept of K, saved as its packed ends (finding thresholds packs and sorts them, which is less), and
+// moments. Backward: histograms and what tiles need, as bytes with an index for each bin.
 int64_t measure_bytes(const kvq_measure_options *o, measure_shape shape) {
-    int64_t d = width_of(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0;
-    int64_t forward = has_thresholds(o) ? kvq_tails_bytes(d, kept_ends(o, shape)) : 0;
-    int64_t backward = histogram_count(o, shape) * kvq_histogram_bytes(o->weightings) * 9 / 4;
-    if (o->allocated) backward += measure_tiles_bytes(o, shape);
-    forward += n_ends * (int64_t)sizeof(float) * (o->threshold_scope == KVQ_SCOPE_MATRIX ? 2 : 1);
-    for (int i = 0; i < 3 && o->moments; i++) forward += 2 * moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
+    int64_t d = width_of(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0, moments = 0;
+    int64_t tails = has_thresholds(o) ? kvq_tails_bytes(d, kept_ends(o, shape)) : 0;
+    int64_t counts = histogram_count(o, shape) * kvq_histogram_bytes(o->weightings);
+    if (o->allocated) counts += measure_tiles_bytes(o, shape);
+    for (int i = 0; i < 3 && o->moments; i++) moments += moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
+    int64_t forward = while_saving(tails + moments, n_ends * (int64_t)sizeof(float) + moments);
+    int64_t backward = while_saving(counts, counts * 5 / 4);
     if (o->moments) forward += kvq_moments_scratch_doubles(shape.n_heads, shape.head_dim) * (int64_t)sizeof(double);
     return forward > backward ? forward : backward;
 }

@@ -24,12 +24,12 @@ kvq_measure_options kvq_measure_for_fit(const kvq_calib_options *options) {
     return m;
 }
 
-#define USUAL_TILE_SIDE 8 // outliers of a token and side; what a tile has room for is the narrower bound
+#define USUAL_TILE_SIDE 8
 
-void kvq_measure_for_tiles(kvq_measure_options *m, int64_t d) {
+void kvq_measure_for_tiles(kvq_measure_options *m) {
     m->allocated = true;
     m->half_thresholds = true;
-    if (m->k_slots == 0) m->k_slots = USUAL_TILE_SIDE < (d - 1) / 2 ? USUAL_TILE_SIDE : (d - 1) / 2;
+    m->tile_side = m->k_slots > 0 ? m->k_slots : USUAL_TILE_SIDE;
 }
 
 // ---------------------------------------------------------------- measurements

@@ -209,8 +209,8 @@ void set_target_tokens(calibration *c) {
     c->alloc.n_tokens = (n + KVQ_TILE_TOKENS - 1) / KVQ_TILE_TOKENS * KVQ_TILE_TOKENS;
 }
 
-void complete_allocated_options(calibration *c, int64_t d) {
-    if (c->allocated || c->o->allocated.measure) kvq_measure_for_tiles(&c->measured, d);
+void complete_allocated_options(calibration *c) {
+    if (c->allocated || c->o->allocated.measure) kvq_measure_for_tiles(&c->measured);
     set_target_tokens(c);
 }
 

@@ -108,9 +108,11 @@ kvq_status open_model(kvq_cli *cli, calibration *c, kvq_error *err) {
     const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
     cli->n_layers = config->n_layers;
     KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, CLI_DEFAULT_SEQ_LEN, &c->seq_len, err));
-    complete_allocated_options(c, (int64_t)config->n_kv_heads * config->head_dim);
+    complete_allocated_options(c);
     KVQ_TRY(kvq_measure_options_check(&c->measured, config, c->seq_len, err));
-    if (c->allocated)
+    if (c->allocated && o->allocated.widths_from == NULL)
+        KVQ_TRY(kvq_fit_allocated_check(&cli->ctx, config, &c->measured, &c->alloc, err));
+    else if (c->allocated)
         KVQ_TRY(kvq_alloc_options_check(&c->alloc, config->head_dim, err));
     else if (!o->measure_only)
         KVQ_TRY(kvq_fit_options_check(&c->options.fit, err));

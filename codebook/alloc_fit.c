@@ -74,7 +74,7 @@ kvq_status kvq_artifact_describe_allocated(const kvq_context *ctx, kvq_artifact 
     KVQ_TRY(kvq_artifact_set_text(ctx, &a->quantizer.scheme, "alloc", err));
     KVQ_TRY(make_rotation(ctx, a, measure->rotation, err));
     a->quantizer.outlier_fraction = options->outlier_fraction;
-    a->quantizer.n_side_k = kvq_measured_k_side(measure, options->outlier_fraction, d);
+    a->quantizer.n_side_k = kvq_measured_tile_side(measure, options->outlier_fraction, d);
     a->quantizer.n_side_v = 0;
     a->quantizer.n_slots = n_slots;
     a->quantizer.sink_tokens = measure->sink_tokens;

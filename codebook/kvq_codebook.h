@@ -438,7 +438,7 @@ typedef struct kvq_artifact {
         char         *scheme;        // "nuq": tables of levels of one width per tensor, outliers apart;
                                      // "alloc": channel-allocated keys and rotated values, in tiles
         // of "alloc":
-        int     n_slots;       // outliers of keys per tile
+        int     n_slots;                         // outliers of keys per tile
         int64_t budget_tokens, budget_sequences; // length and number of the sequences that target_bits speak of
         double  target_bits;   // effective bits per element that were asked for; 0 = the widths were given
         float  *rotation;      // [D, D] of values, NULL in "nuq"
@@ -496,11 +496,13 @@ typedef struct kvq_measure_options {
     bool              allocated;   // also what the channel-allocated format needs; keys per channel only
     // of that:
     kvq_weighting     channel_weighting; // of its bins and cells; one weighting, for they are many
+    int64_t           tile_side;         // outliers of K per side and token; what a tile has room for bounds them too
     kvq_rotation_kind rotation;
     kvq_scale_format  scale_format;
 } kvq_measure_options;
 int kvq_measured_k_side(const kvq_measure_options *options, double fraction, int d); // outliers of K per side
 int kvq_measured_v_side(double fraction, int d);
+int kvq_measured_tile_side(const kvq_measure_options *options, double fraction, int d); // of K in tiles
 // Index of a fraction, -1 when it was not measured.
 int kvq_measured_fraction(const kvq_measure_options *options, double fraction);
 

@@ -22,6 +22,12 @@ int kvq_measured_k_side(const kvq_measure_options *options, double fraction, int
     return options->k_slots < 0 || options->k_slots > most ? most : (int)options->k_slots;
 }
 
+int kvq_measured_tile_side(const kvq_measure_options *options, double fraction, int d) {
+    int most = (d - 1) / 2 < KVQ_BLOCK_MAX_SIDE ? (d - 1) / 2 : KVQ_BLOCK_MAX_SIDE;
+    if (!(fraction > 0)) return 0;
+    return options->tile_side < most ? (int)options->tile_side : most;
+}
+
 int kvq_measured_fraction(const kvq_measure_options *options, double fraction) {
     for (int f = 0; f < options->n_fractions; f++) {
         if (options->fractions[f] == fraction) return f;

@@ -5,7 +5,9 @@
 
 #include "kvq_decoder.h"
 
+#ifndef KVQ_GROUP_BYTES                      // a suite makes it small, so that there are several groups
 #define KVQ_GROUP_BYTES ((int64_t)256 << 20) // hidden states of one group of windows
+#endif
 
 // Windows whose hidden states wait together between two layers; window_floats: all states of one window.
 static inline int64_t kvq_group_size(int64_t window_floats, int64_t n_windows) {
@@ -24,7 +26,7 @@ kvq_row_counts kvq_packed_layer_count(const kvq_packed_layer *cache, int tensor,
 // ---------------------------------------------------------------- keys beyond their ranges (range_watch.c)
 
 // Watches the keys of windows of one length, as they are stored. *out = NULL when the artifact has no ranges of
-// channels or does not know how often they were left.
+// channels or does not know how often they were left, or all tokens of a window are sinks.
 typedef struct range_watch range_watch;
 kvq_status                 range_watch_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t vocab_size,
                                               const kvq_windows *windows, range_watch **out, kvq_error *err);

@@ -109,7 +109,7 @@ typedef struct kvq_validation {
     kvq_mean         dppl;      // relative; 0.01 = 1 %
     kvq_mean         kld;       // KL(baseline || quantized), nats per token
     kvq_mean         top1;      // share of positions where both prefer the same token
-    bool             has_range; // the artifact knows ranges of channels
+    bool             has_range; // the artifact knows ranges of channels, and some tokens are no sinks
     kvq_range_report range;
     kvq_cache_size   size;           // of one window
     double           effective_bits; // of a cache that holds the windows as sequences; these share the tables

@@ -45,6 +45,7 @@ kvq_status range_watch_create(const kvq_context *ctx, const kvq_artifact *artifa
     kvq_status   status = KVQ_OK;
     *out = NULL;
     if (artifact->layers[0].k.lower == NULL || expected_share(artifact) == 0) return KVQ_OK; // nothing is known
+    if (windows->seq_len <= artifact->quantizer.sink_tokens) return KVQ_OK;                  // nothing is watched
     KVQ_TRY(KVQ_NEW(ctx, 1, "range watch", &w, err));
     w->artifact = artifact;
     w->n_layers = L;
@@ -52,7 +53,6 @@ kvq_status range_watch_create(const kvq_context *ctx, const kvq_artifact *artifa
     w->vocab_size = vocab_size;
     w->n_windows = windows->n_windows;
     w->n_tokens = windows->seq_len - artifact->quantizer.sink_tokens;
-    if (w->n_tokens < 0) w->n_tokens = 0;
     KVQ_TRY(KVQ_NEW(ctx, L * d, "ranges", &w->middle, err));
     KVQ_TRY(KVQ_NEW(ctx, L * d, "ranges", &w->half, err));
     KVQ_TRY(KVQ_NEW(ctx, L * d, "elements beyond their range", &w->channels, err));

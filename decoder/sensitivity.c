@@ -4,7 +4,7 @@
 // the exact one from the layer whose K or V is quantised to the end; there are two such variants for each layer, and as
 // many as fit into memory are carried at a time. Only some positions are scored, because for small models the head
 // costs more than the layers do.
-#include <math.h>
+#include <string.h>
 
 #include "decoder_impl.h"
 
@@ -30,7 +30,7 @@ typedef struct run {
     int32_t                *positions, *targets;           // [n_scored + 1]
     kvq_position_score     *scores;
     int                     tensor; // that the hook quantises
-    double                 *kl;     // [L, 2]
+    double                 *kl;     // [L, 2]; the caller's stays as it is until all are known
 } run;
 
 // ---------------------------------------------------------------- one layer
@@ -180,7 +180,7 @@ kvq_sensitivity_cost kvq_sensitivity_plan(const kvq_model *model, int64_t seq_le
                                   .n_tokens = length,
                                   .n_layers = batch_of(c, state),
                                   .bytes = 4 * ((2 * batch_of(c, state) + 2) * state + length * 4 * d +
-                                                kvq_workspace_floats(model, length, false)),
+                                                kvq_workspace_floats(model, length + 1, false)),
                                   .tera_flops = tokens * (L * (L + 2) * layer + 4 * L * head) * 1e-12};
 }
 
@@ -200,6 +200,7 @@ static kvq_status allocate(run *r, kvq_error *err) {
     KVQ_TRY(KVQ_NEW(r->ctx, r->n_scored + 1, "scored positions", &r->positions, err));
     KVQ_TRY(KVQ_NEW(r->ctx, r->n_scored + 1, "targets", &r->targets, err));
     KVQ_TRY(KVQ_NEW(r->ctx, r->n_scored, "scores", &r->scores, err));
+    KVQ_TRY(KVQ_NEW(r->ctx, 2 * r->config->n_layers, "KL of tensors", &r->kl, err));
     KVQ_TRY(kvq_workspace_create(r->model, r->n_tokens + 1, false, &r->ws, err));
     for (int64_t i = 0; i < r->n_scored; i++) // the last ones of each stride, which have most context
         r->positions[i] = (int32_t)(r->n_tokens - 1 - i * SCORED_STRIDE);
@@ -215,6 +216,7 @@ static void release(run *r) {
     kvq_free(r->ctx, r->positions);
     kvq_free(r->ctx, r->targets);
     kvq_free(r->ctx, r->scores);
+    kvq_free(r->ctx, r->kl);
 }
 
 kvq_status kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
@@ -225,8 +227,7 @@ kvq_status kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be
                     .model = model,
                     .config = kvq_model_describe(model),
                     .artifact = artifact,
-                    .windows = windows,
-                    .kl = kl};
+                    .windows = windows};
     kvq_status status = KVQ_OK;
     if (windows->n_windows < 1 || windows->seq_len < 2)
         return kvq_fail(err, KVQ_ERR_INPUT, "give a longer text", "%s: no token can be scored", windows->source);
@@ -241,6 +242,7 @@ kvq_status kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be
     KVQ_TRY(pass_before(&r, first, err));
     for (int64_t at = first; at < end; at += r.batch)
         KVQ_TRY(run_batch(&r, at, at + r.batch < end ? at + r.batch : end, err));
+    memcpy(kl + 2 * first, r.kl + 2 * first, (size_t)(2 * (end - first)) * sizeof *kl);
 
 done:
     release(&r);

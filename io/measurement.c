@@ -34,6 +34,8 @@ const size_t N_MEASURE_FIELDS = sizeof MEASURE_FIELDS / sizeof *MEASURE_FIELDS;
 
 const field ALLOCATED_FIELDS[] = {
     ADDED_NAME("channel_weighting", channel_weighting, kvq_weighting_names),
+    FIELD_NUMBER(kvq_measure_options, MEASUREMENT_GROUP, "tile_side", FIELD_I64, tile_side, 0, KVQ_BLOCK_MAX_SIDE, 1,
+                 OF_ALL),
     ADDED_NAME("rotation", rotation, kvq_rotation_names),
     ADDED_NAME("scale_format", scale_format, kvq_scale_format_names),
 };

@@ -32,7 +32,8 @@ static inline kvq_measure_options measure_options(double fraction) {
                                  .sink_tokens = 4,
                                  .k_slots = -1,
                                  .allocated = true,
-                                 .channel_weighting = KVQ_WEIGHT_FISHER_SCALED};
+                                 .channel_weighting = KVQ_WEIGHT_FISHER_SCALED,
+                                 .tile_side = 8};
 }
 
 static inline kvq_artifact *described(int64_t n_layers, int n_heads, int D, const kvq_measure_options *measure,

@@ -31,6 +31,7 @@ static inline kvq_measure_options allocated_options(void) {
     kvq_measure_options o = sample_options();
     o.allocated = true;
     o.channel_weighting = KVQ_WEIGHT_FISHER_SCALED;
+    o.tile_side = 5;
     o.rotation = KVQ_ROTATION_NONE;
     o.scale_format = KVQ_SCALE_F16;
     return o;

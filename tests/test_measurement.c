@@ -54,6 +54,7 @@ static void assert_equal_options(const kvq_measure_options *a, const kvq_measure
     ck_assert_int_eq(a->moments, b->moments);
     ck_assert_int_eq(a->allocated, b->allocated);
     ck_assert_int_eq(a->channel_weighting, b->channel_weighting);
+    ck_assert_int_eq(a->tile_side, b->tile_side);
     ck_assert_int_eq(a->rotation, b->rotation);
     ck_assert_int_eq(a->scale_format, b->scale_format);
 }
