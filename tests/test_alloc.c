@@ -491,7 +491,7 @@ START_TEST(a_description) {
     kvq_artifact *a = described(2, 2, 32, &measure, &o);
     ck_assert_str_eq(a->quantizer.scheme, "alloc");
     ck_assert(kvq_artifact_is_allocated(a) && a->quantizer.rotation_kind[0] != 0);
-    ck_assert_int_eq(a->quantizer.n_side_k, kvq_block_n_side(0.01, 64));
+    ck_assert_int_eq(a->quantizer.n_side_k, 8);
     ck_assert_int_eq(a->quantizer.n_slots, kvq_tile_slots(0.01, 64));
     ck_assert(a->quantizer.n_side_v == 0 && a->quantizer.sink_tokens == 4 && a->quantizer.recent_tokens == 0);
     ck_assert(a->quantizer.budget_tokens == 2048 && a->quantizer.target_bits == 3);

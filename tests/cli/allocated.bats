@@ -94,6 +94,19 @@ spends() {
   contains "$stderr" "warning" "--target-bits 8 cannot be spent"
 }
 
+@test "a target out of reach is refused before anything is measured" {
+  FRAGMENTS="out of reach"
+  fails 2 calibrate --target-bits 1 -o out.kvq.h5
+  contains "$stderr" "--target-bits 1 is out of reach" "ask for more bits"
+}
+
+@test "other formats fitted from the same measurement have their usual outlier slots" {
+  refit --bits 3 --outliers 1% -f -o from.kvq.h5
+  calibrate --bits 3 --outliers 1% -f -o direct.kvq.h5
+  [ "$(inspect from.kvq.h5 bits_per_element)" = "$(inspect direct.kvq.h5 bits_per_element)" ]
+  [ "$(inspect from.kvq.h5 quantizer n_side_k)" = "$(inspect direct.kvq.h5 quantizer n_side_k)" ]
+}
+
 @test "mean bits instead of a target" {
   calibrate --k-mean-bits 2.25 --v-mean-bits 3 -o out.kvq.h5
   holds "$(mean out.kvq.h5 k) == 2.25 && $(mean out.kvq.h5 v) == 3"
