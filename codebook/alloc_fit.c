@@ -91,17 +91,6 @@ done:
 
 // ---------------------------------------------------------------- sources and arrays
 
-kvq_status codebook_find_allocated(const kvq_measured_layer *measured, const kvq_measure_options *measure,
-                                   const kvq_alloc_options *options, int *fraction, kvq_error *err) {
-    int f = kvq_measured_fraction(measure, options->outlier_fraction);
-    if (f < 0 || measured->k[f].channels.w == NULL || measured->rotated.w == NULL) {
-        return kvq_fail(err, KVQ_ERR_INTERNAL, NULL,
-                        "outliers of %g were not measured for the channel-allocated format", options->outlier_fraction);
-    }
-    *fraction = f;
-    return KVQ_OK;
-}
-
 // An array of the artifact in place of what an earlier fit of the layer left there.
 static kvq_status renew(const kvq_context *ctx, int64_t n, const char *what, float **array, kvq_error *err) {
     kvq_free(ctx, *array);

@@ -15,6 +15,19 @@
 
 static const int KEY_LEVELS[KVQ_MAX_KEY_WIDTH + 1] = {1, 2, 4, 8, 16, 32};
 
+// ---------------------------------------------------------------- what was measured
+
+kvq_status codebook_find_allocated(const kvq_measured_layer *measured, const kvq_measure_options *measure,
+                                   const kvq_alloc_options *options, int *fraction, kvq_error *err) {
+    int f = kvq_measured_fraction(measure, options->outlier_fraction);
+    if (f < 0 || measured->k[f].channels.w == NULL || measured->rotated.w == NULL) {
+        return kvq_fail(err, KVQ_ERR_INTERNAL, NULL,
+                        "outliers of %g were not measured for the channel-allocated format", options->outlier_fraction);
+    }
+    *fraction = f;
+    return KVQ_OK;
+}
+
 // ---------------------------------------------------------------- channels
 
 double codebook_channel_factor(kvq_weighting weighting, float lower, float upper) {

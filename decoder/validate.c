@@ -132,13 +132,6 @@ done:
 
 // ---------------------------------------------------------------- summary
 
-kvq_mean kvq_mean_of(const double *values, int64_t n) {
-    double mean = 0, squares = 0;
-    for (int64_t i = 0; i < n; i++) mean += values[i] / (double)n;
-    for (int64_t i = 0; i < n; i++) squares += (values[i] - mean) * (values[i] - mean);
-    return (kvq_mean){mean, n > 1 ? sqrt(squares / (double)(n - 1) / (double)n) : (double)NAN};
-}
-
 static kvq_status summarise(run *r, kvq_error *err) {
     kvq_validation *v = r->result;
     int64_t         n = v->n_windows;
