@@ -42,6 +42,11 @@ void print_report_text(const validate_report *r) {
                plus_minus(v->top1.stderr_, 4, "", text, sizeof text));
         printf("bits         -            %-12.3f per element of these windows, everything counted\n",
                v->effective_bits);
+        int64_t open = v->seq_len % KVQ_TILE_TOKENS;
+        if (kvq_artifact_is_allocated(r->artifact) && open > 0) {
+            printf("             of which the last %lld tokens of a window, an open tile, count 16 bits\n",
+                   (long long)open);
+        }
         printf("+- is one standard error over %lld windows\n", (long long)v->n_windows);
     }
     for (int i = 0; i < r->n_gates; i++) {
