@@ -6,6 +6,8 @@ programs and prints a table for docs/results.md.
     bench/ablation.py ladder   MODEL CALIBRATION_TEXT EVALUATION_TEXT WORK_FOLDER
     bench/ablation.py compat   ...      the public code's rules, 4 windows drawn by Python's generator
     bench/ablation.py defaults ...      settings at comparable bits
+    bench/ablation.py presets  ...      the channel-allocated format beside KVQuant
+    bench/ablation.py allocated ...     what each of its ingredients is worth at 2.75 bits
 
 Settings of a study that measure the same are fitted from one measurement file. Everything made stays in WORK_FOLDER, so
 a run that was stopped goes on. Differences are paired over the windows; +- is one standard error. Needs python3 alone.
@@ -62,7 +64,34 @@ DEFAULTS = {
     "2 bits, Q-Norm": (SINK, "--outliers 1% --bits 2 --q-norm"),
     "2 bits, a table per KV head": (SINK, "--outliers 1% --bits 2 --groups head"),
 }
-STUDIES = {"ladder": LADDER, "compat": COMPAT, "defaults": DEFAULTS}
+
+# The channel-allocated format at one budget, and one ingredient at a time changed or taken away.
+TILES = f"{SINK} --allocated"
+BUDGET = "--target-bits 2.75"
+ALLOCATED = {
+    "alloc-2.75": (TILES, BUDGET),
+    "nuq3-1%": (SINK, "--outliers 1%"),
+    "widths of single channels": (TILES, f"{BUDGET} --width-group 1"),
+    "widths 1 to 4": (TILES, f"{BUDGET} --k-widths 1,2,3,4"),
+    "widths 1, 2, 4": (TILES, f"{BUDGET} --k-widths 1,2,4"),
+    "budget by layer": (TILES, f"{BUDGET} --budget layer"),
+    "budget by head": (TILES, f"{BUDGET} --budget head"),
+    "affine tables": (TILES, f"{BUDGET} --k-tables affine"),
+    "no outliers": (TILES, f"{BUDGET} --outliers 0"),
+    "outliers 1 %": (TILES, f"{BUDGET} --outliers 1%"),
+    "values one by one": (TILES, f"{BUDGET} --v-dim 1"),
+    "all layers' values at 3 bits": (TILES, f"{BUDGET} --v-rates 6"),
+    "without measured KL": (TILES, f"{BUDGET} --kl-tokens 0"),
+    "f16 scales": (f"{TILES} --v-scale f16", BUDGET),
+    "values not rotated": (f"{TILES} --v-rotation none", BUDGET),
+    "weights without gradients": (f"{TILES} --weighting range", BUDGET),
+}
+PRESETS = {
+    "nuq3-1%": (SINK, "--outliers 1%"),
+    "nuq2-1%": (SINK, "--outliers 1% --bits 2"),
+    **{name: (TILES, f"--preset {name}") for name in ("alloc-3.4", "alloc-3", "alloc-2.75", "alloc-2.1")},
+}
+STUDIES = {"ladder": LADDER, "compat": COMPAT, "defaults": DEFAULTS, "allocated": ALLOCATED, "presets": PRESETS}
 
 
 def slug(text):

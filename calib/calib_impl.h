@@ -90,6 +90,11 @@ kvq_status calib_describe_windows(const kvq_context *ctx, const kvq_windows *win
                                   kvq_error *err);
 double     calib_mean_loss(kvq_loss_sum loss); // nats per token
 
+// What an artifact says about model, tokenizer, text and where it comes from (measurements.c).
+kvq_status calib_copy_identity(const kvq_context *ctx, const kvq_artifact *from, kvq_artifact *to, kvq_error *err);
+// KVQ_ERR_USAGE, listing what there is, when outliers of a fraction were not measured.
+kvq_status calib_check_fraction(const kvq_measure_options *measured, double fraction, kvq_error *err);
+
 // ---------------------------------------------------------------- what a calibration keeps (measure.c)
 
 // The shape of what is measured.
@@ -99,6 +104,30 @@ typedef struct measure_shape {
 } measure_shape;
 measure_shape measure_shape_of(const kvq_model_config *config, int64_t seq_len, int64_t n_windows);
 measure_shape measure_shape_of_artifact(const kvq_artifact *artifact);
+
+// What the channel-allocated format needs besides (measure_tiles.c). Forward: the mean square of V, from which the
+// exponent of a layer's scales follows; backward: counts of channels and of rotated values.
+typedef struct tile_measure tile_measure;
+kvq_status measure_tiles_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
+                                tile_measure **out, kvq_error *err);
+void       measure_tiles_destroy(const kvq_context *ctx, tile_measure **tiles);
+void       measure_tiles_drop(tile_measure *tiles);                                      // frees the counts
+int64_t    measure_tiles_bytes(const kvq_measure_options *options, measure_shape shape); // of the counts
+void       measure_tiles_begin_forward(tile_measure *tiles);
+void       measure_tiles_see_forward(tile_measure *tiles, const float *v);
+void       measure_tiles_finish_forward(tile_measure *tiles, int64_t layer);
+kvq_fixed *measure_tiles_squares(
+    tile_measure *tiles); // of the layer in work: what is saved and merged of the forward pass
+int64_t   *measure_tiles_exponent(tile_measure *tiles, int64_t layer);
+kvq_status measure_tiles_begin_backward(tile_measure *tiles, kvq_error *err);
+// spec: the outliers of this fraction. Gradients are signed.
+kvq_status measure_tiles_see_keys(tile_measure *tiles, int fraction, const kvq_block_spec *spec, const float *k,
+                                  const float *dk, kvq_error *err);
+kvq_status measure_tiles_see_values(tile_measure *tiles, int64_t layer, const float *v, const float *dv,
+                                    kvq_error *err);
+kvq_status measure_tiles_save(const tile_measure *tiles, kvq_blob *out, kvq_error *err);
+kvq_status measure_tiles_merge(tile_measure *tiles, blob_reader *in, kvq_error *err);
+kvq_status measure_tiles_fill(const tile_measure *tiles, int64_t layer, kvq_measured_layer *to, kvq_error *err);
 
 // One layer at a time: the ends of K and second moments in the forward pass, histograms of K and V in the backward
 // pass. A layer's result is a kvq_measured_layer as bytes.
@@ -123,5 +152,6 @@ kvq_status measure_layer_from_results(const kvq_context *ctx, const kvq_measure_
                                       const kvq_blob *forward, const kvq_blob *backward, kvq_measured_layer **out,
                                       kvq_error *err);
 int64_t    measure_bytes(const kvq_measure_options *options, measure_shape shape); // memory at the worst moment
+bool       measure_needs_gradients(const kvq_measure_options *options);
 
 #endif

@@ -111,6 +111,12 @@ kvq_status kvq_sweep_set_result(const kvq_context *ctx, const kvq_sweep_options 
                                 const kvq_processes *processes, const char result[KVQ_SHA256_HEX], kvq_error *err);
 kvq_status kvq_sweep_peek_result(const kvq_context *ctx, const kvq_sweep_options *options,
                                  const kvq_processes *processes, char result[KVQ_SHA256_HEX], kvq_error *err);
+// Bytes that a caller wants to find when its run goes on. recall: *found is false when nothing of this size was noted
+// under the name.
+kvq_status kvq_sweep_note(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                          const char *name, const void *data, int64_t bytes, kvq_error *err);
+kvq_status kvq_sweep_recall(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                            const char *name, void *data, int64_t bytes, bool *found, kvq_error *err);
 // Removes the work directory. KVQ_ERR_MISMATCH when it belongs to another run.
 kvq_status kvq_sweep_forget(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
                             kvq_error *err);
@@ -130,6 +136,9 @@ kvq_calib_options kvq_calib_options_default(void);
 kvq_status kvq_measure_options_check(const kvq_measure_options *options, const kvq_model_config *config,
                                      int64_t seq_len, kvq_error *err);
 kvq_status kvq_fit_options_check(const kvq_fit_options *options, kvq_error *err);
+// Adds what the channel-allocated format needs: thresholds in f16, and unless k_slots says otherwise 8 outliers of keys
+// per token and side.
+void kvq_measure_for_tiles(kvq_measure_options *options);
 // What has to be measured for a fit: options->measure with the fit's fraction and weighting alone, without moments.
 kvq_measure_options kvq_measure_for_fit(const kvq_calib_options *options);
 
@@ -170,7 +179,7 @@ kvq_status kvq_calibrate(const kvq_context *ctx, const kvq_backend *be, kvq_mode
 kvq_status kvq_measure(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_windows *windows,
                        const kvq_measure_options *options, const kvq_sweep_options *sweep,
                        const kvq_processes *processes, kvq_artifact **about, kvq_error *err);
-// Writes the measurement file, layer by layer.
+// Writes the measurement file, layer by layer; layers[].k.kl and v.kl of `about` go with it.
 kvq_status kvq_measure_write(const kvq_context *ctx, const kvq_artifact *about, const kvq_measure_options *options,
                              const kvq_sweep_options *sweep, const kvq_processes *processes, const char *path,
                              bool force, bool eigenvectors, char sha256[KVQ_SHA256_HEX], kvq_error *err);
@@ -179,6 +188,32 @@ kvq_status kvq_measure_write(const kvq_context *ctx, const kvq_artifact *about, 
 // thresholds bit for bit. KVQ_ERR_USAGE when the fraction or weighting was not measured; the message lists what was.
 kvq_status kvq_refit(const kvq_context *ctx, const kvq_measurement *measurement, const kvq_fit_options *options,
                      kvq_artifact **out, kvq_error *err);
+
+// ---------------------------------------------------------------- channel-allocated artifacts
+
+// The layers of one measurement: results of a finished kvq_measure in its work directory (about: the artifact that gave
+// its identity, with what was measured of single tensors in layers[].k.kl and v.kl), or a file. Everything is borrowed.
+typedef struct kvq_measured_layers kvq_measured_layers;
+kvq_status                         kvq_measured_layers_open(const kvq_context *ctx, const kvq_artifact *about,
+                                                            const kvq_measure_options *options, const kvq_sweep_options *sweep,
+                                                            const kvq_processes *processes, kvq_measured_layers **out, kvq_error *err);
+kvq_status kvq_measured_layers_of_file(const kvq_context *ctx, const kvq_measurement *file, kvq_measured_layers **out,
+                                       kvq_error *err);
+void       kvq_measured_layers_close(const kvq_context *ctx, kvq_measured_layers **layers);
+
+// What can be known before anything is measured: KVQ_ERR_USAGE for options out of range and a target that no widths can
+// reach.
+kvq_status kvq_fit_allocated_check(const kvq_context *ctx, const kvq_model_config *config,
+                                   const kvq_measure_options *measured, const kvq_alloc_options *options,
+                                   kvq_error *err);
+
+// Error curves of all layers, the allocation of bits, and the fit. With `like` (NULL = none), an artifact of the same
+// shape, its widths and rates are used instead of an allocation. Memory: one measured layer, and the curves. *chosen
+// (NULL = not wanted; kvq_allocation_free) says what was chosen. KVQ_ERR_USAGE when the outlier fraction or what the
+// format needs was not measured, or the target is out of reach; KVQ_ERR_MISMATCH when `like` has another shape.
+kvq_status kvq_fit_allocated(const kvq_context *ctx, const kvq_measured_layers *layers,
+                             const kvq_alloc_options *options, const kvq_artifact *like, kvq_artifact **out,
+                             kvq_allocation *chosen, kvq_error *err);
 
 // A calibration from a capture file, without a model. source_name is recorded when the capture does not say what its
 // text was. KVQ_ERR_INPUT when a layer or needed squared gradients are missing. KVQ_ERR_UNSUPPORTED for keys after

@@ -28,6 +28,7 @@ struct measure {
     float                     *w[N_TENSORS]; // [S, d] squared gradients
     float                     *scratch;      // of counting
     float                     *z_and_r;      // [2 d]
+    tile_measure              *tiles;        // NULL unless options->allocated
 };
 
 measure_shape measure_shape_of(const kvq_model_config *c, int64_t seq_len, int64_t n_windows) {
@@ -49,6 +50,11 @@ static int64_t threshold_rows(const kvq_measure_options *o, measure_shape shape)
 static int64_t kept_ends(const kvq_measure_options *o, measure_shape shape) {
     return kvq_tails_needed(o->fractions[o->n_fractions - 1], o->threshold_scope, width_of(shape),
                             threshold_rows(o, shape));
+}
+
+bool measure_needs_gradients(const kvq_measure_options *o) {
+    return kvq_weightings_need_gradients(o->weightings) ||
+           (o->allocated && kvq_weighting_needs_gradients(o->channel_weighting));
 }
 
 static bool has_thresholds(const kvq_measure_options *o) { return o->k_axis == KVQ_AXIS_CHANNEL; }
@@ -103,6 +109,7 @@ static void drop_forward(measure *m) {
     }
     kvq_free(m->ctx, m->moment_scratch);
     m->moment_scratch = NULL;
+    if (m->tiles != NULL) measure_tiles_drop(m->tiles);
 }
 
 // The passes never need what the other one keeps.
@@ -110,6 +117,7 @@ static kvq_status begin_forward(measure *m, kvq_error *err) {
     kvq_status status = KVQ_OK;
     drop_histograms(m);
     drop_forward(m);
+    if (m->tiles != NULL) measure_tiles_begin_forward(m->tiles);
     if (has_thresholds(m->options))
         KVQ_TRY(kvq_tails_create(m->ctx, m->d, kept_ends(m->options, m->shape), &m->tails, err));
     for (int i = 0; i < 3 && m->options->moments; i++)
@@ -130,6 +138,7 @@ static kvq_status see_forward(measure *m, const kvq_seen *seen, kvq_error *err) 
         kvq_moments_add(m->ctx, seen->k + skip * m->d, n, Hkv, D, m->moments[1], m->moment_scratch);
         kvq_moments_add(m->ctx, seen->v + skip * m->d, n, Hkv, D, m->moments[2], m->moment_scratch);
     }
+    if (m->tiles != NULL) measure_tiles_see_forward(m->tiles, seen->v);
     if (m->tails == NULL) return KVQ_OK;
     if (m->options->count_sinks) return kvq_tails_push(m->ctx, m->tails, seen->k, m->shape.seq_len, err);
     return kvq_tails_push(m->ctx, m->tails, seen->k + skip * m->d, n, err);
@@ -169,6 +178,8 @@ static kvq_status save_forward(const measure *m, kvq_blob *out, kvq_error *err) 
     int64_t    mark = m->options->n_fractions; // something to save, also without thresholds and moments
     KVQ_TRY(kvq_blob_append(m->ctx, out, &mark, sizeof mark, err));
     if (m->tails != NULL) KVQ_TRY(save_tails(m, out, err));
+    if (m->tiles != NULL)
+        KVQ_TRY(kvq_blob_append(m->ctx, out, measure_tiles_squares(m->tiles), sizeof(kvq_fixed), err));
     for (int i = 0; i < 3 && m->options->moments; i++) {
         int64_t bytes = moment_count(m->shape, i) * (int64_t)sizeof *m->moments[i];
         KVQ_TRY(kvq_blob_append(m->ctx, out, m->moments[i], bytes, err));
@@ -183,6 +194,10 @@ static kvq_status merge_forward(measure *m, blob_reader *in, kvq_error *err) {
     kvq_status status = KVQ_OK;
     KVQ_TRY(blob_take(in, &mark, sizeof mark, err));
     if (m->tails != NULL) KVQ_TRY(merge_tails(m, in, err));
+    if (m->tiles != NULL) {
+        KVQ_TRY(blob_take(in, &sum, sizeof sum, err));
+        kvq_fixed_merge(measure_tiles_squares(m->tiles), sum);
+    }
     for (int i = 0; i < 3 && m->options->moments; i++) {
         for (int64_t j = 0, D = m->shape.head_dim; j < moment_count(m->shape, i); j++) {
             KVQ_TRY(blob_take(in, &sum, sizeof sum, err));
@@ -193,13 +208,18 @@ done:
     return status;
 }
 
-// The result of the forward pass: a mark, thresholds of all fractions, moments of Q, K and V as doubles.
+// The result of the forward pass: a mark, thresholds of all fractions, for tiles the exponent of scales, moments of Q,
+// K and V as doubles.
 static kvq_status finish_forward(measure *m, int64_t layer, kvq_blob *result, kvq_error *err) {
     int64_t    mark = m->options->n_fractions, n = threshold_count(m->options, m->shape);
     kvq_status status = KVQ_OK;
     KVQ_TRY(find_thresholds(m, layer, err));
     KVQ_TRY(kvq_blob_append(m->ctx, result, &mark, sizeof mark, err));
     KVQ_TRY(kvq_blob_append(m->ctx, result, lower_of(m, layer, 0), n * (int64_t)sizeof(float), err));
+    if (m->tiles != NULL) {
+        measure_tiles_finish_forward(m->tiles, layer);
+        KVQ_TRY(kvq_blob_append(m->ctx, result, measure_tiles_exponent(m->tiles, layer), sizeof(int64_t), err));
+    }
     for (int i = 0; i < 3 && m->options->moments; i++) {
         uint8_t *at = NULL;
         int64_t  bytes = moment_count(m->shape, i) * (int64_t)sizeof(double);
@@ -218,7 +238,9 @@ done:
 static kvq_status restore_forward(measure *m, int64_t layer, blob_reader *in, kvq_error *err) {
     int64_t    mark = 0, n = threshold_count(m->options, m->shape);
     kvq_status status = blob_take(in, &mark, sizeof mark, err);
-    return status == KVQ_OK ? blob_take(in, lower_of(m, layer, 0), n * (int64_t)sizeof(float), err) : status;
+    if (status == KVQ_OK) status = blob_take(in, lower_of(m, layer, 0), n * (int64_t)sizeof(float), err);
+    if (status != KVQ_OK || m->tiles == NULL) return status;
+    return blob_take(in, measure_tiles_exponent(m->tiles, layer), sizeof(int64_t), err);
 }
 
 // ---------------------------------------------------------------- backward
@@ -233,6 +255,7 @@ static kvq_status begin_backward(measure *m, kvq_error *err) {
     drop_forward(m);
     drop_histograms(m);
     for (int i = 0; i < n; i++) KVQ_TRY(kvq_histogram_create(m->ctx, m->options->weightings, &m->histograms[i], err));
+    if (m->tiles != NULL) KVQ_TRY(measure_tiles_begin_backward(m->tiles, err));
 done:
     return status;
 }
@@ -271,7 +294,20 @@ kvq_status measure_count(measure *m, int64_t layer, const float *k, const float 
     return KVQ_OK;
 }
 
+static kvq_status count_tiles(measure *m, int64_t layer, const kvq_seen *seen, kvq_error *err) {
+    kvq_status status = measure_tiles_see_values(m->tiles, layer, seen->v, seen->dv, err);
+    for (int f = 0; f < m->options->n_fractions && status == KVQ_OK; f++) {
+        kvq_block_spec spec = spec_of(m, layer, f, K);
+        spec.n_side = kvq_measured_tile_side(m->options, m->options->fractions[f], m->d);
+        status = measure_tiles_see_keys(m->tiles, f, &spec, seen->k, seen->dk, err);
+    }
+    if (status != KVQ_OK) kvq_error_prefix(err, "layer %lld, ", (long long)layer);
+    return status;
+}
+
 static kvq_status see_backward(measure *m, int64_t layer, const kvq_seen *seen, kvq_error *err) {
+    kvq_status status = m->tiles != NULL ? count_tiles(m, layer, seen, err) : KVQ_OK;
+    if (status != KVQ_OK) return status;
     if (!kvq_weightings_need_gradients(m->options->weightings))
         return measure_count(m, layer, seen->k, seen->v, NULL, NULL, err);
     kvq_fisher_diagonal(seen->dk, m->shape.seq_len * m->d, m->w[K]);
@@ -289,6 +325,7 @@ static kvq_status save_backward(const measure *m, kvq_blob *out, kvq_error *err)
         KVQ_TRY(kvq_blob_extend(m->ctx, out, bytes, &at, err));
         kvq_histogram_pack(m->histograms[i], at);
     }
+    if (m->tiles != NULL) KVQ_TRY(measure_tiles_save(m->tiles, out, err));
 done:
     return status;
 }
@@ -307,6 +344,7 @@ static kvq_status merge_backward(measure *m, blob_reader *in, kvq_error *err) {
         in->at += bytes;
         in->left -= bytes;
     }
+    if (m->tiles != NULL) KVQ_TRY(measure_tiles_merge(m->tiles, in, err));
 done:
     return status;
 }
@@ -360,7 +398,7 @@ static kvq_status fill_layer(const measure *m, int64_t layer, kvq_measured_layer
             return status;
         }
     }
-    return KVQ_OK;
+    return m->tiles != NULL ? measure_tiles_fill(m->tiles, layer, to, err) : KVQ_OK;
 }
 
 static kvq_status finish_backward(measure *m, int64_t layer, kvq_blob *result, kvq_error *err) {
@@ -390,7 +428,8 @@ done:
 kvq_status measure_layer_from_results(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
                                       const kvq_blob *forward, const kvq_blob *backward, kvq_measured_layer **out,
                                       kvq_error *err) {
-    int64_t             skip = (int64_t)sizeof(int64_t) + threshold_count(options, shape) * (int64_t)sizeof(float);
+    int64_t skip = (int64_t)sizeof(int64_t) + threshold_count(options, shape) * (int64_t)sizeof(float) +
+                   (options->allocated ? (int64_t)sizeof(int64_t) : 0);
     blob_reader         before = {forward->data, forward->bytes}, after = {backward->data, backward->bytes};
     kvq_measured_layer *layer = NULL;
     kvq_status          status = KVQ_OK;
@@ -453,7 +492,7 @@ kvq_observer measure_observer(measure *m) {
     return (kvq_observer){.user = m,
                           .wants_query = m->options->moments,
                           .wants_second_pass = true,
-                          .wants_gradients = kvq_weightings_need_gradients(m->options->weightings),
+                          .wants_gradients = measure_needs_gradients(m->options),
                           .wants_rotated_keys = m->options->k_domain == KVQ_KEYS_POST_ROPE,
                           .begin = begin,
                           .window = window,
@@ -465,14 +504,20 @@ kvq_observer measure_observer(measure *m) {
 
 void measure_keep_raw(measure *m) { m->raw = true; }
 
-// Forward: what is kept of K, and its packed ends, which are saved and sorted; moments and the same as bytes. Backward:
-// histograms, and the same as bytes with an index for each bin.
+// The worst moment of a pass is when what was seen is saved: beside it the same as bytes, in a blob that grew (up to
+// half as much again), and once more as the file.
+static int64_t while_saving(int64_t seen, int64_t bytes) { return seen + bytes * 5 / 2; }
+
+// Forward: what is kept of K, saved as its packed ends (finding thresholds packs and sorts them, which is less), and
+// moments. Backward: histograms and what tiles need, as bytes with an index for each bin.
 int64_t measure_bytes(const kvq_measure_options *o, measure_shape shape) {
-    int64_t d = width_of(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0;
-    int64_t forward = has_thresholds(o) ? kvq_tails_bytes(d, kept_ends(o, shape)) : 0;
-    int64_t backward = histogram_count(o, shape) * kvq_histogram_bytes(o->weightings) * 9 / 4;
-    forward += n_ends * (int64_t)sizeof(float) * (o->threshold_scope == KVQ_SCOPE_MATRIX ? 2 : 1);
-    for (int i = 0; i < 3 && o->moments; i++) forward += 2 * moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
+    int64_t d = width_of(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0, moments = 0;
+    int64_t tails = has_thresholds(o) ? kvq_tails_bytes(d, kept_ends(o, shape)) : 0;
+    int64_t counts = histogram_count(o, shape) * kvq_histogram_bytes(o->weightings);
+    if (o->allocated) counts += measure_tiles_bytes(o, shape);
+    for (int i = 0; i < 3 && o->moments; i++) moments += moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
+    int64_t forward = while_saving(tails + moments, n_ends * (int64_t)sizeof(float) + moments);
+    int64_t backward = while_saving(counts, counts * 5 / 4);
     if (o->moments) forward += kvq_moments_scratch_doubles(shape.n_heads, shape.head_dim) * (int64_t)sizeof(double);
     return forward > backward ? forward : backward;
 }
@@ -496,6 +541,7 @@ kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *opt
     KVQ_TRY(KVQ_NEW(ctx, 2 * d, "offsets and ranges", &m->z_and_r, err));
     KVQ_TRY(KVQ_NEW(ctx, measure_thresholds_count(m), "thresholds", &m->thresholds, err));
     KVQ_TRY(KVQ_NEW(ctx, histogram_count(options, shape), "histograms", &m->histograms, err));
+    if (options->allocated) KVQ_TRY(measure_tiles_create(ctx, options, shape, &m->tiles, err));
     *out = m;
     m = NULL;
 done:
@@ -513,6 +559,7 @@ void measure_destroy(const kvq_context *ctx, measure **measurement) {
     for (int i = 0; i < N_TENSORS; i++) kvq_free(ctx, m->w[i]);
     kvq_free(ctx, m->scratch);
     kvq_free(ctx, m->z_and_r);
+    measure_tiles_destroy(ctx, &m->tiles);
     kvq_free(ctx, m);
     *measurement = NULL;
 }

@@ -18,6 +18,10 @@ static kvq_status put_layer(const kvq_context *ctx, work_dir *work, const kvq_ar
     KVQ_TRY(sweep_get_result(ctx, work, (step){STEP_BACKWARD, layer}, &backward, err));
     KVQ_TRY(measure_layer_from_results(ctx, options, measure_shape_of_artifact(about), &forward, &backward, &measured,
                                        err));
+    if (options->allocated) {
+        measured->kl[0] = about->layers[layer].k.kl;
+        measured->kl[1] = about->layers[layer].v.kl;
+    }
     KVQ_TRY(kvq_measurement_put(ctx, writer, layer, measured, err));
 done:
     kvq_measured_layer_destroy(ctx, &measured);
@@ -47,16 +51,21 @@ done:
 
 // ---------------------------------------------------------------- fitting
 
-static kvq_status check_measured(const kvq_measure_options *measured, const kvq_fit_options *fit, kvq_error *err) {
+kvq_status calib_check_fraction(const kvq_measure_options *measured, double fraction, kvq_error *err) {
     char list[256] = "";
-    if (kvq_measured_fraction(measured, fit->outlier_fraction) < 0) {
-        for (int f = 0; f < measured->n_fractions; f++) {
-            size_t used = strlen(list);
-            (void)snprintf(list + used, sizeof list - used, "%s%g%%", f > 0 ? ", " : "", 100 * measured->fractions[f]);
-        }
-        return kvq_fail(err, KVQ_ERR_USAGE, "choose one of them, or measure again with --measure-only --outliers LIST",
-                        "--outliers %g%% was not measured; the file has %s", 100 * fit->outlier_fraction, list);
+    if (kvq_measured_fraction(measured, fraction) >= 0) return KVQ_OK;
+    for (int f = 0; f < measured->n_fractions; f++) {
+        size_t used = strlen(list);
+        (void)snprintf(list + used, sizeof list - used, "%s%g%%", f > 0 ? ", " : "", 100 * measured->fractions[f]);
     }
+    return kvq_fail(err, KVQ_ERR_USAGE, "choose one of them, or measure again with --measure-only --outliers LIST",
+                    "--outliers %g%% was not measured; the file has %s", 100 * fraction, list);
+}
+
+static kvq_status check_measured(const kvq_measure_options *measured, const kvq_fit_options *fit, kvq_error *err) {
+    char       list[256] = "";
+    kvq_status status = calib_check_fraction(measured, fit->outlier_fraction, err);
+    if (status != KVQ_OK) return status;
     if (kvq_weightings_have(measured->weightings, fit->weighting)) return KVQ_OK;
     for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
         size_t used = strlen(list);
@@ -67,8 +76,7 @@ static kvq_status check_measured(const kvq_measure_options *measured, const kvq_
                     "--weighting %s was not measured; the file has %s", kvq_weighting_names[fit->weighting], list);
 }
 
-// What an artifact says about model, tokenizer and text.
-static kvq_status copy_identity(const kvq_context *ctx, const kvq_artifact *from, kvq_artifact *to, kvq_error *err) {
+kvq_status calib_copy_identity(const kvq_context *ctx, const kvq_artifact *from, kvq_artifact *to, kvq_error *err) {
     struct {
         char      **to;
         const char *from;
@@ -104,7 +112,7 @@ static kvq_status copy_identity(const kvq_context *ctx, const kvq_artifact *from
     to->dataset.seq_len = from->dataset.seq_len;
     to->dataset.seed = from->dataset.seed;
     to->baseline_nll = from->baseline_nll;
-    return kvq_artifact_set_text(ctx, &to->quantizer.scheme, "nuq", err);
+    return KVQ_OK;
 }
 
 kvq_status kvq_refit(const kvq_context *ctx, const kvq_measurement *measurement, const kvq_fit_options *options,
@@ -117,7 +125,8 @@ kvq_status kvq_refit(const kvq_context *ctx, const kvq_measurement *measurement,
     KVQ_TRY(check_measured(measured, options, err));
     KVQ_TRY(kvq_fit_options_check(options, err));
     KVQ_TRY(kvq_artifact_create(ctx, about->model.n_layers, &a, err));
-    KVQ_TRY(copy_identity(ctx, about, a, err));
+    KVQ_TRY(calib_copy_identity(ctx, about, a, err));
+    KVQ_TRY(kvq_artifact_set_text(ctx, &a->quantizer.scheme, "nuq", err));
     kvq_artifact_describe_quantizer(a, measured, options);
     for (int64_t l = 0; l < about->model.n_layers; l++) {
         KVQ_TRY(kvq_measurement_read(ctx, measurement, l, &layer, err));

@@ -10,6 +10,7 @@ kvq_calib_options kvq_calib_options_default(void) {
                     .fractions = {0, 0.0025, 0.01},
                     .weightings = KVQ_WEIGHTINGS_ALL,
                     .sink_tokens = 1,
+                    .channel_weighting = KVQ_WEIGHT_FISHER_SCALED,
                     .moments = true},
         .fit = {.outlier_fraction = 0.01, .k_bits = 3, .v_bits = 3, .weighting = KVQ_WEIGHT_FISHER_SCALED}};
 }
@@ -21,6 +22,14 @@ kvq_measure_options kvq_measure_for_fit(const kvq_calib_options *options) {
     m.weightings = KVQ_WEIGHTINGS_BASIC | 1u << options->fit.weighting;
     m.moments = false;
     return m;
+}
+
+#define USUAL_TILE_SIDE 8
+
+void kvq_measure_for_tiles(kvq_measure_options *m) {
+    m->allocated = true;
+    m->half_thresholds = true;
+    m->tile_side = m->k_slots > 0 ? m->k_slots : USUAL_TILE_SIDE;
 }
 
 // ---------------------------------------------------------------- measurements
@@ -43,6 +52,19 @@ static kvq_status check_fraction(const kvq_measure_options *o, int f, int d, kvq
     return KVQ_OK;
 }
 
+static kvq_status check_tiles(const kvq_measure_options *o, int head_dim, kvq_error *err) {
+    if (!o->allocated) return KVQ_OK;
+    if (o->k_axis != KVQ_AXIS_CHANNEL || o->k_domain != KVQ_KEYS_PRE_ROPE || !o->half_thresholds) {
+        return kvq_fail(
+            err, KVQ_ERR_USAGE, "leave out --k-axis and --k-domain",
+            "channel-allocated keys have ranges per channel, thresholds in f16, and are stored before RoPE");
+    }
+    if (head_dim <= KVQ_TILE_MAX_HEAD_DIM && head_dim % 2 == 0) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
+                    "a head_dim of %d: the channel-allocated format has even ones up to %d", head_dim,
+                    KVQ_TILE_MAX_HEAD_DIM);
+}
+
 static kvq_status check_windows(const kvq_measure_options *o, const kvq_model_config *config, int64_t seq_len,
                                 kvq_error *err) {
     if (seq_len < 2) {
@@ -55,7 +77,7 @@ static kvq_status check_windows(const kvq_measure_options *o, const kvq_model_co
                         (long long)config->max_positions);
     }
     // the last token of a window predicts nothing, so its Fisher weights are exactly zero
-    int64_t most_sinks = seq_len - (kvq_weightings_need_gradients(o->weightings) ? 2 : 1);
+    int64_t most_sinks = seq_len - (measure_needs_gradients(o) ? 2 : 1);
     if (o->sink_tokens < 0 || o->sink_tokens > most_sinks) {
         return kvq_fail(err, KVQ_ERR_USAGE, NULL,
                         "--sink-tokens %lld: must lie in 0 .. %lld for windows of %lld tokens",
@@ -68,6 +90,7 @@ kvq_status kvq_measure_options_check(const kvq_measure_options *o, const kvq_mod
                                      kvq_error *err) {
     int        d = config->n_kv_heads * config->head_dim;
     kvq_status status = check_windows(o, config, seq_len, err);
+    if (status == KVQ_OK) status = check_tiles(o, config->head_dim, err);
     if (status != KVQ_OK) return status;
     if (d >= (int)KVQ_NO_CHANNEL) {
         return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL, "K and V have %d channels per token: at most %d can be stored",

@@ -24,7 +24,7 @@ static int64_t weight_bytes(const kvq_model *model, bool prefetch) {
 // elements on the host; rotated keys and queries where they are wanted.
 static int64_t activation_bytes(const kvq_model *model, const kvq_measure_options *options, int64_t seq_len) {
     const kvq_model_config *c = kvq_model_describe(model);
-    bool                    gradients = kvq_weightings_need_gradients(options->weightings);
+    bool                    gradients = measure_needs_gradients(options);
     int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim, width = 3 * c->hidden_size;
     width += (gradients ? 8 : 4) * d + (options->k_domain == KVQ_KEYS_POST_ROPE ? d : 0);
     if (options->moments) width += (int64_t)c->n_heads * c->head_dim;
@@ -76,7 +76,7 @@ kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, c
                                int64_t n_windows, int64_t seq_len, int64_t n_parts, kvq_calib_limits limits,
                                kvq_calib_plan *out, kvq_error *err) {
     const kvq_model_config *c = kvq_model_describe(model);
-    bool                    gradients = kvq_weightings_need_gradients(options->weightings);
+    bool                    gradients = measure_needs_gradients(options);
     int64_t                 mine = (n_windows + n_parts - 1) / n_parts, tokens = mine * seq_len;
     step_plan               steps = {.n_layers = c->n_layers, .second_pass = true, .gradients = gradients};
     kvq_calib_plan          plan = {.program_bytes = PROGRAM_BYTES};
@@ -181,7 +181,7 @@ kvq_status kvq_calib_probe(const kvq_context *ctx, const kvq_backend *be, kvq_mo
                            const kvq_measure_options *options, int64_t n_windows, int64_t seq_len, int64_t n_parts,
                            const kvq_calib_plan *plan, double *seconds, kvq_error *err) {
     const kvq_model_config *c = kvq_model_describe(model);
-    bool                    gradients = kvq_weightings_need_gradients(options->weightings);
+    bool                    gradients = measure_needs_gradients(options);
     double                  L = (double)c->n_layers, mine = (double)((n_windows + n_parts - 1) / n_parts);
     double                  again = (double)(plan->stride - 1) / (double)plan->stride; // share of layers made again
     probe                   p = {.ctx = ctx, .be = be, .model = model, .gradients = gradients, .seq_len = seq_len};

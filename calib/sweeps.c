@@ -573,6 +573,43 @@ kvq_status kvq_sweep_set_result(const kvq_context *ctx, const kvq_sweep_options 
     return status;
 }
 
+static const char *note_name(char file[MAX_NAME], const char *name) {
+    (void)snprintf(file, MAX_NAME, "kvq-note-%s", name);
+    return file;
+}
+
+kvq_status kvq_sweep_note(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                          const char *name, const void *data, int64_t bytes, kvq_error *err) {
+    work_dir  *work = NULL;
+    char       file[MAX_NAME];
+    kvq_blob   blob = {0};
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(open_work_dir(ctx, options, processes, false, &work, err));
+    KVQ_TRY(kvq_blob_append(ctx, &blob, data, bytes, err));
+    KVQ_TRY(work_put(ctx, work, note_name(file, name), &blob, err));
+    KVQ_TRY(work_commit(ctx, work, work_step(work), err));
+done:
+    kvq_blob_free(ctx, &blob);
+    work_close(ctx, &work, false);
+    return status;
+}
+
+kvq_status kvq_sweep_recall(const kvq_context *ctx, const kvq_sweep_options *options, const kvq_processes *processes,
+                            const char *name, void *data, int64_t bytes, bool *found, kvq_error *err) {
+    work_dir  *work = NULL;
+    char       file[MAX_NAME];
+    kvq_blob   blob = {0};
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(open_work_dir(ctx, options, processes, false, &work, err));
+    KVQ_TRY(work_get(ctx, work, note_name(file, name), &blob, err));
+    *found = blob.bytes == bytes;
+    if (*found) memcpy(data, blob.data, (size_t)bytes);
+done:
+    kvq_blob_free(ctx, &blob);
+    work_close(ctx, &work, false);
+    return status;
+}
+
 kvq_status kvq_sweep_peek_result(const kvq_context *ctx, const kvq_sweep_options *options,
                                  const kvq_processes *processes, char result[KVQ_SHA256_HEX], kvq_error *err) {
     char path[MAX_PATH];

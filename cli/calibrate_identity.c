@@ -21,6 +21,7 @@ static void describe_text(kvq_json *json, const calibration *c) {
         kvq_json_text(json, json->root, "text_format", kvq_cli_text_format_names[source->format]);
         kvq_json_text(json, json->root, "text_field", source->field != NULL ? source->field : "text");
         kvq_json_text(json, json->root, "documents", kvq_cli_documents_names[source->documents]);
+        kvq_json_text(json, json->root, "newlines", kvq_cli_newlines_names[source->newlines]);
     }
     kvq_json_count(json, json->root, "samples", c->windows.n_windows);
     kvq_json_count(json, json->root, "seq_len", c->windows.seq_len);

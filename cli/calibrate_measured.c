@@ -45,7 +45,8 @@ kvq_status run_measurement(kvq_cli *cli, calibration *c, kvq_error *err) {
     int64_t    least = 1;
     KVQ_TRY(kvq_measure(&cli->ctx, c->be, c->model, &c->windows, &c->measured, &c->sweep, &c->processes, &c->artifact,
                         err));
-    status = write_measurement(cli, c, err);
+    status = measure_sensitivity(cli, c, err);
+    if (status == KVQ_OK) status = write_measurement(cli, c, err);
     // the others' work directories wait for the file
     kvq_status agreed = c->processes.agree(&c->processes, status == KVQ_OK, &least, status == KVQ_OK ? err : NULL);
     if (status != KVQ_OK || agreed != KVQ_OK) return status != KVQ_OK ? status : agreed;
@@ -59,7 +60,8 @@ kvq_status run_measurement(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_cli_format_seconds(kvq_now_s() - c->start_s, seconds, sizeof seconds);
     print_memory(cli, c);
     printf("wrote %s  sha256 %s  %s\n", c->o->output, c->content_sha256, seconds);
-    kvq_cli_next(cli, "kvq-calibrate", "--from", c->o->output, "--bits", "3", "-o", "OUT.kvq.h5", NULL);
+    kvq_cli_next(cli, "kvq-calibrate", "--from", c->o->output, c->o->allocated.measure ? "--target-bits" : "--bits",
+                 "3", "-o", "OUT.kvq.h5", NULL);
 done:
     return status;
 }
@@ -90,17 +92,20 @@ static kvq_status prepare_held_out(kvq_cli *cli, calibration *c, kvq_error *err)
 
 kvq_status run_from(kvq_cli *cli, calibration *c, kvq_error *err) {
     const calibrate_options *o = c->o;
-    const char              *inputs[CLI_SOURCE_FILES + 2] = {NULL};
+    const char              *inputs[CLI_SOURCE_FILES + 3] = {NULL};
     kvq_status               status = KVQ_OK;
     kvq_cli_source_files(&o->source, inputs);
     inputs[CLI_SOURCE_FILES] = o->model;
     inputs[CLI_SOURCE_FILES + 1] = o->from;
+    inputs[CLI_SOURCE_FILES + 2] = o->allocated.widths_from;
     KVQ_TRY(kvq_cli_check_output(cli, o->output, o->force, inputs, CLI_COUNT_OF(inputs), err));
+    KVQ_TRY(open_widths(cli, c, err));
     KVQ_TRY(kvq_measurement_open(&cli->ctx, o->from, &c->measurement, err));
     const kvq_artifact *about = kvq_measurement_about(c->measurement);
     c->measured = *kvq_measurement_options(c->measurement);
     c->seq_len = about->dataset.seq_len;
     cli->n_layers = about->model.n_layers;
+    set_target_tokens(c);
     kvq_cli_say(cli, "measured   %s  %s  %lld layers  %lld KV heads x %lld  %s  %lld x %lld tokens",
                 kvq_file_name(o->from), about->model.name, (long long)about->model.n_layers,
                 (long long)about->model.n_kv_heads, (long long)about->model.head_dim, about->dataset.source,
@@ -108,7 +113,8 @@ kvq_status run_from(kvq_cli *cli, calibration *c, kvq_error *err) {
     print_quantizer(cli, c);
     if (o->dry_run) kvq_cli_say(cli, "would write %s; nothing was written", o->output);
     if (o->dry_run) goto done;
-    KVQ_TRY(kvq_refit(&cli->ctx, c->measurement, &c->options.fit, &c->artifact, err));
+    KVQ_TRY(c->allocated ? fit_allocated_from(cli, c, err)
+                         : kvq_refit(&cli->ctx, c->measurement, &c->options.fit, &c->artifact, err));
     if (o->held_out > 0) {
         KVQ_TRY(prepare_held_out(cli, c, err));
         KVQ_TRY(report_held_out(cli, c, err));

@@ -169,6 +169,7 @@ static kvq_status check_shard_options(const calibrate_options *o, int n_ranks, k
 kvq_status check_calibrate_options(const calibrate_options *o, int n_ranks, kvq_error *err) {
     kvq_status status = KVQ_OK;
     if (o->output == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--output (-o) is missing");
+    KVQ_TRY(check_allocated_options(o, err));
     if (o->from != NULL) return check_from_options(o, n_ranks, err);
     if (o->capture != NULL) return check_capture_options(o, n_ranks, err);
     if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--model is missing");
@@ -248,8 +249,10 @@ kvq_status resolve_calibrate_options(calibration *c, kvq_error *err) {
     resolve_measure(o, &c->options.measure);
     c->python_draw = o->draw == 1;
     if (o->compat == 1) imitate_kvquant(c);
+    kvq_status status = resolve_allocated_options(c, err);
+    if (status != KVQ_OK) return status;
     c->measured = o->measure_only ? c->options.measure : kvq_measure_for_fit(&c->options);
-    kvq_status status = kvq_cli_work_dir(o->work_dir, o->output, c->work_dir, err);
+    status = kvq_cli_work_dir(o->work_dir, o->output, c->work_dir, err);
     if (status != KVQ_OK) return status;
     c->sweep = (kvq_sweep_options){.work_dir = c->work_dir, .restart = o->restart};
     status = read_shard(o->shard, &c->sweep, err);
@@ -299,7 +302,10 @@ int list_settings(const calibration *c, setting list[MAX_SETTINGS]) {
         "outliers", "outliers_1", "outliers_2", "outliers_3", "outliers_4", "outliers_5", "outliers_6", "outliers_7"};
     const kvq_measure_options *m = &c->measured;
     int                        n = 0;
-    if (!c->o->measure_only) list_fit(&c->options.fit, list, &n);
+    if (c->allocated)
+        list_allocated(c, list, &n);
+    else if (!c->o->measure_only)
+        list_fit(&c->options.fit, list, &n);
     for (int f = 0; f < m->n_fractions && c->o->measure_only; f++)
         add_number(list, &n, FRACTION_NAMES[f], m->fractions[f]);
     add_number(list, &n, "sink_tokens", (double)m->sink_tokens);
@@ -311,5 +317,10 @@ int list_settings(const calibration *c, setting list[MAX_SETTINGS]) {
     add_number(list, &n, "half_thresholds", m->half_thresholds);
     add_text(list, &n, "token_range", kvq_token_range_names[m->token_range]);
     add_number(list, &n, "measured_weightings", m->weightings);
+    if (!m->allocated) return n;
+    add_text(list, &n, "channel_weighting", kvq_weighting_names[m->channel_weighting]);
+    add_text(list, &n, "v_rotation", kvq_rotation_names[m->rotation]);
+    add_text(list, &n, "v_scale", kvq_scale_format_names[m->scale_format]);
+    add_number(list, &n, "kl_tokens", (double)c->kl_tokens);
     return n;
 }

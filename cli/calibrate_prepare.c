@@ -31,10 +31,11 @@ static kvq_status check_output(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_status               status = kvq_sweep_peek_result(&cli->ctx, &c->sweep, &c->processes, result, err);
     if (status != KVQ_OK) return status;
     if (result[0] != 0 && !o->restart) c->finished = read_result(cli, c, found) && strcmp(result, found) == 0;
-    const char *inputs[CLI_SOURCE_FILES + 2] = {NULL};
+    const char *inputs[CLI_SOURCE_FILES + 3] = {NULL};
     kvq_cli_source_files(&o->source, inputs);
     inputs[CLI_SOURCE_FILES] = o->model;
     inputs[CLI_SOURCE_FILES + 1] = o->thresholds;
+    inputs[CLI_SOURCE_FILES + 2] = o->allocated.widths_from;
     return kvq_cli_check_output(cli, o->output, o->force || c->finished, inputs, CLI_COUNT_OF(inputs), err);
 }
 
@@ -52,17 +53,22 @@ static kvq_status check_writing_memory(calibration *c, kvq_error *err) {
                     "--memory-limit %s: a model that writes its own text needs about %s", limit, text);
 }
 
-// Held-out windows come after the sweeps, whose memory is free by then.
-static kvq_status check_held_out_memory(calibration *c, kvq_error *err) {
-    char    text[32], limit[32];
-    int64_t bytes =
-        c->plan.weight_bytes + c->plan.program_bytes + kvq_heldout_bytes(c->model, c->seq_len, c->o->held_out);
+// What comes after the sweeps, whose memory is free by then.
+static kvq_status check_later_memory(calibration *c, int64_t bytes, const char *what, const char *next,
+                                     kvq_error *err) {
+    char text[32], limit[32];
     if (bytes > c->plan.memory_bytes) c->plan.memory_bytes = bytes;
     if (c->o->memory_limit == 0 || bytes <= c->o->memory_limit) return KVQ_OK;
     kvq_cli_format_bytes((double)bytes, text, sizeof text);
     kvq_cli_format_bytes((double)c->o->memory_limit, limit, sizeof limit);
-    return kvq_fail(err, KVQ_ERR_MEMORY, "use fewer held-out windows, or shorter ones",
-                    "--memory-limit %s: the report on held-out windows needs about %s", limit, text);
+    return kvq_fail(err, KVQ_ERR_MEMORY, next, "--memory-limit %s: %s needs about %s", limit, what, text);
+}
+
+static kvq_status check_held_out_memory(calibration *c, kvq_error *err) {
+    int64_t bytes =
+        c->plan.weight_bytes + c->plan.program_bytes + kvq_heldout_bytes(c->model, c->seq_len, c->o->held_out);
+    return check_later_memory(c, bytes, "the report on held-out windows", "use fewer held-out windows, or shorter ones",
+                              err);
 }
 
 // What the disk has sets the limit when the user does not; a run that goes on has its files already.
@@ -77,6 +83,10 @@ static kvq_status make_plan(kvq_cli *cli, calibration *c, kvq_error *err) {
     c->sweep.stride = c->plan.stride;
     c->sweep.prefetch = c->plan.prefetch;
     if (status == KVQ_OK && c->o->held_out > 0) status = check_held_out_memory(c, err);
+    if (status == KVQ_OK) {
+        status = check_later_memory(c, sensitivity_bytes(c), "the KL of single tensors",
+                                    "use fewer --kl-tokens; 0 does without", err);
+    }
     return status == KVQ_OK && kvq_cli_is_self(&c->o->source) ? check_writing_memory(c, err) : status;
 }
 
@@ -98,8 +108,15 @@ kvq_status open_model(kvq_cli *cli, calibration *c, kvq_error *err) {
     const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
     cli->n_layers = config->n_layers;
     KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, CLI_DEFAULT_SEQ_LEN, &c->seq_len, err));
+    complete_allocated_options(c);
     KVQ_TRY(kvq_measure_options_check(&c->measured, config, c->seq_len, err));
-    if (!o->measure_only) KVQ_TRY(kvq_fit_options_check(&c->options.fit, err));
+    if (c->allocated && o->allocated.widths_from == NULL)
+        KVQ_TRY(kvq_fit_allocated_check(&cli->ctx, config, &c->measured, &c->alloc, err));
+    else if (c->allocated)
+        KVQ_TRY(kvq_alloc_options_check(&c->alloc, config->head_dim, err));
+    else if (!o->measure_only)
+        KVQ_TRY(kvq_fit_options_check(&c->options.fit, err));
+    if (c->like != NULL) KVQ_TRY(kvq_artifact_matches(c->like, config, NULL, err));
     KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, c->checkpoint, &c->identity, err));
     KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &c->be, err));
     KVQ_TRY(kvq_model_create(&cli->ctx, c->be, c->checkpoint, false, &c->model, err));
@@ -118,6 +135,7 @@ kvq_status prepare_calibration(kvq_cli *cli, calibration *c, kvq_error *err) {
     const calibrate_options *o = c->o;
     bool                     self = kvq_cli_is_self(&o->source);
     KVQ_TRY(check_output(cli, c, err));
+    KVQ_TRY(open_widths(cli, c, err));
     KVQ_TRY(open_model(cli, c, err));
     KVQ_TRY(make_plan(cli, c, err));
     // a text is read before the plan, which says how much there is; writing one takes long, so it comes after

@@ -26,6 +26,11 @@ static void print_needs(kvq_cli *cli, const calibration *c) {
                 p->stride > 1 ? ", with layers recomputed to keep within the limit" : "");
     kvq_cli_say(cli, "work       %.3g TFLOP on %d %s threads with %s", p->tera_flops, cli->ctx.n_threads, c->be->name,
                 c->be->matmul);
+    if (c->kl_tokens > 0) {
+        kvq_sensitivity_cost cost = kvq_sensitivity_plan(c->model, c->seq_len, c->o->samples, c->kl_tokens);
+        kvq_cli_say(cli, "           and %.3g TFLOP to measure the KL of each K and V alone on %lld x %lld tokens",
+                    cost.tera_flops, (long long)cost.n_windows, (long long)cost.n_tokens);
+    }
 }
 
 // Only what is not as usual is said beyond the first line.
@@ -49,6 +54,10 @@ void print_quantizer(kvq_cli *cli, const calibration *c) {
     const kvq_measure_options *m = &c->measured;
     const kvq_fit_options     *f = &c->options.fit;
     char                       fractions[128] = "", weightings[96] = "";
+    if (c->allocated) {
+        print_allocated(cli, c);
+        return;
+    }
     if (!c->o->measure_only) {
         kvq_cli_say(cli, "quantizer  K %s %d bits  V %s %d bits  outliers %g%%  sink tokens %lld  weighting %s",
                     kvq_datatype_names[f->k_datatype], f->k_bits, kvq_datatype_names[f->v_datatype], f->v_bits,
@@ -66,8 +75,9 @@ void print_quantizer(kvq_cli *cli, const calibration *c) {
             (void)snprintf(weightings + used, sizeof weightings - used, "%s%s", used > 0 ? ", " : "",
                            kvq_weighting_names[w]);
     }
-    kvq_cli_say(cli, "measures   outliers %s  weightings %s  sink tokens %lld%s", fractions, weightings,
-                (long long)m->sink_tokens, m->moments ? "  second moments of Q, K and V" : "");
+    kvq_cli_say(cli, "measures   outliers %s  weightings %s  sink tokens %lld%s%s", fractions, weightings,
+                (long long)m->sink_tokens, m->moments ? "  second moments of Q, K and V" : "",
+                m->allocated ? "  channels and rotated values" : "");
     print_unusual(cli, c);
 }
 
@@ -150,8 +160,12 @@ kvq_status print_calibration_summary(kvq_cli *cli, const calibration *c, kvq_err
     kvq_cli_format_seconds(kvq_now_s() - c->start_s, seconds, sizeof seconds);
     kvq_cache_size cache = kvq_artifact_cache_size(c->artifact, c->seq_len);
 
-    kvq_cli_say(cli, "cache: %.3f bits per element at %lld tokens, everything counted",
-                kvq_cache_bits_per_element(cache), (long long)c->seq_len);
+    if (c->allocated) {
+        print_allocated_size(cli, c);
+    } else {
+        kvq_cli_say(cli, "cache: %.3f bits per element at %lld tokens, everything counted",
+                    kvq_cache_bits_per_element(cache, 1), (long long)c->seq_len);
+    }
     status = print_worst_layers(cli, c->artifact, err);
     if (status != KVQ_OK) return status;
     print_memory(cli, c);

@@ -6,8 +6,18 @@
 
 #include "kvq_cli.h"
 
-#define MAX_FINGERPRINT 48
+#define MAX_FINGERPRINT 64
 #define NOT_GIVEN       (-1) // of a choice or count that has no default of its own
+
+// Of the channel-allocated format; see calibrate_allocated.c.
+typedef struct allocated_options {
+    double      target_bits, k_bits, v_bits;                             // 0 = not given
+    int64_t     target_tokens, target_sequences, width_group, kl_tokens; // 0 = not given; kl_tokens: NOT_GIVEN
+    const char *k_widths, *v_rates, *widths_from;
+    int         preset;                                // NOT_GIVEN, or index of calibrate_preset_names
+    int         scope, tables, v_dim, scale, rotation; // choices
+    bool        measure;                               // also measure what the format needs
+} allocated_options;
 
 typedef struct calibrate_options {
     kvq_cli_common    common;
@@ -20,7 +30,8 @@ typedef struct calibrate_options {
     int               datatype, k_datatype, v_datatype; // kvq_datatype, or NOT_GIVEN
     int               weighting;                        // kvq_weighting, or NOT_GIVEN
     int               groups, k_axis, k_domain, threshold_scope, draw, compat;
-    int               compute;                     // kvq_compute
+    int               compute; // kvq_compute
+    allocated_options allocated;
     int64_t           memory_limit, scratch_limit; // bytes, 0 = none
     bool              force, dry_run, restart, measure_only, eigenvectors, q_norm, compare_lloyd, count_sinks;
 } calibrate_options;
@@ -30,10 +41,17 @@ extern const char *const calibrate_group_names[];  // layer, head
 extern const char *const calibrate_draw_names[];   // kvq, python
 extern const char *const calibrate_compat_names[]; // none, kvquant
 
+// calibrate_allocated.c: likewise.
+extern const char *const calibrate_preset_names[];
+extern const char *const calibrate_v_dim_names[]; // 1, 2
+
 typedef struct calibration {
     const calibrate_options *o;
     kvq_calib_options        options;
-    kvq_measure_options      measured; // by the sweeps: what a fit needs, or all of options.measure
+    kvq_measure_options      measured;  // by the sweeps: what a fit needs, or all of options.measure
+    bool                     allocated; // the artifact is of scheme "alloc"
+    kvq_alloc_options        alloc;
+    int64_t                  kl_tokens; // on which the sensitivity of single tensors is measured
     kvq_calib_plan           plan;
     double                   writing_bytes; // memory while the model writes its own text, 0 = it does not
     kvq_sweep_options        sweep;
@@ -51,6 +69,7 @@ typedef struct calibration {
     kvq_windows              windows;
     kvq_cli_tokenizer        tokenizer;
     kvq_measurement         *measurement; // --from
+    kvq_artifact            *like;        // --widths-from
     kvq_artifact            *artifact;
     char                     content_sha256[KVQ_SHA256_HEX];
     double                   start_s;
@@ -65,7 +84,7 @@ void warn_of_cut_sinks(const kvq_cli *cli, const calibration *c);
 
 // Every setting that decides the result of a fit or a measurement, as it took effect; the same list is recorded in the
 // artifact and compared before a run goes on. Returns the number of settings.
-#define MAX_SETTINGS 32
+#define MAX_SETTINGS 48
 typedef struct setting {
     const char *name, *text; // text NULL: a number
     double      number;
@@ -88,6 +107,24 @@ kvq_status prepare_calibration(kvq_cli *cli, calibration *c, kvq_error *err);
 kvq_status open_model(kvq_cli *cli, calibration *c, kvq_error *err);
 kvq_status find_windows(kvq_cli *cli, calibration *c, kvq_error *err);
 bool       continues(const calibration *c); // the work directory holds a run that this one would continue
+
+// calibrate_allocated.c: artifacts of scheme "alloc".
+kvq_status check_allocated_options(const calibrate_options *o, kvq_error *err);
+kvq_status resolve_allocated_options(calibration *c, kvq_error *err);
+// Reads the artifact of --widths-from, if it is given; what does not fit should be known before a run.
+kvq_status open_widths(kvq_cli *cli, calibration *c, kvq_error *err);
+// Called when the length of windows is known.
+void       complete_allocated_options(calibration *c);
+void       set_target_tokens(calibration *c); // c->seq_len is known
+void       print_allocated(kvq_cli *cli, const calibration *c);
+void       print_allocated_size(kvq_cli *cli, const calibration *c);
+void       list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n);
+double     sensitivity_tera_flops(const calibration *c);
+int64_t    sensitivity_bytes(const calibration *c);                          // of memory, 0 when it is not measured
+kvq_status run_allocated(kvq_cli *cli, calibration *c, kvq_error *err);      // c->artifact from a model
+kvq_status fit_allocated_from(kvq_cli *cli, calibration *c, kvq_error *err); // c->artifact from a measurement
+// After kvq_measure: the KL of single tensors into c->artifact.
+kvq_status measure_sensitivity(kvq_cli *cli, calibration *c, kvq_error *err);
 
 // calibrate_measured.c: measurements into files, and fits from them.
 kvq_status run_measurement(kvq_cli *cli, calibration *c, kvq_error *err);

@@ -36,6 +36,19 @@ void inspect_add_model(kvq_json *json, const kvq_artifact *a);
 void inspect_add_dataset(kvq_json *json, const kvq_artifact *a);
 void inspect_add_run(kvq_json *json, const kvq_artifact *a);
 
+// What an artifact of scheme "alloc" says besides (inspect_alloc.c); the first three are about any scheme.
+double inspect_mean_bits(const kvq_artifact *a, const kvq_tensor_quant *t); // of codes, per element
+int    inspect_tables(const kvq_artifact *a, const kvq_tensor_quant *t);
+// Length and number of the sequences that the size of the cache is about.
+int64_t inspect_budget_tokens(const kvq_artifact *a);
+int64_t inspect_budget_sequences(const kvq_artifact *a);
+void    inspect_print_alloc_quantizer(const kvq_artifact *a);
+void    inspect_print_alloc_head(void);
+void    inspect_print_alloc_row(const kvq_artifact *a, int64_t layer, const kvq_tensor_quant *t);
+void    inspect_print_alloc_tables(const kvq_artifact *a, int64_t layer, const kvq_tensor_quant *t);
+void    inspect_add_alloc_quantizer(kvq_json *json, cJSON *quantizer, const kvq_artifact *a);
+void    inspect_add_alloc_tensor(kvq_json *json, cJSON *tensor, const kvq_artifact *a, const kvq_tensor_quant *t);
+
 kvq_status inspect_artifact(kvq_cli *cli, const inspect_options *o, kvq_error *err);    // inspect_artifact.c
 kvq_status inspect_measurement(kvq_cli *cli, const inspect_options *o, kvq_error *err); // inspect_measurement.c
 

@@ -34,23 +34,35 @@ static int64_t n_elements(const kvq_fit_report *fit) { return fit->n_points + fi
 
 // ---------------------------------------------------------------- text
 
+static void print_quantizer(const kvq_artifact *a) {
+    printf("quantizer  %s  outliers %g%% (K %d, V %d per side and token)  weighting %s\n", a->quantizer.scheme,
+           a->quantizer.outlier_fraction * 100, a->quantizer.n_side_k, a->quantizer.n_side_v,
+           kvq_weighting_names[a->quantizer.weighting]);
+}
+
 static void print_header(const kvq_artifact *a, const char *path, const char *content_sha256) {
     const kvq_tensor_quant *k = &a->layers[0].k;
     printf("artifact   %s  content sha256 %s\n", kvq_file_name(path), content_sha256);
     inspect_print_model(a);
-    printf("quantizer  %s  outliers %g%% (K %d, V %d per side and token)  weighting %s\n", a->quantizer.scheme,
-           a->quantizer.outlier_fraction * 100, a->quantizer.n_side_k, a->quantizer.n_side_v,
-           kvq_weighting_names[a->quantizer.weighting]);
+    if (kvq_artifact_is_allocated(a))
+        inspect_print_alloc_quantizer(a);
+    else
+        print_quantizer(a);
     printf("           keys %s  ranges of K per %s", kvq_key_domain_names[k->domain], kvq_axis_names[k->axis]);
     if (k->axis == KVQ_AXIS_CHANNEL) {
         printf(" by thresholds of the %s%s", kvq_scope_names[a->quantizer.threshold_scope],
                a->quantizer.sinks_counted ? ", sink tokens included" : "");
     }
-    printf("\n           in f16: sink tokens %lld  recent tokens %lld\n", (long long)a->quantizer.sink_tokens,
-           (long long)a->quantizer.recent_tokens);
+    printf("\n           in f16: sink tokens %lld", (long long)a->quantizer.sink_tokens);
+    if (!kvq_artifact_is_allocated(a)) printf("  recent tokens %lld", (long long)a->quantizer.recent_tokens);
+    printf("\n");
     inspect_print_run(a);
-    printf("cache      %.3f bits per element at %lld tokens, everything counted\n\n",
-           kvq_cache_bits_per_element(kvq_artifact_cache_size(a, a->dataset.seq_len)), (long long)a->dataset.seq_len);
+    int64_t        n_tokens = inspect_budget_tokens(a), n_sequences = inspect_budget_sequences(a);
+    kvq_cache_size size = kvq_artifact_cache_size(a, n_tokens);
+    char           sequences[48] = "";
+    if (n_sequences > 1) (void)snprintf(sequences, sizeof sequences, " for %lld sequences", (long long)n_sequences);
+    printf("cache      %.3f bits per element%s at %lld tokens, everything counted\n\n",
+           kvq_cache_bits_per_element(size, n_sequences), sequences, (long long)n_tokens);
 }
 
 // Whether errors of decoded elements are known: not in files of format 1.0, nor with an integer zero point, whose
@@ -70,7 +82,7 @@ static void print_nmse(double nmse, bool known) {
         printf("  %7s", "inf");
 }
 
-static void print_fit(const tensor_row *row, bool lloyd) {
+static void print_fit(const kvq_artifact *a, const tensor_row *row, bool lloyd) {
     const kvq_tensor_quant *t = row->tensor;
     const kvq_fit_report   *fit = &t->fit;
     bool                    known = errors_known(t);
@@ -79,20 +91,31 @@ static void print_fit(const tensor_row *row, bool lloyd) {
         (void)snprintf(clipped, sizeof clipped, "%.3f%%", inspect_share(fit->n_clipped, n_elements(fit)) * 100);
     if (known) (void)snprintf(entropy, sizeof entropy, "%.3f", fit->entropy_bits);
     if (t->datatype == KVQ_NUQ) (void)snprintf(bound, sizeof bound, "%.1e", fit->binning_bound);
-    printf("%5lld  %c       %4d  %-11s  %6d  %17.1f  %14.4e  %13s", (long long)row->layer, row->letter, t->bits,
-           kvq_datatype_names[t->datatype], t->n_groups, fit->effective_samples, fit->objective, bound);
+    printf("%5lld  %c       %4.3g  %-11s  %6d  %17.1f  %14.4e  %13s", (long long)row->layer, row->letter,
+           inspect_mean_bits(a, t), kvq_datatype_names[t->datatype], inspect_tables(a, t), fit->effective_samples,
+           fit->objective, bound);
     if (lloyd) printf("  %14.4e", fit->lloyd_objective);
     print_nmse(kvq_fit_nmse(fit), known);
     printf("  %7s  %7.3f%%  %12s\n", clipped, inspect_share(fit->n_outliers, n_elements(fit)) * 100, entropy);
 }
 
+static void print_allocation(const kvq_artifact *a, const inspect_options *o) {
+    tensor_row row;
+    inspect_print_alloc_head();
+    for (int64_t i = 0; find_row(a, o, i, &row); i++) inspect_print_alloc_row(a, row.layer, row.tensor);
+}
+
 static void print_fits(const kvq_artifact *a, const inspect_options *o) {
     tensor_row row;
     bool       lloyd = false;
+    if (kvq_artifact_is_allocated(a)) {
+        print_allocation(a, o);
+        return;
+    }
     for (int64_t i = 0; find_row(a, o, i, &row); i++) lloyd = lloyd || row.tensor->fit.lloyd_objective > 0;
     printf("layer  tensor  bits  datatype     tables  effective samples  weighted error  binning bound");
     printf("%s       NMSE  SQNR dB  clipped  outliers  entropy bits\n", lloyd ? "   Lloyd reaches" : "");
-    for (int64_t i = 0; find_row(a, o, i, &row); i++) print_fit(&row, lloyd);
+    for (int64_t i = 0; find_row(a, o, i, &row); i++) print_fit(a, &row, lloyd);
 }
 
 static void print_heldout(const kvq_artifact *a, const inspect_options *o) {
@@ -116,7 +139,8 @@ static void print_codebooks(const kvq_artifact *a, const inspect_options *o) {
     tensor_row row;
     for (int64_t i = 0; find_row(a, o, i, &row); i++) {
         const kvq_tensor_quant *t = row.tensor;
-        for (int g = 0; g < t->n_groups; g++) {
+        if (kvq_artifact_is_allocated(a)) inspect_print_alloc_tables(a, row.layer, t);
+        for (int g = 0; g < t->n_groups && !kvq_artifact_is_allocated(a); g++) {
             const float *levels = t->codebook + (int64_t)g * t->n_levels;
             printf("layer %lld  %c  %s  table %d of %d\n", (long long)row.layer, row.letter,
                    kvq_datatype_names[t->datatype], g + 1, t->n_groups);
@@ -134,15 +158,17 @@ static void print_codebooks(const kvq_artifact *a, const inspect_options *o) {
 
 static void add_quantizer(kvq_json *json, const kvq_artifact *a) {
     cJSON *quantizer = kvq_json_object(json, json->root, "quantizer");
+    bool   is_allocated = kvq_artifact_is_allocated(a);
     kvq_json_text(json, quantizer, "scheme", a->quantizer.scheme);
     kvq_json_number(json, quantizer, "outlier_fraction", a->quantizer.outlier_fraction);
     kvq_json_count(json, quantizer, "n_side_k", a->quantizer.n_side_k);
-    kvq_json_count(json, quantizer, "n_side_v", a->quantizer.n_side_v);
+    if (!is_allocated) kvq_json_count(json, quantizer, "n_side_v", a->quantizer.n_side_v);
     kvq_json_count(json, quantizer, "sink_tokens", a->quantizer.sink_tokens);
-    kvq_json_count(json, quantizer, "recent_tokens", a->quantizer.recent_tokens);
+    if (!is_allocated) kvq_json_count(json, quantizer, "recent_tokens", a->quantizer.recent_tokens);
     kvq_json_text(json, quantizer, "weighting", kvq_weighting_names[a->quantizer.weighting]);
     kvq_json_text(json, quantizer, "threshold_scope", kvq_scope_names[a->quantizer.threshold_scope]);
     kvq_json_bool(json, quantizer, "sinks_counted", a->quantizer.sinks_counted);
+    if (is_allocated) inspect_add_alloc_quantizer(json, quantizer, a);
 }
 
 // A number that is not known is null.
@@ -183,17 +209,27 @@ static void add_heldout(kvq_json *json, cJSON *tensor, const kvq_heldout_report 
     kvq_json_number(json, heldout, "attention_error", h->attention_error);
 }
 
-static void add_tensor(kvq_json *json, cJSON *layer, const kvq_artifact *a, const tensor_row *row) {
-    const kvq_tensor_quant *t = row->tensor;
-    int64_t                 d = a->model.n_kv_heads * a->model.head_dim, n = (int64_t)t->n_groups * t->n_levels;
-    cJSON                  *tensor = kvq_json_object(json, layer, row->letter == 'K' ? "k" : "v");
-    kvq_json_count(json, tensor, "bits", t->bits);
-    kvq_json_text(json, tensor, "datatype", kvq_datatype_names[t->datatype]);
-    kvq_json_text(json, tensor, "axis", kvq_axis_names[t->axis]);
-    kvq_json_text(json, tensor, "domain", row->letter == 'K' ? kvq_key_domain_names[t->domain] : "projection");
+static void add_tables(kvq_json *json, cJSON *tensor, const kvq_tensor_quant *t) {
+    int64_t n = (int64_t)t->n_groups * t->n_levels;
     kvq_json_count(json, tensor, "groups", t->n_groups);
     kvq_json_floats(json, tensor, "codebook", t->codebook, n); // [groups, 2^bits] in a row
     kvq_json_floats(json, tensor, "decode_levels", t->decode_levels, n);
+}
+
+static void add_tensor(kvq_json *json, cJSON *layer, const kvq_artifact *a, const tensor_row *row) {
+    const kvq_tensor_quant *t = row->tensor;
+    int64_t                 d = a->model.n_kv_heads * a->model.head_dim;
+    cJSON                  *tensor = kvq_json_object(json, layer, row->letter == 'K' ? "k" : "v");
+    if (!kvq_artifact_is_allocated(a)) {
+        kvq_json_count(json, tensor, "bits", t->bits);
+        kvq_json_text(json, tensor, "datatype", kvq_datatype_names[t->datatype]);
+    }
+    kvq_json_text(json, tensor, "axis", kvq_axis_names[t->axis]);
+    kvq_json_text(json, tensor, "domain", row->letter == 'K' ? kvq_key_domain_names[t->domain] : "projection");
+    if (kvq_artifact_is_allocated(a))
+        inspect_add_alloc_tensor(json, tensor, a, t);
+    else
+        add_tables(json, tensor, t);
     kvq_json_floats(json, tensor, "lower", t->lower, d);
     kvq_json_floats(json, tensor, "upper", t->upper, d);
     add_fit(json, tensor, t);
@@ -225,8 +261,9 @@ static kvq_status print_json(const kvq_artifact *a, const inspect_options *o, co
     inspect_add_dataset(&json, a);
     add_quantizer(&json, a);
     inspect_add_run(&json, a);
-    kvq_json_number(&json, json.root, "bits_per_element",
-                    kvq_cache_bits_per_element(kvq_artifact_cache_size(a, a->dataset.seq_len)));
+    kvq_json_number(
+        &json, json.root, "bits_per_element",
+        kvq_cache_bits_per_element(kvq_artifact_cache_size(a, inspect_budget_tokens(a)), inspect_budget_sequences(a)));
     add_layers(&json, a, o);
     kvq_status status = kvq_json_print(&json, err);
     kvq_json_free(&json);

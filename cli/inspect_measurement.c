@@ -12,6 +12,7 @@
 typedef struct tensor_facts {
     char                       letter;
     const kvq_measured_tensor *measured; // [n_fractions], NULL for Q
+    double                     kl;       // of this tensor alone in the reference allocation, 0 = not measured
     int                        n_heads, head_dim;
     double                    *values; // eigenvalues [n_heads, head_dim], NULL without moments
     double                    *ranks;  // [n_heads]
@@ -79,6 +80,11 @@ static void print_header(const inspection *s) {
     printf("  ranges per token by %s\n", kvq_token_range_names[m->token_range]);
     printf("           sink tokens %lld%s  second moments %s\n", (long long)m->sink_tokens,
            m->count_sinks ? ", counted in thresholds only" : "", m->moments ? "yes" : "no");
+    if (m->allocated) {
+        printf("           channels and rotated values: weighting %s  rotation %s  scales %s\n",
+               kvq_weighting_names[m->channel_weighting], kvq_rotation_names[m->rotation],
+               kvq_scale_format_names[m->scale_format]);
+    }
     inspect_print_run(s->about);
 }
 
@@ -107,6 +113,11 @@ static void add_header(const inspection *s) {
     kvq_json_count(json, measured, "k_slots", m->k_slots);
     kvq_json_text(json, measured, "token_range", kvq_token_range_names[m->token_range]);
     kvq_json_bool(json, measured, "moments", m->moments);
+    if (!m->allocated) return;
+    kvq_json_bool(json, measured, "allocated", true);
+    kvq_json_text(json, measured, "channel_weighting", kvq_weighting_names[m->channel_weighting]);
+    kvq_json_text(json, measured, "rotation", kvq_rotation_names[m->rotation]);
+    kvq_json_text(json, measured, "scale_format", kvq_scale_format_names[m->scale_format]);
 }
 
 // ---------------------------------------------------------------- one tensor
@@ -128,6 +139,7 @@ static void print_tensor(const inspection *s, int64_t layer, tensor_facts *t) {
         double median = (t->ranks[(n - 1) / 2] + t->ranks[n / 2]) / 2;
         printf("  %6.1f  %6.1f  %6.1f of %d", t->ranks[0], median, t->ranks[n - 1], t->head_dim);
     }
+    if (t->kl > 0) printf("  KL %.4e nats", t->kl);
     printf("\n");
     for (int h = 0; s->o->spectrum && h < n; h++) {
         printf("       eigenvalues of head %d:", h);
@@ -160,6 +172,7 @@ static void add_tensor(const inspection *s, cJSON *layer, const tensor_facts *t)
         cJSON *fractions = kvq_json_array(s->json, tensor, "fractions");
         for (int f = 0; f < s->options->n_fractions; f++) add_fraction(s, fractions, t, f);
     }
+    if (t->kl > 0) kvq_json_number(s->json, tensor, "kl", t->kl);
     if (t->ranks != NULL) kvq_json_doubles(s->json, tensor, "effective_rank", t->ranks, t->n_heads);
     if (!s->o->spectrum) return;
     cJSON *spectrum = kvq_json_array(s->json, tensor, "spectrum");
@@ -176,6 +189,7 @@ static kvq_status show_tensor(const inspection *s, int64_t layer, const kvq_meas
     tensor_facts       t = {.letter = letter, .head_dim = measured->head_dim};
     t.n_heads = letter == 'Q' ? measured->n_heads : measured->n_kv_heads;
     t.measured = letter == 'Q' ? NULL : letter == 'K' ? measured->k : measured->v;
+    if (measured->kl != NULL && letter != 'Q') t.kl = measured->kl[letter == 'V'];
     if (s->options->moments) {
         KVQ_TRY(KVQ_NEW(ctx, (int64_t)t.n_heads * t.head_dim, "eigenvalues", &t.values, err));
         KVQ_TRY(KVQ_NEW(ctx, t.n_heads, "effective ranks", &t.ranks, err));

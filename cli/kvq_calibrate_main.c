@@ -11,7 +11,7 @@ static const kvq_cli_option OPTIONS[] = {
     {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file"},
     CLI_TEXT_ROWS,
     {"capture", 0, CLI_TEXT, AT(capture), "FILE",
-     .help = "K and V from kvq-capture or another program, instead of a model and a text"},
+     .help = "K and V from kvq-capture or another program, instead of a model and a text", .rare = true},
     CLI_WINDOW_ROWS,
     {"measure-only", 0, CLI_FLAG, AT(measure_only), NULL,
      .help = "write a measurement (-o M.kvqm.h5) from which --from fits in seconds"},
@@ -22,7 +22,8 @@ static const kvq_cli_option OPTIONS[] = {
     {"k-bits", 0, CLI_COUNT, AT(k_bits), "B", .help = "bits of K alone", .min = 2, .max = 8},
     {"v-bits", 0, CLI_COUNT, AT(v_bits), "B", .help = "bits of V alone", .min = 2, .max = 8},
     {"datatype", 0, CLI_CHOICE, AT(datatype), "TYPE",
-     .help = "nuq (fitted levels, default), nf, int (real zero point) or int-clamped", .choices = kvq_datatype_names},
+     .help = "nuq (fitted levels, default), nf, int (real zero point) or int-clamped", .choices = kvq_datatype_names,
+     .rare = true},
     {"k-datatype", 0, CLI_CHOICE, AT(k_datatype), "TYPE", .help = "of K alone", .choices = kvq_datatype_names,
      .rare = true},
     {"v-datatype", 0, CLI_CHOICE, AT(v_datatype), "TYPE", .help = "of V alone", .choices = kvq_datatype_names,
@@ -35,8 +36,50 @@ static const kvq_cli_option OPTIONS[] = {
      .rare = true},
     {"compare-lloyd", 0, CLI_FLAG, AT(compare_lloyd), NULL, .help = "also record what Lloyd's k-means would reach",
      .rare = true},
+    {"target-bits", 0, CLI_NUMBER, AT(allocated.target_bits), "B",
+     .help = "channel-allocated (docs/allocated.md): bits per element of the cache, everything counted", .min = 1,
+     .max = 8},
+    {"preset", 0, CLI_CHOICE, AT(allocated.preset), "NAME",
+     .help = "such a target by a name: alloc-3.4, alloc-3, alloc-2.75 or alloc-2.1", .choices = calibrate_preset_names},
+    {"target-tokens", 0, CLI_COUNT, AT(allocated.target_tokens), "N",
+     .help = "of each sequence that the target is about, in whole tiles of 128 (as --seq-len)", .min = 128,
+     .max = CLI_MAX_TOKENS, .rare = true},
+    {"target-sequences", 0, CLI_COUNT, AT(allocated.target_sequences), "N",
+     .help = "how many such sequences there are; they share the tables (8)", .min = 1, .max = 1024, .rare = true},
+    {"widths-from", 0, CLI_TEXT, AT(allocated.widths_from), "FILE",
+     .help = "use the widths of this artifact instead of a target; tables are fitted anew", .rare = true},
+    {"k-mean-bits", 0, CLI_NUMBER, AT(allocated.k_bits), "B",
+     .help = "mean bits of the codes of K, instead of a target; with --v-mean-bits", .min = 0.0625, .max = 5,
+     .rare = true},
+    {"v-mean-bits", 0, CLI_NUMBER, AT(allocated.v_bits), "B", .help = "mean bits of the codes of V, beside it",
+     .min = 0.5, .max = 8, .rare = true},
+    {"k-widths", 0, CLI_TEXT, AT(allocated.k_widths), "LIST", .help = "bits that channels of K may have (0,1,2,3,4,5)",
+     .rare = true},
+    {"v-rates", 0, CLI_TEXT, AT(allocated.v_rates), "LIST",
+     .help = "bits that pairs of channels of V may have (4,5,6,7,8), with --v-dim 1 channels (2,3,4)", .rare = true},
+    {"width-group", 0, CLI_COUNT, AT(allocated.width_group), "N",
+     .help = "channels of a head of K that share a width (8)", .min = 1, .max = KVQ_TILE_MAX_HEAD_DIM, .rare = true},
+    {"budget", 0, CLI_CHOICE, AT(allocated.scope), "OF",
+     .help = "bits of K are dealt within the model (default), layer or head", .choices = kvq_budget_scope_names,
+     .rare = true},
+    {"k-tables", 0, CLI_CHOICE, AT(allocated.tables), "KIND",
+     .help = "tables of K by channel (default), or affine: by layer and width, for fast kernels",
+     .choices = kvq_table_kind_names, .rare = true},
+    {"v-dim", 0, CLI_CHOICE, AT(allocated.v_dim), "N", .help = "channels of V coded together: 2 (default) or 1",
+     .choices = calibrate_v_dim_names, .rare = true},
+    {"v-scale", 0, CLI_CHOICE, AT(allocated.scale), "TYPE",
+     .help = "scales of V, one for each token and head: e4m3 (default) or f16", .choices = kvq_scale_format_names,
+     .rare = true},
+    {"v-rotation", 0, CLI_CHOICE, AT(allocated.rotation), "KIND",
+     .help = "of V before it is coded: orthogonal (default) or none", .choices = kvq_rotation_names, .rare = true},
+    {"kl-tokens", 0, CLI_COUNT, AT(allocated.kl_tokens), "N",
+     .help = "tokens to measure the KL of each K and V alone on, for their bits; 0 = do not (2048)", .min = 0,
+     .max = CLI_MAX_TOKENS, .rare = true},
+    {"allocated", 0, CLI_FLAG, AT(allocated.measure), NULL,
+     .help = "with --measure-only: also what --from needs for the channel-allocated format", .rare = true},
     {"outliers", 0, CLI_FRACTIONS, AT(outliers), "F",
-     .help = "share of elements kept exact, 0 to 10% (1%); to be measured: a list (0,0.25%,1%)", .min = 0, .max = 0.1},
+     .help = "share of elements kept exact, to 10% (1%; channel-allocated 0.25%); --measure-only: a list", .min = 0,
+     .max = 0.1},
     {"k-outlier-slots", 0, CLI_COUNT, AT(k_slots), "N", .help = "K outliers per side and token (as F says)", .min = 1,
      .max = KVQ_BLOCK_MAX_SIDE, .rare = true},
     {"threshold-scope", 0, CLI_CHOICE, AT(threshold_scope), "OF",
@@ -53,7 +96,8 @@ static const kvq_cli_option OPTIONS[] = {
     {"recent-window", 0, CLI_COUNT, AT(recent_window), "N", .help = "last tokens kept in f16 (0)", .min = 0,
      .max = CLI_MAX_TOKENS, .rare = true},
     {"held-out", 0, CLI_COUNT, AT(held_out), "N",
-     .help = "windows beside the calibration's, for an error report per layer (0)", .min = 0, .max = CLI_MAX_TOKENS},
+     .help = "windows beside the calibration's, for an error report per layer (0)", .min = 0, .max = CLI_MAX_TOKENS,
+     .rare = true},
     {"draw", 0, CLI_CHOICE, AT(draw), "HOW", .help = "windows spread over the text (kvq), or as Python's random does",
      .choices = calibrate_draw_names, .rare = true},
     {"compat", 0, CLI_CHOICE, AT(compat), "WITH",
@@ -88,6 +132,8 @@ static kvq_status dry_run(kvq_cli *cli, calibration *c, kvq_error *err) {
     kvq_status status = kvq_calib_probe(&cli->ctx, c->be, c->model, &c->measured, c->o->samples, c->seq_len,
                                         c->sweep.n_shards * c->processes.n_ranks, &c->plan, &seconds, err);
     if (status != KVQ_OK) return status;
+    // the KL of single tensors passes the same layers, so it takes as long for its share of the work
+    seconds += seconds * sensitivity_tera_flops(c) / c->plan.tera_flops;
     kvq_cli_format_seconds(seconds, text, sizeof text);
     kvq_cli_say(cli, "time       about %s on %d threads (2 windows of random tokens were timed in layer 0)", text,
                 cli->ctx.n_threads);
@@ -138,8 +184,9 @@ static kvq_status run_whole(kvq_cli *cli, calibration *c, kvq_error *err) {
         KVQ_TRY(kvq_artifact_read(&cli->ctx, c->o->output, &c->artifact, c->content_sha256, err));
         kvq_cli_say(cli, "%s was complete; only its work directory was left", c->o->output);
     } else {
-        KVQ_TRY(kvq_calibrate(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep, &c->processes,
-                              &c->artifact, err));
+        KVQ_TRY(c->allocated ? run_allocated(cli, c, err)
+                             : kvq_calibrate(&cli->ctx, c->be, c->model, &c->windows, &c->options, &c->sweep,
+                                             &c->processes, &c->artifact, err));
         KVQ_TRY(write_artifact(cli, c, err));
     }
     KVQ_TRY(kvq_sweep_forget(&cli->ctx, &c->sweep, &c->processes, err));
@@ -203,6 +250,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
                                    : run_prepared(cli, &c, err));
 done:
     kvq_artifact_destroy(&cli->ctx, &c.artifact);
+    kvq_artifact_destroy(&cli->ctx, &c.like);
     kvq_measurement_close(&cli->ctx, &c.measurement);
     kvq_windows_free(&cli->ctx, &c.windows);
     kvq_model_destroy(&cli->ctx, &c.model);
@@ -219,8 +267,9 @@ static const kvq_cli_program PROGRAM = {
     .synopsis = "--model PATH --text FILE|self... [--samples N] [--seq-len S] [--seed X]\n"
                 "    [--bits B | --k-bits B --v-bits B] [--outliers 1%] [--sink-tokens N]\n"
                 "    [--compute f32|bf16] [--threads N] [--force] -o OUT.kvq.h5\n"
-                "--model PATH --text FILE... --measure-only [--outliers 0,0.25%,1%] -o M.kvqm.h5\n"
-                "--from M.kvqm.h5 [--bits B] [--outliers F] [--datatype TYPE] -o OUT.kvq.h5\n",
+                "--model PATH --text FILE... --target-bits B [--k-tables affine] -o OUT.kvq.h5\n"
+                "--model PATH --text FILE... --measure-only [--allocated] [--outliers 0,0.25%,1%] -o M.kvqm.h5\n"
+                "--from M.kvqm.h5 [--bits B | --target-bits B] [--outliers F] [--datatype TYPE] -o OUT.kvq.h5\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
     .notes = "bits per element of a long cache with 1024 KV channels (8 heads x 128), everything counted:\n"
@@ -229,7 +278,7 @@ static const kvq_cli_program PROGRAM = {
              "  --outliers 0     2.02   3.02   4.02\n\n"
              "examples:\n"
              "  kvq-calibrate --model llama-3.1-8b --text wiki.train.raw -o l31.kvq.h5\n"
-             "  kvq-calibrate --model llama-3.1-8b --text wiki.train.raw --measure-only -o l31.kvqm.h5\n"
+             "  kvq-calibrate --model llama-3.1-8b --text wiki.train.raw --target-bits 3 -o l31-alloc-3.kvq.h5\n"
              "  kvq-calibrate --from l31.kvqm.h5 --k-bits 2 --v-bits 3 --outliers 0.25% -o l31-2.3.kvq.h5\n",
     .can_stop = true,
     .run = run,
@@ -237,6 +286,7 @@ static const kvq_cli_program PROGRAM = {
 
 int main(int argc, char **argv) {
     calibrate_options options = {.samples = CLI_USUAL_SAMPLES,
+                                 .allocated = {.preset = NOT_GIVEN, .kl_tokens = NOT_GIVEN, .v_dim = 1},
                                  .sink_tokens = NOT_GIVEN,
                                  .datatype = NOT_GIVEN,
                                  .k_datatype = NOT_GIVEN,

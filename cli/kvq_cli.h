@@ -24,6 +24,7 @@ typedef enum kvq_cli_kind {
     CLI_LIST,      // kvq_cli_list; the option may be repeated
     CLI_COUNT,     // int64_t in [min, max]
     CLI_SEED,      // kvq_cli_seed
+    CLI_NUMBER,    // double in [min, max]
     CLI_FRACTION,  // double in [min, max]; "1%" or "0.01"
     CLI_FRACTIONS, // kvq_cli_fractions; some of them with commas between, "0,0.25%,1%"
     CLI_BYTES,     // int64_t above 0; "16GiB", "500MB", "1000000"
@@ -57,7 +58,7 @@ typedef struct kvq_cli_option {
     size_t             at;       // offsetof the field in the program's options struct
     const char        *value;    // word for the value in help, NULL for flags
     const char        *help;     // one line
-    double             min, max; // CLI_COUNT, CLI_FRACTION, CLI_FRACTIONS
+    double             min, max; // CLI_COUNT, CLI_NUMBER, CLI_FRACTION, CLI_FRACTIONS
     const char *const *choices;  // CLI_CHOICE, ends with NULL
     bool               rare;     // shown by --help-all only
 } kvq_cli_option;
@@ -161,6 +162,7 @@ kvq_status kvq_cli_work_dir(const char *wanted, const char *output, char out[CLI
 extern const char *const kvq_cli_bos_names[];         // in the order of kvq_bos_policy
 extern const char *const kvq_cli_text_format_names[]; // in the order of kvq_text_format
 extern const char *const kvq_cli_documents_names[];   // joined, kept
+extern const char *const kvq_cli_newlines_names[];    // kept, bare, single, mixed
 
 // Where windows come from. Texts or tokens are given, not both; the single text "self" lets the model write.
 typedef struct kvq_cli_source {
@@ -170,6 +172,7 @@ typedef struct kvq_cli_source {
     const char  *field;     // of jsonl, or NULL
     int          format;    // kvq_text_format
     int          documents; // 1 = kept
+    int          newlines;  // kvq_newlines, or one more: mixed
     int          bos;       // kvq_bos_policy
 } kvq_cli_source;
 
@@ -185,7 +188,11 @@ typedef struct kvq_cli_source {
     {"text-field", 0, CLI_TEXT, AT(source.field), "NAME",                                                              \
      .help = "member of a jsonl object that holds its text (text)", .rare = true},                                     \
     {"documents", 0, CLI_CHOICE, AT(source.documents), "HOW",                                                          \
-     .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names, .rare = true}
+     .help = "joined, or kept: no window holds text of two documents", .choices = kvq_cli_documents_names,             \
+     .rare = true},                                                                                                    \
+    {"newlines", 0, CLI_CHOICE, AT(source.newlines), "HOW",                                                            \
+     .help = "kept; bare: no spaces in front; single: nor blank lines; mixed: half kept, half bare",                   \
+     .choices = kvq_cli_newlines_names, .rare = true}
 
 // Rows for the windows that are drawn from it, or from given ids: samples, seq_len and seed beside the source.
 #define CLI_WINDOW_ROWS                                                                                                \

@@ -124,6 +124,31 @@ static void warn(kvq_cli *cli, const validate_report *r) {
     }
 }
 
+// A token as the tokenizer spells it, for a message; empty when there is no tokenizer.
+static void spell(kvq_cli *cli, const validate_options *o, int64_t id, char *out, size_t size) {
+    kvq_tokenizer *tokenizer = NULL;
+    out[0] = 0;
+    if (o->source.tokens == NULL && kvq_tokenizer_open(&cli->ctx, o->model, &tokenizer, NULL) == KVQ_OK)
+        kvq_tokenizer_spelling(tokenizer, id, out, size);
+    kvq_tokenizer_close(&cli->ctx, &tokenizer);
+}
+
+// The text is of another kind than what was calibrated on; what to do about it is known.
+static void warn_of_ranges(kvq_cli *cli, const validate_options *o, const validate_report *r) {
+    const kvq_range_report *range = &r->validation.range;
+    char                    token[64] = "";
+    if (!r->validation.has_range || !range->exceeds) return;
+    spell(cli, o, range->token, token, sizeof token);
+    kvq_log(&cli->ctx, KVQ_LOG_WARNING,
+            "%.3f%% of the keys lie outside of the calibrated ranges, %.1f times as many as expected (%.3f%%): most of "
+            "them in layer %lld (%.2f%%), there in channel %lld (%.1f%%); %.0f%% of all at token %lld%s%s%s; calibrate "
+            "on text like this too (--text, --newlines mixed)",
+            100 * range->share.mean, range->share.mean / range->expected, 100 * range->expected,
+            (long long)range->layer, 100 * range->layer_share, (long long)range->channel, 100 * range->channel_share,
+            100 * range->token_part, (long long)range->token, token[0] != 0 ? " ('" : "", token,
+            token[0] != 0 ? "')" : "");
+}
+
 static void print_plan(kvq_cli *cli, const validate_options *o, const kvq_backend *be, const validate_report *r) {
     kvq_cli_say(cli, "model      %s  %s  %lld layers  %d KV heads x %d", r->identity.name, r->config->architecture,
                 (long long)r->config->n_layers, r->config->n_kv_heads, r->config->head_dim);
@@ -180,6 +205,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     KVQ_TRY(kvq_model_create(&cli->ctx, be, checkpoint, false, &model, err));
     KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &r.validation, err));
     kvq_cli_end_progress(cli);
+    warn_of_ranges(cli, o, &r);
     int n_failed = count_failed_gates(&r);
     if (o->json) {
         KVQ_TRY(print_report_json(&r, err));

@@ -3,6 +3,7 @@
 // One option table drives parsing, checking, suggestions and help, so that they cannot disagree. popt splits the
 // command line; values are converted here, because a number must be read to its last character and lie in a stated
 // range.
+#include <assert.h>
 #include <ctype.h>
 #include <errno.h>
 #include <math.h>
@@ -33,6 +34,7 @@ static bool is_operand(const kvq_cli_option *option) {
 
 option_rows collect_options(const kvq_cli_program *program) {
     option_rows all = {.n = 0};
+    assert(program->n_options + CLI_COUNT_OF(COMMON) <= CLI_MAX_OPTIONS);
     for (int i = 0; i < program->n_options && all.n < CLI_MAX_OPTIONS; i++) all.rows[all.n++] = &program->options[i];
     for (int i = 0; i < CLI_COUNT_OF(COMMON) && all.n < CLI_MAX_OPTIONS; i++) all.rows[all.n++] = &COMMON[i];
     return all;
@@ -146,14 +148,32 @@ static kvq_status set_seed(const kvq_cli_option *option, const char *text, void 
     return KVQ_OK;
 }
 
+// Digits and points only: strtod also takes hexadecimal numbers, "inf" and "nan". Returns where the number ends, NULL
+// when there is none.
+static const char *read_number(const char *text, double *value) {
+    char *end;
+    *value = strtod(text, &end);
+    return end != text && strspn(text, "+-.0123456789eE") == (size_t)(end - text) ? end : NULL;
+}
+
+static kvq_status set_number(const kvq_cli_option *option, const char *text, void *field, kvq_error *err) {
+    double      value;
+    const char *end = read_number(text, &value);
+    if (end == NULL || *end != 0)
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--%s: '%s' is not a number", option->name, text);
+    if (!(value >= option->min && value <= option->max)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--%s: %s is not between %g and %g", option->name, text, option->min,
+                        option->max);
+    }
+    *(double *)field = value;
+    return KVQ_OK;
+}
+
 static kvq_status set_fraction(const kvq_cli_option *option, const char *text, void *field, kvq_error *err) {
-    char  *end;
-    double value = strtod(text, &end);
-    bool   percent = *end == '%';
-    // digits and points only: strtod also takes hexadecimal numbers, "inf" and "nan"
-    bool is_number =
-        end != text && end[percent ? 1 : 0] == 0 && strspn(text, "+-.0123456789eE") == (size_t)(end - text);
-    if (!is_number) {
+    double      value;
+    const char *end = read_number(text, &value);
+    bool        percent = end != NULL && *end == '%';
+    if (end == NULL || end[percent ? 1 : 0] != 0) {
         return kvq_fail(err, KVQ_ERR_USAGE, NULL,
                         "--%s: '%s' is neither a fraction like 0.01 nor a percentage like 1%%", option->name, text);
     }
@@ -226,7 +246,7 @@ typedef kvq_status (*setter)(const kvq_cli_option *option, const char *text, voi
 static const setter SETTERS[] = {
     [CLI_FLAG] = set_flag,   [CLI_TEXT] = set_text,         [CLI_LIST] = set_list,           [CLI_COUNT] = set_count,
     [CLI_SEED] = set_seed,   [CLI_FRACTION] = set_fraction, [CLI_CHOICE] = set_choice,       [CLI_OPERAND] = set_text,
-    [CLI_BYTES] = set_bytes, [CLI_OPERANDS] = set_list,     [CLI_FRACTIONS] = set_fractions,
+    [CLI_BYTES] = set_bytes, [CLI_OPERANDS] = set_list,     [CLI_FRACTIONS] = set_fractions, [CLI_NUMBER] = set_number,
 };
 
 static kvq_status set_value(const kvq_cli_option *option, const char *text, void *options, kvq_error *err) {

@@ -7,7 +7,7 @@
 #include "kvq_cli.h"
 
 // The program's own rows followed by the rows every program has.
-#define CLI_MAX_OPTIONS 64
+#define CLI_MAX_OPTIONS 96 // of a program, the common ones included
 typedef struct option_rows {
     const kvq_cli_option *rows[CLI_MAX_OPTIONS];
     int                   n;

@@ -12,7 +12,7 @@ typedef struct text_set {
     kvq_text_source      *sources[CLI_MAX_LIST];
     kvq_token_source      views[CLI_MAX_LIST];
     kvq_source_use        uses[CLI_MAX_LIST];
-    int                   n;
+    int                   n, n_versions; // sources; of each text
     const kvq_cli_source *from;
 } text_set;
 
@@ -30,6 +30,13 @@ static kvq_status check_readable_twice(const char *path, kvq_error *err) {
     return status;
 }
 
+// With mixed newlines every text is there in two versions, as two sources.
+static kvq_newlines version_of(const kvq_cli_source *from, int version) {
+    return from->newlines <= KVQ_NEWLINES_SINGLE ? (kvq_newlines)from->newlines
+           : version == 0                        ? KVQ_NEWLINES_KEPT
+                                                 : KVQ_NEWLINES_BARE;
+}
+
 static kvq_status open_texts(text_set *set, const kvq_model_config *config, const char *model_path, bool drawn,
                              kvq_error *err) {
     const kvq_cli_source   *from = set->from;
@@ -38,9 +45,10 @@ static kvq_status open_texts(text_set *set, const kvq_model_config *config, cons
     kvq_status status = KVQ_OK;
     for (int i = 0; i < from->texts.count && drawn; i++) KVQ_TRY(check_readable_twice(from->texts.items[i], err));
     KVQ_TRY(kvq_tokenizer_open(&set->cli->ctx, model_path, &set->tokenizer, err));
-    for (int i = 0; i < from->texts.count; i++) {
-        KVQ_TRY(kvq_text_source_open(&set->cli->ctx, set->tokenizer, from->texts.items[i], &options, &set->sources[i],
-                                     err));
+    for (int i = 0; i < set->n_versions * from->texts.count; i++) {
+        options.newlines = version_of(from, i % set->n_versions);
+        KVQ_TRY(kvq_text_source_open(&set->cli->ctx, set->tokenizer, from->texts.items[i / set->n_versions], &options,
+                                     &set->sources[i], err));
         set->views[i] = kvq_text_source_view(set->sources[i]);
         set->n++;
     }
@@ -59,6 +67,14 @@ static void close_texts(text_set *set) {
 static void set_joint(kvq_window_rule *rule, int64_t eos_id, int64_t vocab_size) {
     if (eos_id >= 0 && eos_id < vocab_size) rule->joint[rule->n_joint++] = (int32_t)eos_id;
     if (rule->bos_id >= 0 && rule->bos_id != eos_id) rule->joint[rule->n_joint++] = (int32_t)rule->bos_id;
+}
+
+// Versions of a text have equal shares.
+static kvq_status parse_weights(const text_set *set, double *weights, kvq_error *err) {
+    double     of_texts[CLI_MAX_LIST];
+    kvq_status status = kvq_cli_parse_mix(set->from->mix, &set->from->texts, of_texts, err);
+    for (int i = 0; i < set->n && status == KVQ_OK; i++) weights[i] = of_texts[i / set->n_versions];
+    return status;
 }
 
 static kvq_status name_windows(text_set *set, kvq_windows *windows, kvq_error *err) {
@@ -88,7 +104,7 @@ kvq_status kvq_cli_text_windows(kvq_cli *cli, const kvq_model_config *config, co
                                 const kvq_cli_source *source, const kvq_cli_window_request *request, kvq_windows *out,
                                 kvq_cli_tokenizer *tokenizer, kvq_error *err) {
     kvq_status      status = KVQ_OK;
-    text_set        set = {.cli = cli, .from = source};
+    text_set        set = {.cli = cli, .from = source, .n_versions = source->newlines > KVQ_NEWLINES_SINGLE ? 2 : 1};
     double          weights[CLI_MAX_LIST];
     kvq_window_rule rule = {.seq_len = request->seq_len,
                             .n_windows = request->n_windows,
@@ -97,12 +113,16 @@ kvq_status kvq_cli_text_windows(kvq_cli *cli, const kvq_model_config *config, co
                             .python_draw = request->python_draw,
                             .n_heldout = request->n_heldout};
 
+    if (set.n_versions * source->texts.count > CLI_MAX_LIST) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_USAGE, NULL, "--newlines mixed: at most %d texts, there are %d", CLI_MAX_LIST / 2,
+                         source->texts.count));
+    }
     KVQ_TRY(open_texts(&set, config, model_path, request->drawn, err));
     kvq_tokenizer_info info = kvq_tokenizer_describe(set.tokenizer);
     int64_t            known_bos = info.bos_id >= 0 ? info.bos_id : config->bos_id;
     KVQ_TRY(kvq_cli_resolve_bos(source->bos, info.adds_bos, known_bos, config->vocab_size, &rule.bos_id, err));
     set_joint(&rule, info.eos_id >= 0 ? info.eos_id : config->eos_id, config->vocab_size);
-    if (source->mix != NULL) KVQ_TRY(kvq_cli_parse_mix(source->mix, &source->texts, weights, err));
+    if (source->mix != NULL) KVQ_TRY(parse_weights(&set, weights, err));
     KVQ_TRY((request->drawn ? kvq_windows_draw : kvq_windows_take)(
         &cli->ctx, set.views, source->mix != NULL ? weights : NULL, set.n, &rule, set.uses, out, err));
     KVQ_TRY(name_windows(&set, out, err));

@@ -10,6 +10,7 @@
 const char *const kvq_cli_bos_names[] = {"auto", "always", "never", NULL};
 const char *const kvq_cli_text_format_names[] = {"auto", "raw", "jsonl", NULL};
 const char *const kvq_cli_documents_names[] = {"joined", "kept", NULL};
+const char *const kvq_cli_newlines_names[] = {"kept", "bare", "single", "mixed", NULL};
 
 static bool is_self(const char *text) { return strcmp(text, "self") == 0; }
 
@@ -37,6 +38,11 @@ static kvq_status check_options(const kvq_cli_source *source, kvq_error *err) {
     if (kvq_cli_is_self(source) && source->bos == KVQ_BOS_NEVER) {
         return kvq_fail(err, KVQ_ERR_USAGE, "leave --bos out",
                         "--bos never: text that the model writes starts with a BOS token");
+    }
+    if (source->newlines != 0 && (source->tokens != NULL || kvq_cli_is_self(source))) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "leave it out",
+                        "--newlines %s: only texts in files have line ends that can be changed",
+                        kvq_cli_newlines_names[source->newlines]);
     }
     return source->mix != NULL ? kvq_cli_parse_mix(source->mix, &source->texts, weights, err) : KVQ_OK;
 }

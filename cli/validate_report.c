@@ -40,7 +40,13 @@ void print_report_text(const validate_report *r) {
                plus_minus(v->kld.stderr_, 5, " nats", text, sizeof text));
         printf("top-1        -            %-12.4f %s\n", v->top1.mean,
                plus_minus(v->top1.stderr_, 4, "", text, sizeof text));
-        printf("bits         -            %-12.3f per element of a window, everything counted\n", v->effective_bits);
+        printf("bits         -            %-12.3f per element of these windows, everything counted\n",
+               v->effective_bits);
+        int64_t open = v->seq_len % KVQ_TILE_TOKENS;
+        if (kvq_artifact_is_allocated(r->artifact) && open > 0) {
+            printf("             of which the last %lld tokens of a window, an open tile, count 16 bits\n",
+                   (long long)open);
+        }
         printf("+- is one standard error over %lld windows\n", (long long)v->n_windows);
     }
     for (int i = 0; i < r->n_gates; i++) {
@@ -101,6 +107,20 @@ static void add_side(kvq_json *json, const char *key, double ppl, kvq_mean nll, 
     kvq_json_doubles(json, side, "window_nll", window_nll, n);
 }
 
+static void add_range(kvq_json *json, const kvq_range_report *range) {
+    cJSON *object = kvq_json_object(json, json->root, "k_beyond_range");
+    kvq_json_number(json, object, "share", range->share.mean);
+    kvq_json_number(json, object, "share_stderr", range->share.stderr_);
+    kvq_json_number(json, object, "expected", range->expected);
+    kvq_json_bool(json, object, "exceeds", range->exceeds);
+    kvq_json_count(json, object, "layer", range->layer);
+    kvq_json_count(json, object, "channel", range->channel);
+    kvq_json_count(json, object, "token", range->token);
+    kvq_json_number(json, object, "layer_share", range->layer_share);
+    kvq_json_number(json, object, "channel_share", range->channel_share);
+    kvq_json_number(json, object, "token_part", range->token_part);
+}
+
 static void add_gates(kvq_json *json, const validate_report *r) {
     cJSON *gates = kvq_json_array(json, json->root, "gates");
     for (int i = 0; i < r->n_gates; i++) {
@@ -137,6 +157,7 @@ kvq_status print_report_json(const validate_report *r, kvq_error *err) {
         kvq_json_number(&json, json.root, "top1_stderr", v->top1.stderr_);
         kvq_json_doubles(&json, json.root, "window_top1", v->window_top1, n);
         kvq_json_number(&json, json.root, "effective_bits", v->effective_bits);
+        if (v->has_range) add_range(&json, &v->range);
     }
     add_gates(&json, r);
     kvq_status status = kvq_json_print(&json, err);

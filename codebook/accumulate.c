@@ -9,20 +9,12 @@
 
 #include "codebook_impl.h"
 
-#define CHUNK        256    // sums of as many limbs stay far below 64 bits
+#define CHUNK        CODEBOOK_CHUNK
 #define WEIGHT_LIMIT 0x1p15 // a bin then holds 2^16 of the largest weights
 
 // ---------------------------------------------------------------- fixed point by the chunk
 
-typedef struct chunk {
-    int      n;
-    int      bin[CHUNK];
-    double   x[CHUNK], w[CHUNK], wx[CHUNK], square[CHUNK];
-    uint64_t w_lo[CHUNK], w_hi[CHUNK], wx_lo[CHUNK], wx_hi[CHUNK]; // as the halves of kvq_fixed
-} chunk;
-
-// As kvq_fixed_add does it, for numbers from 0 up.
-static void to_fixed(const double *x, int n, uint64_t *lo, uint64_t *hi) {
+void codebook_to_fixed(const double *x, int n, uint64_t *lo, uint64_t *hi) {
     for (int i = 0; i < n; i++) {
         double   scaled = x[i] * 0x1p32;
         uint64_t whole = (uint64_t)scaled;
@@ -31,7 +23,7 @@ static void to_fixed(const double *x, int n, uint64_t *lo, uint64_t *hi) {
     }
 }
 
-static void to_signed_fixed(const double *x, int n, uint64_t *lo, uint64_t *hi) {
+void codebook_to_signed_fixed(const double *x, int n, uint64_t *lo, uint64_t *hi) {
     for (int i = 0; i < n; i++) {
         double   scaled = fabs(x[i]) * 0x1p32;
         uint64_t whole = (uint64_t)scaled, part = (uint64_t)((scaled - (double)whole) * 0x1p64);
@@ -41,14 +33,13 @@ static void to_signed_fixed(const double *x, int n, uint64_t *lo, uint64_t *hi) 
     }
 }
 
-// Adds x [n], from 0 up; what is too large by itself makes the sum negative as well.
-static void add_all(kvq_fixed *sum, const double *x, int n) {
+void codebook_add_sum(kvq_fixed *sum, const double *x, int n) {
     uint64_t limbs[4] = {0}, lo[CHUNK], hi[CHUNK];
     int      n_fit = 0;
     for (int i = 0; i < n; i++) n_fit += x[i] < 0x1p31;
     if (n_fit < n) sum->hi = INT64_MIN;
     if (n_fit < n) return;
-    to_fixed(x, n, lo, hi);
+    codebook_to_fixed(x, n, lo, hi);
     for (int i = 0; i < n; i++) {
         limbs[0] += lo[i] & UINT32_MAX;
         limbs[1] += lo[i] >> 32;
@@ -67,7 +58,7 @@ static void add_all(kvq_fixed *sum, const double *x, int n) {
 
 // Clips to [-1, 1] by the bits, whose order is that of magnitudes: with comparisons of floats the loop would not
 // vectorise, since they may trap. x * 2^12 is exact in f32, and so is what floor leaves of it.
-static void find_bins(chunk *c, const float *x) {
+static void find_bins(codebook_chunk *c, const float *x) {
     static const float ONE = 1;
     uint32_t           one, bits[CHUNK];
     float              clipped[CHUNK];
@@ -85,9 +76,9 @@ static void find_bins(chunk *c, const float *x) {
     }
 }
 
-static void add_to_bins(chunk *c, kvq_bin *bins) {
-    to_fixed(c->w, c->n, c->w_lo, c->w_hi);
-    to_signed_fixed(c->wx, c->n, c->wx_lo, c->wx_hi);
+static void add_to_bins(codebook_chunk *c, kvq_bin *bins) {
+    codebook_to_fixed(c->w, c->n, c->w_lo, c->w_hi);
+    codebook_to_signed_fixed(c->wx, c->n, c->wx_lo, c->wx_hi);
     for (int i = 0; i < c->n; i++) {
         kvq_bin  *bin = &bins[c->bin[i]];
         kvq_fixed wx = {c->wx_lo[i], (int64_t)c->wx_hi[i]};
@@ -97,32 +88,36 @@ static void add_to_bins(chunk *c, kvq_bin *bins) {
 }
 
 // Squares of small weights are added by themselves, scaled; a chunk rarely has both kinds.
-static void add_squared_weights(chunk *c, kvq_weight_sums *sums) {
+static void add_squared_weights(codebook_chunk *c, kvq_weight_sums *sums) {
     int n_small = 0;
     for (int i = 0; i < c->n; i++) n_small += c->w[i] < CODEBOOK_SMALL_WEIGHT;
     if (n_small < c->n) {
         for (int i = 0; i < c->n; i++) c->square[i] = c->w[i] < CODEBOOK_SMALL_WEIGHT ? 0 : c->w[i] * c->w[i];
-        add_all(&sums->w2_large, c->square, c->n);
+        codebook_add_sum(&sums->w2_large, c->square, c->n);
     }
     if (n_small > 0) {
         for (int i = 0; i < c->n; i++)
             c->square[i] = c->w[i] < CODEBOOK_SMALL_WEIGHT ? c->w[i] * c->w[i] / CODEBOOK_SMALL_SQUARE_UNIT : 0;
-        add_all(&sums->w2_small, c->square, c->n);
+        codebook_add_sum(&sums->w2_small, c->square, c->n);
     }
 }
 
-// weights NULL: 1 for each.
-static void add_weighted(chunk *c, kvq_weight_sums *sums, const double *weights, double unit) {
-    for (int i = 0; i < c->n; i++) c->w[i] = weights != NULL ? weights[i] * unit : unit;
+void codebook_add_chunk(codebook_chunk *c, kvq_bin *bins, kvq_fixed *wxx) {
     for (int i = 0; i < c->n; i++) c->wx[i] = c->w[i] * c->x[i];
-    add_to_bins(c, sums->bins);
+    add_to_bins(c, bins);
     for (int i = 0; i < c->n; i++) c->square[i] = c->wx[i] * c->x[i];
-    add_all(&sums->wxx, c->square, c->n);
+    codebook_add_sum(wxx, c->square, c->n);
+}
+
+// weights NULL: 1 for each.
+static void add_weighted(codebook_chunk *c, kvq_weight_sums *sums, const double *weights, double unit) {
+    for (int i = 0; i < c->n; i++) c->w[i] = weights != NULL ? weights[i] * unit : unit;
+    codebook_add_chunk(c, sums->bins, &sums->wxx);
     add_squared_weights(c, sums);
 }
 
 void kvq_histogram_add(kvq_histogram *h, const float *x, const double *const weights[KVQ_N_WEIGHTINGS], int64_t n) {
-    chunk c;
+    codebook_chunk c;
     for (int64_t first = 0; first < n; first += CHUNK) {
         c.n = n - first < CHUNK ? (int)(n - first) : CHUNK;
         find_bins(&c, x + first);
@@ -143,12 +138,12 @@ void histogram_add_energy(kvq_histogram *h, const float *x, int64_t n) {
     for (int64_t first = 0; first < n; first += CHUNK) {
         int count = n - first < CHUNK ? (int)(n - first) : CHUNK;
         for (int i = 0; i < count; i++) squares[i] = (double)x[first + i] * (double)x[first + i] * CODEBOOK_SQUARE_UNIT;
-        add_all(&h->energy, squares, count);
+        codebook_add_sum(&h->energy, squares, count);
     }
 }
 
 void histogram_add_beyond(kvq_histogram *h, bool above, double beyond, double r2) {
     double linear = beyond * r2 * CODEBOOK_SQUARE_UNIT, square = beyond * beyond * r2 * CODEBOOK_SQUARE_UNIT;
-    add_all(&h->beyond[above], &linear, 1);
-    add_all(&h->beyond_squared, &square, 1);
+    codebook_add_sum(&h->beyond[above], &linear, 1);
+    codebook_add_sum(&h->beyond_squared, &square, 1);
 }

@@ -14,7 +14,7 @@
 #define ROWS_PER_ITEM 64  // normalised by one thread at a time
 #define GATHERED      512 // elements of a head that are added together
 
-// What a normalised element can be besides a finite number.
+// What a normalised element can be besides a finite number; a quotient never looks like one of these.
 #define APART    HUGE_VALF    // an outlier
 #define CONSTANT (-HUGE_VALF) // of a channel or token without a range
 
@@ -44,27 +44,19 @@ static normalised scratch_of(const count_job *job, int64_t tensor) {
 
 // On the stack of a thread: calls come from inside parallel loops, which must not use the context's allocator.
 typedef struct row_work {
-    kvq_block_scratch scratch;
-    float             upper_key[KVQ_BLOCK_MAX_SIDE + 1], lower_key[KVQ_BLOCK_MAX_SIDE + 1];
-    uint16_t          upper_channel[KVQ_BLOCK_MAX_SIDE + 1], lower_channel[KVQ_BLOCK_MAX_SIDE + 1];
-    float             sorted[KVQ_NO_CHANNEL];
+    codebook_selection select;
+    float              sorted[KVQ_NO_CHANNEL];
 } row_work;
 
-static kvq_status check_row(const float *x, int d, kvq_error *err) {
+kvq_status codebook_check_row(const float *x, int d, kvq_error *err) {
     int64_t bad = kvq_find_nonfinite(x, d);
     if (bad < 0) return KVQ_OK;
     return kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "channel %lld is %g", (long long)bad, (double)x[bad]);
 }
 
-// A quotient beyond f32 is an outlier or clipped like any other; it must not look like a mark.
-static float finite_quotient(float x, float z, float r) {
-    float quotient = (x - z) / r;
-    return quotient > FLT_MAX ? FLT_MAX : quotient < -FLT_MAX ? -FLT_MAX : quotient;
-}
-
 // step 1: z, r [d] of the channels; 0: one of each for all.
 static void normalise(const float *x, int d, const float *z, const float *r, int step, float *out) {
-    for (int c = 0; c < d; c++) out[c] = r[c * step] > 0 ? finite_quotient(x[c], z[c * step], r[c * step]) : CONSTANT;
+    for (int c = 0; c < d; c++) out[c] = r[c * step] > 0 ? codebook_quotient(x[c], z[c * step], r[c * step]) : CONSTANT;
 }
 
 static void mark_outliers(const kvq_block_scratch *w, float *out) {
@@ -75,12 +67,12 @@ static void mark_outliers(const kvq_block_scratch *w, float *out) {
 static kvq_status by_extremes(row_work *w, const kvq_block_spec *spec, const float *x, float *out, float *row_r,
                               kvq_error *err) {
     uint16_t half_z, half_r;
-    kvq_block_select_v(spec, x, &w->scratch, &half_z, &half_r);
+    kvq_block_select_v(spec, x, &w->select.scratch, &half_z, &half_r);
     float z = kvq_float_of_half(half_z), r = kvq_float_of_half(half_r);
     if (!isfinite(z) || !isfinite(r))
         return kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "the middle or half width of its range exceeds f16");
     normalise(x, spec->d, &z, &r, 0, out);
-    mark_outliers(&w->scratch, out);
+    mark_outliers(&w->select.scratch, out);
     *row_r = r;
     return KVQ_OK;
 }
@@ -111,16 +103,16 @@ static void by_percentiles(row_work *w, const kvq_block_spec *spec, double fract
 
 static kvq_status normalise_row(row_work *w, const count_job *job, const kvq_block_spec *spec, const float *x,
                                 float *out, float *row_r, kvq_error *err) {
-    kvq_status status = check_row(x, spec->d, err);
+    kvq_status status = codebook_check_row(x, spec->d, err);
     if (status != KVQ_OK) return status;
     if (spec->r == NULL && job->options.token_range == KVQ_RANGE_EXTREMES)
         return by_extremes(w, spec, x, out, row_r, err);
     if (spec->r == NULL) {
         by_percentiles(w, spec, job->options.fraction, x, out, row_r);
     } else {
-        kvq_block_select_k(spec, x, &w->scratch);
+        kvq_block_select_k(spec, x, &w->select.scratch);
         normalise(x, spec->d, spec->z, spec->r, 1, out);
-        mark_outliers(&w->scratch, out);
+        mark_outliers(&w->select.scratch, out);
     }
     return KVQ_OK;
 }
@@ -131,7 +123,7 @@ static kvq_status normalise_item(const count_job *job, int64_t item, kvq_error *
     const kvq_count_tensor *t = &job->tensors[tensor];
     normalised              to = scratch_of(job, tensor);
     row_work                w;
-    w.scratch = (kvq_block_scratch){w.upper_key, w.lower_key, w.upper_channel, w.lower_channel, 0, 0};
+    codebook_selection_init(&w.select);
     for (int64_t row = first > job->options.n_skip ? first : job->options.n_skip; row < end; row++) {
         kvq_status status =
             normalise_row(&w, job, t->spec, t->x + row * t->spec->d, to.x + row * t->spec->d, &to.r[row], err);
@@ -236,23 +228,17 @@ static kvq_status count_head(const count_job *job, int64_t item, kvq_error *err)
 
 // ---------------------------------------------------------------- all of it
 
-static void note_failure(count_job *job, int64_t item) {
-    int64_t known = atomic_load(&job->first_failed);
-    while (item < known && !atomic_compare_exchange_weak(&job->first_failed, &known, item)) {
-    }
-}
-
 static void try_normalise(void *user, int64_t item, int worker) {
     (void)worker;
-    if (normalise_item(user, item, NULL) != KVQ_OK) note_failure(user, item);
+    if (normalise_item(user, item, NULL) != KVQ_OK) codebook_note_failure(&((count_job *)user)->first_failed, item);
 }
 
 static void try_count(void *user, int64_t item, int worker) {
     (void)worker;
-    if (count_head(user, item, NULL) != KVQ_OK) note_failure(user, item);
+    if (count_head(user, item, NULL) != KVQ_OK) codebook_note_failure(&((count_job *)user)->first_failed, item);
 }
 
-static kvq_status check_spec(const kvq_block_spec *spec, int n_heads, kvq_error *err) {
+kvq_status codebook_check_spec(const kvq_block_spec *spec, int n_heads, kvq_error *err) {
     if (spec->d < 1 || spec->d >= (int)KVQ_NO_CHANNEL || spec->n_side < 0 || spec->n_side > KVQ_BLOCK_MAX_SIDE ||
         2 * spec->n_side >= spec->d) {
         return kvq_fail(err, KVQ_ERR_USAGE, "lower the share of outliers",
@@ -279,7 +265,7 @@ kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensor
                         (long long)options.n_skip);
     }
     for (int i = 0; i < n_tensors; i++) {
-        kvq_status status = check_spec(tensors[i].spec, options.n_heads, err);
+        kvq_status status = codebook_check_spec(tensors[i].spec, options.n_heads, err);
         if (status == KVQ_OK) continue;
         kvq_error_prefix(err, "%s: ", tensors[i].name);
         return status;

@@ -83,26 +83,15 @@ void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from) {
 
 // ---------------------------------------------------------------- as bytes
 
-// A header, which is the histogram itself without its pointers, and for each weighting that is counted the number of
-// its occupied bins and these.
-typedef struct packed_bin {
-    kvq_bin bin;
-    int64_t index;
-} packed_bin;
-
-static bool is_occupied(const kvq_bin *bin) { return (bin->w.lo | (uint64_t)bin->w.hi) != 0; }
-
-static int64_t n_occupied(const kvq_bin *bins) {
-    int64_t n = 0;
-    for (int i = 0; i < KVQ_HISTOGRAM_BINS; i++) n += is_occupied(&bins[i]);
-    return n;
+// A header, which is the histogram itself without its pointers, and the bins of each weighting that is counted.
+static codebook_records records_of(const kvq_histogram *h, int w) {
+    return codebook_bins(h->by[w].bins, KVQ_HISTOGRAM_BINS);
 }
 
 int64_t kvq_histogram_packed_bytes(const kvq_histogram *h) {
     int64_t bytes = (int64_t)sizeof *h;
     for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
-        if (h->by[w].bins == NULL) continue;
-        bytes += (int64_t)sizeof(int64_t) + n_occupied(h->by[w].bins) * (int64_t)sizeof(packed_bin);
+        if (h->by[w].bins != NULL) bytes += codebook_packed_bytes(records_of(h, w));
     }
     return bytes;
 }
@@ -113,50 +102,22 @@ void kvq_histogram_pack(const kvq_histogram *h, uint8_t *out) {
     memcpy(out, &header, sizeof header);
     out += sizeof header;
     for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
-        if (h->by[w].bins == NULL) continue;
-        int64_t n = n_occupied(h->by[w].bins);
-        memcpy(out, &n, sizeof n);
-        out += sizeof n;
-        for (int64_t i = 0; i < KVQ_HISTOGRAM_BINS; i++) {
-            packed_bin bin = {h->by[w].bins[i], i};
-            if (!is_occupied(&bin.bin)) continue;
-            memcpy(out, &bin, sizeof bin);
-            out += sizeof bin;
-        }
+        if (h->by[w].bins != NULL) out = codebook_pack(records_of(h, w), out);
     }
-}
-
-static kvq_status does_not_fit(int64_t bytes, kvq_error *err) {
-    return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "a saved histogram of %lld bytes does not fit together",
-                    (long long)bytes);
 }
 
 kvq_status kvq_histogram_merge_packed(kvq_histogram *into, const uint8_t *packed, int64_t bytes, kvq_error *err) {
-    kvq_histogram  header;
-    const uint8_t *at = packed + sizeof header, *end = packed + bytes;
-    if (bytes < (int64_t)sizeof header) return does_not_fit(bytes, err);
-    memcpy(&header, packed, sizeof header);
+    kvq_histogram   header;
+    codebook_reader from = codebook_read_from("histogram", packed, bytes);
+    kvq_status      status = KVQ_OK;
+    KVQ_TRY(codebook_read(&from, &header, (int64_t)sizeof header, err));
     for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
-        int64_t n = 0;
-        if (into->by[w].bins == NULL) continue;
-        if (end - at < (int64_t)sizeof n) return does_not_fit(bytes, err);
-        memcpy(&n, at, sizeof n);
-        at += sizeof n;
-        if (n < 0 || n > KVQ_HISTOGRAM_BINS || (end - at) / (int64_t)sizeof(packed_bin) < n)
-            return does_not_fit(bytes, err);
-        for (int64_t i = 0; i < n; i++, at += sizeof(packed_bin)) {
-            packed_bin bin;
-            memcpy(&bin, at, sizeof bin);
-            if (bin.index < 0 || bin.index >= KVQ_HISTOGRAM_BINS) {
-                return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "a saved histogram speaks of bin %lld",
-                                (long long)bin.index);
-            }
-            merge_bin(&into->by[w].bins[bin.index], &bin.bin);
-        }
+        if (into->by[w].bins != NULL) KVQ_TRY(codebook_merge_packed(records_of(into, w), &from, err));
     }
-    if (at != end) return does_not_fit(bytes, err);
+    KVQ_TRY(codebook_read_end(&from, err));
     merge_sums(into, &header);
-    return KVQ_OK;
+done:
+    return status;
 }
 
 // ---------------------------------------------------------------- what a fit sees

@@ -33,8 +33,8 @@ typedef struct sample {
     kvq_weighted_point *points; // [n] strictly ascending, weights positive
     double              centre;
     pair_sums           w, wy, wyy;
-    double             *memory; // of the sums
 } sample;
+#define SAMPLE_DOUBLES(n) (2 * (n) + 6 * ((n) + 1))
 
 static void append(pair_sums *sums, int64_t i, double term) {
     double high = sums->high[i], sum = high + term, shadow = sum - high;
@@ -72,7 +72,7 @@ static kvq_status check_points(const kvq_weighted_point *points, int64_t n, int 
 // Drops points without weight and joins points at one position; when no point has weight, each counts as 1.
 static void gather_positions(sample *s, const kvq_weighted_point *points, int64_t n) {
     bool weighted = false;
-    for (int64_t i = 0; i < n; i++) weighted = weighted || points[i].w > 0;
+    for (int64_t i = 0; i < n; i++) weighted = weighted || points[i].w != 0;
     for (int64_t i = 0; i < n; i++) {
         kvq_weighted_point p = {points[i].x, weighted ? points[i].w : 1};
         if (p.w == 0) continue;
@@ -99,30 +99,30 @@ static void sum_up(sample *s) {
     }
 }
 
-static void sample_free(const kvq_context *ctx, sample *s) {
-    kvq_free(ctx, s->points);
-    kvq_free(ctx, s->memory);
+// Lays the sample of n points out in memory [SAMPLE_DOUBLES(n)]; returns what is behind.
+static double *sample_place(sample *s, double *memory, int64_t n) {
+    pair_sums *sums[] = {&s->w, &s->wy, &s->wyy};
+    s->n = 0;
+    s->points = (kvq_weighted_point *)(void *)memory;
+    memory += 2 * n;
+    for (int i = 0; i < 3; i++) {
+        sums[i]->high = memory;
+        sums[i]->low = memory + (n + 1);
+        sums[i]->high[0] = sums[i]->low[0] = 0;
+        memory += 2 * (n + 1);
+    }
+    return memory;
 }
 
-// `s` must be zero.
-static kvq_status sample_init(const kvq_context *ctx, sample *s, const kvq_weighted_point *points, int64_t n,
-                              kvq_error *err) {
-    kvq_status status = KVQ_OK;
-    pair_sums *sums[] = {&s->w, &s->wy, &s->wyy};
-    KVQ_TRY(KVQ_NEW(ctx, n, "k-means positions", &s->points, err));
-    KVQ_TRY(KVQ_NEW(ctx, 6 * (n + 1), "k-means sums", &s->memory, err));
-    for (int i = 0; i < 3; i++) {
-        sums[i]->high = s->memory + 2 * i * (n + 1);
-        sums[i]->low = sums[i]->high + (n + 1);
-    }
+// Whether the sums are finite.
+static bool sample_take(sample *s, const kvq_weighted_point *points, int64_t n) {
     gather_positions(s, points, n);
     sum_up(s);
-    if (!isfinite(s->w.high[s->n]) || !isfinite(s->wyy.high[s->n])) {
-        status = kvq_fail(err, KVQ_ERR_NUMERICAL, NULL,
-                          "k-means: the sum of weight times squared position exceeds a double");
-    }
-done:
-    return status;
+    return isfinite(s->w.high[s->n]) && isfinite(s->wyy.high[s->n]);
+}
+
+static kvq_status too_large(kvq_error *err) {
+    return kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "k-means: the sum of weight times squared position exceeds a double");
 }
 
 // The mean of a run straight from its points: around a position inside the run nothing cancels.
@@ -207,17 +207,26 @@ static void fill(const step *t, int64_t j_first, int64_t j_last, int64_t i_first
     }
 }
 
-// Cuts the sample into k non-empty runs; splits [k - 1, n + 1] of the steps m = 2 .. k, costs [2, n + 1].
-static void cut(const sample *s, int k, double *costs, int32_t *splits, double *levels) {
+// best(m, .) for m up to the largest of ks [n_ks], all below n: splits [k - 1, n + 1] of the steps m = 2 .. k, costs
+// [2, n + 1].
+static void run_steps(const sample *s, const int *ks, int n_ks, double *costs, int32_t *splits) {
     double *previous = costs, *current = costs + (s->n + 1);
+    int     k = ks[n_ks - 1], next = 0;
     for (int64_t j = 1; j <= s->n; j++) previous[j] = run_cost(s, 0, j);
-    for (int m = 2; m <= k; m++) { // the first m-1 points cannot be m runs, the last k-m are needed by later runs
+    for (int m = 2; m <= k; m++) { // the first m-1 points cannot be m runs, later runs up to the next k need one each
+        while (ks[next] < m) next++;
+        int64_t  j_last = s->n - (ks[next] - m);
         int32_t *split = splits + (m - 2) * (s->n + 1);
         step     t = {s, previous, current, split, m > 2 ? split - (s->n + 1) : NULL};
-        fill(&t, m == k ? s->n : m, s->n - (k - m), m - 1, s->n - 1);
+        fill(&t, m == k ? s->n : m, j_last, m - 1, s->n - 1);
+        for (int64_t j = j_last + 1; j <= s->n; j++) split[j] = 0; // no bound for the step that follows
         current = previous;
         previous = t.current;
     }
+}
+
+// The levels of k runs from the splits of all steps.
+static void trace_back(const sample *s, int k, const int32_t *splits, double *levels) {
     int64_t end = s->n;
     for (int m = k; m >= 1; m--) {
         int64_t start = m > 1 ? splits[(m - 2) * (s->n + 1) + end] : 0;
@@ -226,26 +235,40 @@ static void cut(const sample *s, int k, double *costs, int32_t *splits, double *
     }
 }
 
+int64_t codebook_kmeans_scratch(int64_t n, int k) {
+    int64_t steps = (k < n ? k : n) - 1;
+    return SAMPLE_DOUBLES(n) + 2 * (n + 1) + (steps > 0 ? steps * (n + 1) / 2 + 1 : 0);
+}
+
+bool codebook_kmeans_many(const kvq_weighted_point *points, int64_t n, const int *ks, int n_ks, double *scratch,
+                          double *levels, double *costs) {
+    sample   s = {0};
+    double  *step_costs = sample_place(&s, scratch, n);
+    int32_t *splits = (int32_t *)(void *)(step_costs + 2 * (n + 1));
+    int      n_cut = 0;
+    if (!sample_take(&s, points, n)) return false;
+    while (n_cut < n_ks && ks[n_cut] < s.n) n_cut++;
+    if (n_cut > 0) run_steps(&s, ks, n_cut, step_costs, splits);
+    for (int i = 0; i < n_ks; levels += ks[i++]) {
+        if (i < n_cut) {
+            trace_back(&s, ks[i], splits, levels);
+        } else {
+            take_positions(&s, ks[i], levels);
+        }
+        costs[i] = codebook_cost(s.points, s.n, levels, ks[i]);
+    }
+    return true;
+}
+
 kvq_status kvq_kmeans_exact(const kvq_context *ctx, const kvq_weighted_point *points, int64_t n, int k, double *levels,
                             double *cost, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    sample     s = {0};
-    double    *costs = NULL;
-    int32_t   *splits = NULL;
+    double    *scratch = NULL;
     KVQ_TRY(check_points(points, n, k, err));
-    KVQ_TRY(sample_init(ctx, &s, points, n, err));
-    if (s.n <= k) {
-        take_positions(&s, k, levels);
-    } else {
-        KVQ_TRY(KVQ_NEW(ctx, 2 * (s.n + 1), "k-means costs", &costs, err));
-        KVQ_TRY(KVQ_NEW(ctx, (k - 1) * (s.n + 1), "k-means splits", &splits, err));
-        cut(&s, k, costs, splits, levels);
-    }
-    *cost = codebook_cost(s.points, s.n, levels, k);
+    KVQ_TRY(KVQ_NEW(ctx, codebook_kmeans_scratch(n, k), "k-means", &scratch, err));
+    if (!codebook_kmeans_many(points, n, &k, 1, scratch, levels, cost)) status = too_large(err);
 done:
-    kvq_free(ctx, splits);
-    kvq_free(ctx, costs);
-    sample_free(ctx, &s);
+    kvq_free(ctx, scratch);
     return status;
 }
 
@@ -304,11 +327,13 @@ kvq_status kvq_kmeans_lloyd(const kvq_context *ctx, const kvq_weighted_point *po
                             int n_starts, int max_rounds, double *levels, double *cost, kvq_error *err) {
     kvq_status status = KVQ_OK;
     sample     s = {0};
-    double    *chance = NULL, *candidate = NULL;
+    double    *memory = NULL, *chance = NULL, *candidate = NULL;
     int64_t   *ends = NULL;
     if (n_starts < 1) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "k-means with %d starts", n_starts);
     KVQ_TRY(check_points(points, n, k, err));
-    KVQ_TRY(sample_init(ctx, &s, points, n, err));
+    KVQ_TRY(KVQ_NEW(ctx, SAMPLE_DOUBLES(n), "k-means sample", &memory, err));
+    (void)sample_place(&s, memory, n);
+    if (!sample_take(&s, points, n)) KVQ_TRY(too_large(err));
     KVQ_TRY(KVQ_NEW(ctx, s.n, "k-means chances", &chance, err));
     KVQ_TRY(KVQ_NEW(ctx, k, "k-means levels", &candidate, err));
     KVQ_TRY(KVQ_NEW(ctx, k, "k-means runs", &ends, err));
@@ -331,6 +356,6 @@ done:
     kvq_free(ctx, ends);
     kvq_free(ctx, candidate);
     kvq_free(ctx, chance);
-    sample_free(ctx, &s);
+    kvq_free(ctx, memory);
     return status;
 }

@@ -21,6 +21,7 @@
 
 #include "kvq_block_hd.h"
 #include "kvq_core.h"
+#include "kvq_tile_hd.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -199,6 +200,97 @@ void       kvq_distributions_free(const kvq_context *ctx, kvq_distribution **dis
 // point.
 kvq_status kvq_distribution_take(const kvq_histogram *h, kvq_distribution *out, kvq_error *err);
 
+// ---------------------------------------------------------------- channels, and rotated values
+
+// What the channel-allocated format (kvq_tile_hd.h) needs besides: each channel of K by itself, and values after their
+// rotation, one by one and in pairs of adjacent channels. One weighting; weights and positions as in histograms.
+
+#define KVQ_CHANNEL_BINS 1024 // of a channel of K over [-1, 1]
+#define KVQ_VALUE_REACH  8.0f // values in units of their scale are counted in KVQ_HISTOGRAM_BINS bins over +-this ...
+#define KVQ_PAIR_CELLS   256  // ... and pairs in a square of as many cells a side ...
+#define KVQ_PAIR_REACH   4.0f // ... over +-this. What lies beyond counts in the outermost bin or cell, at its position.
+
+typedef enum kvq_rotation_kind { KVQ_ROTATION_ORTHOGONAL, KVQ_ROTATION_NONE } kvq_rotation_kind;
+extern const char *const kvq_rotation_names[]; // "orthogonal", "none", NULL at the end
+// The rotation of values: rotation [head_dim, head_dim] orthogonal, rows are where a value is measured along; *kind a
+// fixed text. A Hadamard matrix divided by sqrt(head_dim) ("hadamard") where head_dim is 2^k, 12 * 2^k or 20 * 2^k
+// (Sylvester's doubling of the matrix of order 1, or of Paley's of order 12 or 20); otherwise the orthogonal factor of
+// a matrix of normal random numbers by LAPACK's QR, seed 0, signs made unique by a positive diagonal of R ("random");
+// or the identity ("none"). Same bytes on every machine for "hadamard" and "none".
+kvq_status kvq_make_rotation(const kvq_context *ctx, kvq_rotation_kind wanted, int head_dim, float *rotation,
+                             const char **kind, kvq_error *err);
+
+typedef struct kvq_cell {
+    kvq_fixed w, wx, wy;
+} kvq_cell;
+
+// Sums over windows, exact and mergeable in any order; those of weights are in units of 2^10 whatever the weighting.
+typedef struct kvq_channel_counts {
+    int        d;
+    kvq_bin   *bins;                  // [d, KVQ_CHANNEL_BINS]
+    kvq_fixed *wxx;                   // [d] sum of w x'^2
+    int64_t   *n_points, *n_outliers; // [d]; constant channels count nothing
+} kvq_channel_counts;
+typedef struct kvq_value_counts {
+    kvq_bin  *bins;          // [KVQ_HISTOGRAM_BINS]
+    kvq_cell *cells;         // [KVQ_PAIR_CELLS, KVQ_PAIR_CELLS], x (the lower channel) is the slower index
+    kvq_fixed wxx, pair_wxx; // sums of w y'^2, and of w (x'^2 + y'^2); the weight of a pair is the mean of its two
+    int64_t   n_points;      // elements; those of a zero scale count nothing, and odd heads have no pairs
+} kvq_value_counts;
+kvq_status kvq_channel_counts_create(const kvq_context *ctx, int d, kvq_channel_counts **out, kvq_error *err);
+kvq_status kvq_value_counts_create(const kvq_context *ctx, kvq_value_counts **out, kvq_error *err);
+void       kvq_channel_counts_destroy(const kvq_context *ctx, kvq_channel_counts **counts);
+void       kvq_value_counts_destroy(const kvq_context *ctx, kvq_value_counts **counts);
+int64_t    kvq_channel_counts_bytes(int d); // in memory
+int64_t    kvq_value_counts_bytes(void);
+// As kvq_histogram_pack: what is occupied, as bytes to be merged elsewhere. KVQ_ERR_INTEGRITY for bytes that pack did
+// not make.
+int64_t    kvq_channel_counts_packed_bytes(const kvq_channel_counts *counts);
+void       kvq_channel_counts_pack(const kvq_channel_counts *counts, uint8_t *out);
+kvq_status kvq_channel_counts_merge_packed(kvq_channel_counts *into, const uint8_t *packed, int64_t bytes,
+                                           kvq_error *err);
+int64_t    kvq_value_counts_packed_bytes(const kvq_value_counts *counts);
+void       kvq_value_counts_pack(const kvq_value_counts *counts, uint8_t *out);
+kvq_status kvq_value_counts_merge_packed(kvq_value_counts *into, const uint8_t *packed, int64_t bytes, kvq_error *err);
+
+// Adds rows [n_skip, n_rows) of keys x [n_rows, d], with gradients [n_rows, d] of the loss (signed; NULL when the
+// weighting needs none). Outliers are those of spec, a key row of kvq_block_hd.h, whose levels are not used: at most
+// n_side per side and row, the largest ones; none when n_side is 0. They are not in the bins; whatever else lies beyond
+// [-1, 1] is, so means of the end bins may lie there too. Deterministic on any number of threads. KVQ_ERR_NUMERICAL,
+// naming position and channel, for an element or a gradient that is not finite, and for a weight, alone or times the
+// square of the position, beyond the range of the sums; nothing has been added then. KVQ_ERR_USAGE as of
+// kvq_count_rows, and for a weighting that needs gradients without any.
+kvq_status kvq_count_channels(const kvq_context *ctx, const kvq_block_spec *spec, const float *x,
+                              const float *gradients, kvq_weighting weighting, int64_t n_rows, int64_t n_skip,
+                              kvq_channel_counts *counts, kvq_error *err);
+// The same of values: rotated and scaled by the rule of `spec` (rotation and scale; levels and widths are not used),
+// weights from the gradients after the same rotation: g'^2, g'^2 s^2, s^2 or 1. KVQ_ERR_NUMERICAL also for a scale that
+// does not fit into its format; a part of the rows may have been added then.
+kvq_status kvq_count_values(const kvq_context *ctx, const kvq_tile_spec *spec, const float *x, const float *gradients,
+                            kvq_weighting weighting, int64_t n_rows, int64_t n_skip, kvq_value_counts *counts,
+                            kvq_error *err);
+// Power of two near the root mean square of values: e such that e4m3 scales of rms * 2^-e lie well inside its range;
+// from the mean square of a layer's values (0 gives 0). The nearest one by ratio, within -100 .. 100.
+int kvq_scale_exponent(double mean_square);
+
+// The same in the precision in which it is stored; arrays NULL when not measured.
+typedef struct kvq_channel_distribution {
+    float   *w, *x;                 // [d, KVQ_CHANNEL_BINS] weight and weighted mean
+    double  *scatter;               // [d] sum of w (x' - mean of its bin)^2
+    int64_t *n_points, *n_outliers; // [d]
+} kvq_channel_distribution;
+typedef struct kvq_value_distribution {
+    float   *w, *x;                    // [KVQ_HISTOGRAM_BINS], x in units of the scale
+    float   *pair_w, *pair_x, *pair_y; // [KVQ_PAIR_CELLS, KVQ_PAIR_CELLS]
+    double  *scatter;                  // [2] of the bins, of the cells
+    int64_t *n_points;                 // [1]
+    int64_t *scale_exponent;           // [1]
+} kvq_value_distribution;
+// Fill arrays that the caller made, all but the exponent. KVQ_ERR_NUMERICAL when a sum left the range of fixed point.
+kvq_status kvq_channel_distribution_take(const kvq_channel_counts *counts, kvq_channel_distribution *out,
+                                         kvq_error *err);
+kvq_status kvq_value_distribution_take(const kvq_value_counts *counts, kvq_value_distribution *out, kvq_error *err);
+
 // ---------------------------------------------------------------- exact k-means
 
 // One point or bin of a sorted weighted sample.
@@ -242,6 +334,20 @@ extern const char *const kvq_axis_names[]; // "channel", "token", NULL at the en
 typedef enum kvq_key_domain { KVQ_KEYS_PRE_ROPE, KVQ_KEYS_POST_ROPE } kvq_key_domain;
 extern const char *const kvq_key_domain_names[]; // "pre_rope", "post_rope", NULL at the end
 
+#define KVQ_MAX_KEY_WIDTH 5
+
+// How keys of the channel-allocated format get their levels. All are numbers of f16, so that an engine may keep them
+// so.
+typedef enum kvq_table_kind {
+    KVQ_TABLE_CHANNEL, // a table of 2^width levels for each channel, one behind the other in the order of channels;
+                       // normalised by the channel's thresholds: z = middle, r = half range
+    KVQ_TABLE_AFFINE,  // one for each width 0 .. KVQ_MAX_KEY_WIDTH, one behind the other (63 levels, zeros where no
+                       // channel has the width); z = offset, r = scale of the channel
+    KVQ_N_TABLE_KINDS
+} kvq_table_kind;
+extern const char *const kvq_table_kind_names[];   // "channel", "affine", NULL at the end
+extern const char *const kvq_scale_format_names[]; // "e4m3", "f16", NULL at the end
+
 // The fit, over the calibration windows. Errors are of elements that are coded: neither outliers nor sinks.
 typedef struct kvq_fit_report {
     int64_t n_points, n_outliers, n_constant, n_clipped;
@@ -279,6 +385,18 @@ typedef struct kvq_tensor_quant {
     float             *lower, *upper; // [Hkv, D] or NULL
     kvq_fit_report     fit;
     kvq_heldout_report heldout;
+    // Scheme "alloc" only. Values: `bits` are those of a column of `dim` channels, `codebook` is [1, 2^bits, dim] in no
+    // order, there are no thresholds. Keys: bits, n_levels and codebook are 0 and NULL, `lower` and `upper` say what is
+    // an outlier.
+    uint8_t         *widths;         // keys: [d] bits of each channel, 0 .. KVQ_MAX_KEY_WIDTH
+    kvq_table_kind   table_kind;     // keys
+    int64_t          n_key_levels;   // of `key_levels`
+    float           *key_levels;     // keys, f16 numbers, ascending in each table; see kvq_table_kind
+    float           *offset, *scale; // keys with affine tables, f16 numbers: [d]
+    kvq_scale_format scale_format;   // values
+    int              scale_exponent;
+    double           kl; // measured for the budget: mean KL in nats per token of this tensor alone, quantised by the
+                         // reference allocation; 0 = not measured
 } kvq_tensor_quant;
 
 typedef struct kvq_layer_quant {
@@ -317,7 +435,14 @@ typedef struct kvq_artifact {
         kvq_weighting weighting;
         kvq_scope     threshold_scope;
         bool          sinks_counted; // thresholds were taken over sink tokens too
-        char         *scheme;        // "nuq": tables of levels of one width per tensor, outliers apart
+        char         *scheme;        // "nuq": tables of levels of one width per tensor, outliers apart;
+                                     // "alloc": channel-allocated keys and rotated values, in tiles
+        // of "alloc":
+        int     n_slots;                         // outliers of keys per tile
+        int64_t budget_tokens, budget_sequences; // length and number of the sequences that target_bits speak of
+        double  target_bits;   // effective bits per element that were asked for; 0 = the widths were given
+        float  *rotation;      // [D, D] of values, NULL in "nuq"
+        char   *rotation_kind; // "hadamard", "random", "none"
     } quantizer;
     struct {
         char *producer_version, *matmul, *cpu, *options_json; // options_json: every option as resolved
@@ -331,6 +456,20 @@ kvq_status kvq_artifact_create(const kvq_context *ctx, int64_t n_layers, kvq_art
 void       kvq_artifact_destroy(const kvq_context *ctx, kvq_artifact **artifact);
 // Replaces an owned text field.
 kvq_status kvq_artifact_set_text(const kvq_context *ctx, char **field, const char *value, kvq_error *err);
+
+static inline bool kvq_artifact_is_allocated(const kvq_artifact *a) { return a->quantizer.rotation != NULL; }
+
+// A tensor of an artifact of scheme "alloc" as the codec of tiles wants it; owns what is derived and borrows the rest.
+typedef struct kvq_tile_view {
+    kvq_tile_spec    spec;
+    kvq_tile_column *columns;
+    uint8_t         *widths; // of values
+    int32_t         *table;
+    float           *ranges;
+} kvq_tile_view;
+kvq_status kvq_tile_view_create(const kvq_context *ctx, const kvq_artifact *artifact, const kvq_tensor_quant *tensor,
+                                kvq_tile_view *out, kvq_error *err);
+void       kvq_tile_view_free(const kvq_context *ctx, kvq_tile_view *view);
 
 // Views of an artifact tensor as the codec wants it. What belongs to channels is computed from the thresholds into
 // `storage` (caller's, 3 * d floats); where ranges are found per token storage may be NULL.
@@ -354,9 +493,16 @@ typedef struct kvq_measure_options {
     int64_t           k_slots; // outliers of K per side and token; 0 = kvq_block_n_side, -1 = as many as there can be
     kvq_token_range   token_range; // of V (and of K per token)
     bool              moments;     // second moments of Q, K and V; of keys before RoPE only
+    bool              allocated;   // also what the channel-allocated format needs; keys per channel only
+    // of that:
+    kvq_weighting     channel_weighting; // of its bins and cells; one weighting, for they are many
+    int64_t           tile_side;         // outliers of K per side and token; what a tile has room for bounds them too
+    kvq_rotation_kind rotation;
+    kvq_scale_format  scale_format;
 } kvq_measure_options;
 int kvq_measured_k_side(const kvq_measure_options *options, double fraction, int d); // outliers of K per side
 int kvq_measured_v_side(double fraction, int d);
+int kvq_measured_tile_side(const kvq_measure_options *options, double fraction, int d); // of K in tiles
 // Index of a fraction, -1 when it was not measured.
 int kvq_measured_fraction(const kvq_measure_options *options, double fraction);
 
@@ -373,8 +519,9 @@ typedef struct kvq_fit_options {
 } kvq_fit_options;
 
 typedef struct kvq_measured_tensor {
-    float            *lower, *upper; // [d] thresholds, NULL where ranges are found per token
-    kvq_distribution *heads;         // [n_kv_heads]
+    float                   *lower, *upper; // [d] thresholds, NULL where ranges are found per token
+    kvq_distribution        *heads;         // [n_kv_heads]
+    kvq_channel_distribution channels;      // of K; empty unless `allocated`
 } kvq_measured_tensor;
 
 // Second moments, uncentred: mean over tokens (sinks left out) of x x^T of each head.
@@ -384,10 +531,12 @@ typedef struct kvq_moments {
 
 // All that was measured of one layer. Arrays [n_fractions].
 typedef struct kvq_measured_layer {
-    int                  n_fractions, n_heads, n_kv_heads, head_dim;
-    kvq_weighting_set    weightings;
-    kvq_measured_tensor *k, *v;
-    kvq_moments          moments; // NULL unless measured
+    int                    n_fractions, n_heads, n_kv_heads, head_dim;
+    kvq_weighting_set      weightings;
+    kvq_measured_tensor   *k, *v;
+    kvq_moments            moments; // NULL unless measured
+    kvq_value_distribution rotated; // of V; empty unless `allocated`
+    double                *kl;      // [2] of K and V, see kvq_reference_allocation; NULL unless `allocated`
 } kvq_measured_layer;
 kvq_status kvq_measured_layer_create(const kvq_context *ctx, const kvq_measure_options *options, int n_heads,
                                      int n_kv_heads, int head_dim, kvq_measured_layer **out, kvq_error *err);
@@ -439,16 +588,105 @@ void kvq_artifact_describe_quantizer(kvq_artifact *artifact, const kvq_measure_o
 kvq_status kvq_fit_layer(const kvq_context *ctx, const kvq_measured_layer *measured, const kvq_measure_options *measure,
                          const kvq_fit_options *fit, kvq_artifact *artifact, int64_t layer, kvq_error *err);
 
+// ---------------------------------------------------------------- allocation of bits
+
+// How the bits of the channel-allocated format are spent. Keys: D_c(b) = least weighted squared error of channel c with
+// a table of 2^b levels of its own (b = 0: one level), in the tensor's units. Channels that share a width add theirs
+// up. Only points on the lower convex hull of (cost in bits, D) are used, from the smallest width up by steepest slope
+// until the budget is spent; ties: the lower layer, then the lower channel; what does not fit is passed over and the
+// next is tried. Values: the same over layers, with the error of the layer's codebook at each rate. A layer's errors
+// are scaled so that the reference allocation costs the KL that was measured with it (kvq_measured_layer.kl), for
+// predictions from gradients alone misjudge layers; without a measurement they are taken as they are.
+
+typedef enum kvq_budget_scope { // what shares a budget of keys
+    KVQ_BUDGET_MODEL,           // all of it
+    KVQ_BUDGET_LAYER,           // each layer gets the same
+    KVQ_BUDGET_HEAD,            // each KV head of each layer gets the same
+    KVQ_N_BUDGET_SCOPES
+} kvq_budget_scope;
+extern const char *const kvq_budget_scope_names[]; // "model", "layer", "head", NULL at the end
+
+typedef struct kvq_alloc_options {
+    double           outlier_fraction;      // of K, one of those measured
+    double           target_bits;           // effective bits per element, everything counted, of a cache that holds
+    int64_t          n_tokens, n_sequences; // n_sequences sequences of n_tokens, which share the tables
+    double           k_bits, v_bits; // > 0: mean code bits per element of keys, and of values, instead of target_bits
+    unsigned         k_widths;       // allowed widths as bits 1 << width
+    unsigned         v_rates;        // allowed bits of a column of values as bits 1 << bits
+    int              group; // channels of a head that share a width, sorted by D_c(2) (ties: the lower channel)
+    kvq_budget_scope scope;
+    kvq_table_kind   tables;
+    int              v_dim;          // 1, or 2: pairs
+    bool             gradients_only; // do not scale errors by measured KL
+} kvq_alloc_options;
+kvq_alloc_options kvq_alloc_options_default(void); // 0.25 %, 3 bits of 8 sequences of 2048 tokens, widths 0 .. 5,
+                                                   // groups of 8, model, channel, pairs of 2 to 4 bits per element
+// KVQ_ERR_USAGE, naming the option as kvq-calibrate spells it.
+kvq_status kvq_alloc_options_check(const kvq_alloc_options *options, int head_dim, kvq_error *err);
+
+// What allocation needs of a layer.
+typedef struct kvq_layer_curves {
+    double *k;                         // [d, KVQ_MAX_KEY_WIDTH + 1] D_c(b)
+    double  v[KVQ_TILE_MAX_WIDTH + 1]; // error per rate (bits of a column), infinite where not allowed
+    double  kl[2];                     // measured, 0 = not
+    double  reference[2];              // error of the reference allocation, which kl belongs to
+} kvq_layer_curves;
+// On all threads.
+kvq_status kvq_layer_curves_make(const kvq_context *ctx, const kvq_measured_layer *measured,
+                                 const kvq_measure_options *measure, const kvq_alloc_options *options,
+                                 kvq_layer_curves *out, kvq_error *err);
+void       kvq_layer_curves_free(const kvq_context *ctx, kvq_layer_curves *curves);
+
+typedef struct kvq_split { // keys against values
+    double k_bits, v_bits; // mean code bits per element
+    double k_loss, v_loss; // predicted; nats per token where KL was measured
+} kvq_split;
+#define KVQ_MAX_NEIGHBOURS 8
+typedef struct kvq_allocation {
+    uint8_t  *widths; // [n_layers, d] of keys
+    uint8_t  *rates;  // [n_layers] bits of a column of values
+    kvq_split chosen;
+    int       n_neighbours;
+    kvq_split neighbours[KVQ_MAX_NEIGHBOURS]; // other splits of the same budget, by rising k_bits
+} kvq_allocation;
+// curves [n_layers]; the artifact tells shape, sinks and what else costs bits. The best split is searched in steps of
+// 1/16 bit of keys. KVQ_ERR_USAGE, naming the least possible, when the target is out of reach.
+kvq_status kvq_allocate(const kvq_context *ctx, const kvq_artifact *artifact, const kvq_layer_curves *curves,
+                        const kvq_alloc_options *options, kvq_allocation *out, kvq_error *err);
+void       kvq_allocation_free(const kvq_context *ctx, kvq_allocation *allocation);
+
+// The allocation at which the KL of single tensors is measured, whatever will be asked for later: keys of each layer at
+// a mean of 2 bits in groups of 8 with widths 0 .. 5 and tables per channel, values in pairs at 3 bits per element.
+kvq_alloc_options kvq_reference_allocation(void);
+
+// Settings and empty tensors of an artifact of scheme "alloc" whose model shape is known; the widths follow per layer.
+kvq_status kvq_artifact_describe_allocated(const kvq_context *ctx, kvq_artifact *artifact,
+                                           const kvq_measure_options *measure, const kvq_alloc_options *options,
+                                           kvq_error *err);
+// Tables, thresholds and reports of one layer of such an artifact, with the widths [d] and the rate that were chosen.
+kvq_status kvq_fit_allocated_layer(const kvq_context *ctx, const kvq_measured_layer *measured,
+                                   const kvq_measure_options *measure, const kvq_alloc_options *options,
+                                   const uint8_t *widths, int rate, kvq_artifact *artifact, int64_t layer,
+                                   kvq_error *err);
+// Weighted k-means in the plane: points of weight w [n], n_levels vectors levels [n_levels, 2]. K-means++ (Arthur and
+// Vassilvitskii 2007) and Lloyd's iteration, the best of 3 seeded starts: a local optimum, the same for the same seed.
+// Fewer distinct points than levels: the last one is repeated. *cost = sum w |x - nearest|^2.
+kvq_status kvq_kmeans_plane(const kvq_context *ctx, const float *w, const float *x, const float *y, int64_t n,
+                            int n_levels, uint64_t seed, float *levels, double *cost, kvq_error *err);
+
 // ---------------------------------------------------------------- bit accounting
 
 // Every byte a cache of n_tokens tokens of one sequence needs: packed rows, sink and recent tokens in f16, thresholds
-// (f32) and tables (f32). `tables_bytes` is the part that does not grow with tokens and is shared by all sequences.
+// (f32) and tables (f32). Scheme "alloc": full tiles (of which sinks are a part), the tokens behind them in f16, sinks,
+// thresholds, maps and levels (f16), widths (a byte each), and the rotation (f32) when it is random. `tables_bytes` is
+// the part that does not grow with tokens and is shared by all sequences.
 typedef struct kvq_cache_size {
     int64_t n_elements;                           // K and V elements of all layers
     int64_t row_bytes, exact_bytes, tables_bytes; // exact: sink and recent tokens
 } kvq_cache_size;
 kvq_cache_size kvq_artifact_cache_size(const kvq_artifact *artifact, int64_t n_tokens);
-double         kvq_cache_bits_per_element(kvq_cache_size size); // all bytes * 8 / elements
+// Bits per element of a cache that holds n_sequences such sequences: all bytes * 8 / elements, the tables once.
+double kvq_cache_bits_per_element(kvq_cache_size size, int64_t n_sequences);
 
 #ifdef __cplusplus
 }

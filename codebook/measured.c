@@ -8,6 +8,8 @@
 
 #include "kvq_codebook.h"
 
+#define N_CELLS ((int64_t)KVQ_PAIR_CELLS * KVQ_PAIR_CELLS)
+
 // ---------------------------------------------------------------- what options mean
 
 int kvq_measured_v_side(double fraction, int d) { return kvq_block_n_side(fraction, d); }
@@ -18,6 +20,12 @@ int kvq_measured_k_side(const kvq_measure_options *options, double fraction, int
     // ranges per token are those of the elements that are not outliers, so there are exactly as many
     if (options->k_axis == KVQ_AXIS_TOKEN || options->k_slots == 0) return kvq_block_n_side(fraction, d);
     return options->k_slots < 0 || options->k_slots > most ? most : (int)options->k_slots;
+}
+
+int kvq_measured_tile_side(const kvq_measure_options *options, double fraction, int d) {
+    int most = (d - 1) / 2 < KVQ_BLOCK_MAX_SIDE ? (d - 1) / 2 : KVQ_BLOCK_MAX_SIDE;
+    if (!(fraction > 0)) return 0;
+    return options->tile_side < most ? (int)options->tile_side : most;
 }
 
 int kvq_measured_fraction(const kvq_measure_options *options, double fraction) {
@@ -35,6 +43,46 @@ static kvq_status create_tensor(const kvq_context *ctx, kvq_weighting_set weight
     KVQ_TRY(kvq_distributions_create(ctx, weightings, n_heads, &out->heads, err));
     if (thresholds) KVQ_TRY(KVQ_NEW(ctx, d, "lower thresholds", &out->lower, err));
     if (thresholds) KVQ_TRY(KVQ_NEW(ctx, d, "upper thresholds", &out->upper, err));
+done:
+    return status;
+}
+
+static kvq_status create_channels(const kvq_context *ctx, int64_t d, kvq_channel_distribution *out, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(KVQ_NEW(ctx, d * KVQ_CHANNEL_BINS, "weights of channels", &out->w, err));
+    KVQ_TRY(KVQ_NEW(ctx, d * KVQ_CHANNEL_BINS, "positions of channels", &out->x, err));
+    KVQ_TRY(KVQ_NEW(ctx, d, "scatter of channels", &out->scatter, err));
+    KVQ_TRY(KVQ_NEW(ctx, d, "points of channels", &out->n_points, err));
+    KVQ_TRY(KVQ_NEW(ctx, d, "outliers of channels", &out->n_outliers, err));
+done:
+    return status;
+}
+
+static kvq_status create_rotated(const kvq_context *ctx, kvq_value_distribution *out, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    KVQ_TRY(KVQ_NEW(ctx, KVQ_HISTOGRAM_BINS, "weights of rotated values", &out->w, err));
+    KVQ_TRY(KVQ_NEW(ctx, KVQ_HISTOGRAM_BINS, "positions of rotated values", &out->x, err));
+    KVQ_TRY(KVQ_NEW(ctx, N_CELLS, "weights of pairs", &out->pair_w, err));
+    KVQ_TRY(KVQ_NEW(ctx, N_CELLS, "positions of pairs", &out->pair_x, err));
+    KVQ_TRY(KVQ_NEW(ctx, N_CELLS, "positions of pairs", &out->pair_y, err));
+    KVQ_TRY(KVQ_NEW(ctx, 2, "scatter of rotated values", &out->scatter, err));
+    KVQ_TRY(KVQ_NEW(ctx, 1, "points of rotated values", &out->n_points, err));
+    KVQ_TRY(KVQ_NEW(ctx, 1, "exponent of scales", &out->scale_exponent, err));
+done:
+    return status;
+}
+
+static kvq_status create_allocated(const kvq_context *ctx, const kvq_measure_options *options, kvq_measured_layer *l,
+                                   kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    if (options->k_axis != KVQ_AXIS_CHANNEL) {
+        KVQ_TRY(kvq_fail(err, KVQ_ERR_USAGE, NULL,
+                         "keys whose ranges are found per token cannot be measured for the channel-allocated format"));
+    }
+    for (int f = 0; f < l->n_fractions; f++)
+        KVQ_TRY(create_channels(ctx, (int64_t)l->n_kv_heads * l->head_dim, &l->k[f].channels, err));
+    KVQ_TRY(create_rotated(ctx, &l->rotated, err));
+    KVQ_TRY(KVQ_NEW(ctx, 2, "measured divergence", &l->kl, err));
 done:
     return status;
 }
@@ -68,6 +116,7 @@ kvq_status kvq_measured_layer_create(const kvq_context *ctx, const kvq_measure_o
         KVQ_TRY(create_tensor(ctx, l->weightings, n_kv_heads, d, false, &l->v[f], err));
     }
     if (options->moments) KVQ_TRY(create_moments(ctx, l, err));
+    if (options->allocated) KVQ_TRY(create_allocated(ctx, options, l, err));
     *out = l;
     l = NULL;
 done:
@@ -75,11 +124,31 @@ done:
     return status;
 }
 
+static void free_channels(const kvq_context *ctx, kvq_channel_distribution *channels) {
+    kvq_free(ctx, channels->w);
+    kvq_free(ctx, channels->x);
+    kvq_free(ctx, channels->scatter);
+    kvq_free(ctx, channels->n_points);
+    kvq_free(ctx, channels->n_outliers);
+}
+
+static void free_rotated(const kvq_context *ctx, kvq_value_distribution *rotated) {
+    kvq_free(ctx, rotated->w);
+    kvq_free(ctx, rotated->x);
+    kvq_free(ctx, rotated->pair_w);
+    kvq_free(ctx, rotated->pair_x);
+    kvq_free(ctx, rotated->pair_y);
+    kvq_free(ctx, rotated->scatter);
+    kvq_free(ctx, rotated->n_points);
+    kvq_free(ctx, rotated->scale_exponent);
+}
+
 static void free_tensors(const kvq_context *ctx, kvq_measured_tensor *tensors, int n) {
     for (int f = 0; tensors != NULL && f < n; f++) {
         kvq_free(ctx, tensors[f].lower);
         kvq_free(ctx, tensors[f].upper);
         kvq_distributions_free(ctx, &tensors[f].heads);
+        free_channels(ctx, &tensors[f].channels);
     }
     kvq_free(ctx, tensors);
 }
@@ -92,6 +161,8 @@ void kvq_measured_layer_destroy(const kvq_context *ctx, kvq_measured_layer **lay
     kvq_free(ctx, l->moments.q);
     kvq_free(ctx, l->moments.k);
     kvq_free(ctx, l->moments.v);
+    free_rotated(ctx, &l->rotated);
+    kvq_free(ctx, l->kl);
     kvq_free(ctx, l);
     *layer = NULL;
 }
@@ -139,15 +210,39 @@ static void offer_tensor(part_search *s, const kvq_measured_layer *l, const kvq_
     }
 }
 
+static void offer_channels(part_search *s, const kvq_channel_distribution *channels, int64_t d, int fraction) {
+    char prefix[32];
+    (void)snprintf(prefix, sizeof prefix, "k/%d/channel_", fraction);
+    offer(s, prefix, "weight", KVQ_PART_F32, channels->w, d, KVQ_CHANNEL_BINS, 0);
+    offer(s, prefix, "mean", KVQ_PART_F32, channels->x, d, KVQ_CHANNEL_BINS, 0);
+    offer(s, prefix, "scatter", KVQ_PART_F64, channels->scatter, d, 0, 0);
+    offer(s, prefix, "points", KVQ_PART_I64, channels->n_points, d, 0, 0);
+    offer(s, prefix, "outliers", KVQ_PART_I64, channels->n_outliers, d, 0, 0);
+}
+
+static void offer_rotated(part_search *s, const kvq_value_distribution *rotated) {
+    offer(s, "rotated/", "weight", KVQ_PART_F32, rotated->w, KVQ_HISTOGRAM_BINS, 0, 0);
+    offer(s, "rotated/", "mean", KVQ_PART_F32, rotated->x, KVQ_HISTOGRAM_BINS, 0, 0);
+    offer(s, "rotated/", "pair_weight", KVQ_PART_F32, rotated->pair_w, KVQ_PAIR_CELLS, KVQ_PAIR_CELLS, 0);
+    offer(s, "rotated/", "pair_x", KVQ_PART_F32, rotated->pair_x, KVQ_PAIR_CELLS, KVQ_PAIR_CELLS, 0);
+    offer(s, "rotated/", "pair_y", KVQ_PART_F32, rotated->pair_y, KVQ_PAIR_CELLS, KVQ_PAIR_CELLS, 0);
+    offer(s, "rotated/", "scatter", KVQ_PART_F64, rotated->scatter, 2, 0, 0);
+    offer(s, "rotated/", "n_points", KVQ_PART_I64, rotated->n_points, 1, 0, 0);
+    offer(s, "rotated/", "scale_exponent", KVQ_PART_I64, rotated->scale_exponent, 1, 0, 0);
+}
+
 int kvq_measured_layer_parts(const kvq_measured_layer *l, int index, kvq_measured_part *out) {
     part_search s = {.wanted = index, .out = out};
     int64_t     D = l->head_dim;
     for (int f = 0; f < l->n_fractions; f++) {
         offer_tensor(&s, l, &l->k[f], 'k', f);
+        offer_channels(&s, &l->k[f].channels, (int64_t)l->n_kv_heads * D, f);
         offer_tensor(&s, l, &l->v[f], 'v', f);
     }
     offer(&s, "moments/", "q", KVQ_PART_F64, l->moments.q, l->n_heads, D, D);
     offer(&s, "moments/", "k", KVQ_PART_F64, l->moments.k, l->n_kv_heads, D, D);
     offer(&s, "moments/", "v", KVQ_PART_F64, l->moments.v, l->n_kv_heads, D, D);
+    offer_rotated(&s, &l->rotated);
+    offer(&s, "", "kl", KVQ_PART_F64, l->kl, 2, 0, 0);
     return s.found;
 }

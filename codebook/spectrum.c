@@ -7,7 +7,7 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#include "kvq_codebook.h"
+#include "codebook_impl.h"
 
 // LAPACK sees columns where we see rows: the upper triangle by columns is the lower one by rows, and eigenvectors, its
 // columns, are our rows. The form with the caller's workspace is used because the other one reads the environment.
@@ -25,9 +25,9 @@ typedef struct spectra {
     _Atomic int64_t first_failed; // head, or n_heads
 } spectra;
 
-// Which LAPACK is behind the name is the system's choice. An OpenBLAS has threads of its own that spin while they wait
-// and obey no OpenMP setting; heads are what is parallel here.
-static void keep_lapack_to_one_thread(void) {
+// An OpenBLAS has threads of its own that spin while they wait and obey no OpenMP setting; heads are what is parallel
+// here.
+void codebook_keep_lapack_to_one_thread(void) {
     void *program = dlopen(NULL, RTLD_LAZY);
     void *found = program != NULL ? dlsym(program, "openblas_set_num_threads") : NULL;
     void (*set_threads)(int);
@@ -44,8 +44,7 @@ static void decompose(void *user, int64_t head, int worker) {
     lapack_int info = LAPACKE_dsyevd_work(LAYOUT, s->job, TRIANGLE, n, s->vectors + head * n * n, n,
                                           s->values + head * n, s->work + (int64_t)worker * s->work_size, s->work_size,
                                           s->iwork + (int64_t)worker * s->iwork_size, s->iwork_size);
-    int64_t    known = atomic_load(&s->first_failed);
-    while (info != 0 && head < known && !atomic_compare_exchange_weak(&s->first_failed, &known, head)) continue;
+    if (info != 0) codebook_note_failure(&s->first_failed, head);
 }
 
 static kvq_status check_moments(const double *moments, int n_heads, int n, kvq_error *err) {
@@ -100,7 +99,7 @@ kvq_status kvq_spectrum(const kvq_context *ctx, const double *moments, int n_hea
     s.n_workers = ctx->n_threads < n_heads ? ctx->n_threads : n_heads;
     KVQ_TRY(allocate(ctx, &s, err));
     memcpy(s.vectors, moments, (size_t)n_heads * (size_t)head_dim * (size_t)head_dim * sizeof *moments);
-    keep_lapack_to_one_thread();
+    codebook_keep_lapack_to_one_thread();
     kvq_parallel_for(ctx, n_heads, decompose, &s);
     int64_t failed = atomic_load(&s.first_failed);
     if (failed < n_heads) {

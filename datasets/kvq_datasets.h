@@ -43,12 +43,22 @@ typedef struct kvq_token_source {
     kvq_status (*next)(void *user, kvq_token_batch *batch, kvq_error *err);
 } kvq_token_source;
 
+// What happens to the line ends of a text before it is tokenized: models meet bare line feeds, blanks in front of them
+// and blank lines, and a cache that was calibrated on one of these forms alone does worse on the others.
+typedef enum kvq_newlines {
+    KVQ_NEWLINES_KEPT,
+    KVQ_NEWLINES_BARE,  // spaces in front of a line feed are dropped
+    KVQ_NEWLINES_SINGLE // and blank lines
+} kvq_newlines;
+extern const char *const kvq_newlines_names[]; // "kept", "bare", "single", NULL at the end
+
 // A text file as a source. Tokenizer and context are borrowed.
 typedef struct kvq_text_source kvq_text_source;
 typedef struct kvq_text_source_options {
     kvq_text_format format; // as for kvq_text_open, with field
     const char     *field;
     int64_t         vocab_size; // of the model: a larger id is KVQ_ERR_MISMATCH
+    kvq_newlines    newlines;
 } kvq_text_source_options;
 kvq_status       kvq_text_source_open(const kvq_context *ctx, const kvq_tokenizer *tokenizer, const char *path,
                                       const kvq_text_source_options *options, kvq_text_source **out, kvq_error *err);

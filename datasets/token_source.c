@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Where tokens come from: a list in memory, or a text file that is read, decompressed and tokenized piece by piece.
+#include <stdio.h>
 #include <string.h>
 
 #include "kvq_datasets.h"
@@ -28,14 +29,26 @@ kvq_token_source source_of_ids(kvq_ids *ids) {
 
 struct kvq_text_source {
     const kvq_context   *ctx;
-    const char          *name; // of the file, in path
-    char                *path;
+    const char          *name;         // of the file, in path, or label
+    char                *path, *label; // label: with the form of the line ends
+    kvq_newlines         newlines;
+    newline_filter       filter;
     kvq_text            *text;
     kvq_encoder         *encoder;
     kvq_ids              ids;
     int64_t              vocab_size, n_given, n_readings;
     const kvq_tokenizer *tokenizer;
 };
+
+// Windows of a changed text are not windows of the file.
+static kvq_status make_label(kvq_text_source *s, kvq_error *err) {
+    int64_t    n = (int64_t)strlen(s->name) + 32;
+    kvq_status status = KVQ_NEW(s->ctx, n, "name of a text", &s->label, err);
+    if (status != KVQ_OK) return status;
+    (void)snprintf(s->label, (size_t)n, "%s (%s newlines)", s->name, kvq_newlines_names[s->newlines]);
+    s->name = s->label;
+    return KVQ_OK;
+}
 
 kvq_status kvq_text_source_open(const kvq_context *ctx, const kvq_tokenizer *tokenizer, const char *path,
                                 const kvq_text_source_options *options, kvq_text_source **out, kvq_error *err) {
@@ -48,6 +61,8 @@ kvq_status kvq_text_source_open(const kvq_context *ctx, const kvq_tokenizer *tok
     s->path = kvq_strdup(ctx, path);
     if (s->path == NULL) KVQ_TRY(kvq_fail(err, KVQ_ERR_MEMORY, NULL, "%s: its name", path));
     s->name = strcmp(path, "-") == 0 ? "standard input" : kvq_file_name(s->path);
+    s->newlines = options->newlines;
+    if (s->newlines != KVQ_NEWLINES_KEPT) KVQ_TRY(make_label(s, err));
     KVQ_TRY(kvq_text_open(ctx, path, options->format, options->field, &s->text, err));
     *out = s;
     s = NULL;
@@ -62,6 +77,8 @@ void kvq_text_source_close(const kvq_context *ctx, kvq_text_source **source) {
     kvq_encoder_destroy(ctx, &s->encoder);
     kvq_text_close(ctx, &s->text);
     kvq_ids_free(ctx, &s->ids);
+    newline_filter_free(ctx, &s->filter);
+    kvq_free(ctx, s->label);
     kvq_free(ctx, s->path);
     kvq_free(ctx, s);
     *source = NULL;
@@ -77,6 +94,7 @@ static kvq_status rewind_text(void *user, kvq_error *err) {
     KVQ_TRY(kvq_text_rewind(s->text, err));
     kvq_encoder_destroy(s->ctx, &s->encoder);
     KVQ_TRY(kvq_encoder_create(s->ctx, s->tokenizer, true, &s->encoder, err));
+    newline_filter_reset(&s->filter);
     s->n_given = 0;
     s->n_readings++;
 done:
@@ -106,6 +124,7 @@ static kvq_status next_of_text(void *user, kvq_token_batch *batch, kvq_error *er
     }
     KVQ_TRY(kvq_text_next(s->text, &part, &found, err));
     if (found) {
+        KVQ_TRY(newline_filter_apply(s->ctx, &s->filter, s->newlines, &part, err));
         status = kvq_encoder_push(s->encoder, part.data, part.n, part.ends_document, &s->ids, err);
         if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", s->name);
         KVQ_TRY(status);

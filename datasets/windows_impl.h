@@ -42,4 +42,18 @@ int64_t choose_gaps(text_gap *gaps, int64_t n_gaps, int64_t n_wanted);
 // n windows to sources: n * w / sum(w), by largest remainders. The weights are 0 or more, and not all 0.
 void deal_windows(const double *weights, int n_sources, int64_t n, int64_t *dealt);
 
+// ---------------------------------------------------------------- line ends (newlines.c)
+
+typedef struct newline_filter {
+    char  *data;
+    size_t n, capacity;
+    size_t n_blanks; // at the end of what came, not given yet
+    bool   after_feed;
+} newline_filter;
+void newline_filter_reset(newline_filter *filter);
+void newline_filter_free(const kvq_context *ctx, newline_filter *filter);
+// Changes a part of a text to point into the filter's own memory, valid until the next call.
+kvq_status newline_filter_apply(const kvq_context *ctx, newline_filter *filter, kvq_newlines how, kvq_text_part *part,
+                                kvq_error *err);
+
 #endif

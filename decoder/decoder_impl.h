@@ -5,7 +5,9 @@
 
 #include "kvq_decoder.h"
 
+#ifndef KVQ_GROUP_BYTES                      // a suite makes it small, so that there are several groups
 #define KVQ_GROUP_BYTES ((int64_t)256 << 20) // hidden states of one group of windows
+#endif
 
 // Windows whose hidden states wait together between two layers; window_floats: all states of one window.
 static inline int64_t kvq_group_size(int64_t window_floats, int64_t n_windows) {
@@ -20,5 +22,17 @@ typedef struct kvq_row_counts {
 // host_x [length, d]: what was encoded of a tensor, 0 = K, 1 = V (after the rounding to f16 where there is a recent
 // window).
 kvq_row_counts kvq_packed_layer_count(const kvq_packed_layer *cache, int tensor, const float *host_x);
+
+// ---------------------------------------------------------------- keys beyond their ranges (range_watch.c)
+
+// Watches the keys of windows of one length, as they are stored. *out = NULL when the artifact has no ranges of
+// channels or does not know how often they were left, or all tokens of a window are sinks.
+typedef struct range_watch range_watch;
+kvq_status                 range_watch_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t vocab_size,
+                                              const kvq_windows *windows, range_watch **out, kvq_error *err);
+void                       range_watch_destroy(const kvq_context *ctx, range_watch **watch);
+void range_watch_see(range_watch *watch, const kvq_backend *be, int64_t layer, int64_t window, const int32_t *ids,
+                     const float *k, int64_t n_tokens);
+kvq_range_report range_watch_report(const range_watch *watch);
 
 #endif

@@ -18,7 +18,9 @@ extern "C" {
 
 // K and V of one layer and one sequence as an engine would store them: the first sink_tokens and the last recent_tokens
 // tokens in f16, the rest as rows of kvq_block_hd.h. A recent token is encoded, from its f16 values, when it leaves
-// that window. Keys are given and stored before or after RoPE, as the artifact's key domain says.
+// that window. Of an artifact of scheme "alloc" the rest is in tiles of kvq_tile_hd.h by absolute position; the tokens
+// of the last, incomplete tile are in f16 and are encoded when it is full. Keys are given and stored before or after
+// RoPE, as the artifact's key domain says.
 typedef struct kvq_packed_layer kvq_packed_layer;
 kvq_status kvq_packed_layer_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t layer,
                                    int64_t capacity, kvq_packed_layer **out, kvq_error *err);
@@ -29,7 +31,8 @@ void       kvq_packed_layer_reset(kvq_packed_layer *cache); // length 0; the mem
 // bytes.
 kvq_status kvq_packed_layer_append(const kvq_backend *be, kvq_packed_layer *cache, const float *k, const float *v,
                                    int64_t n, kvq_error *err);
-// Encodes what is in the recent window before its time; the tokens that follow fill a new one.
+// Encodes what is in the recent window before its time; the tokens that follow fill a new one. In tiles: encodes the
+// open tile as far as it is; an append opens it again, with what it held.
 kvq_status kvq_packed_layer_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err);
 // All that the queries of a window see when its n tokens come one by one, at once: k, v [n, d] go through the empty
 // cache, which is flushed, and become what it gives back; k_recent, v_recent [n, d] (NULL = not wanted) become what was
@@ -56,6 +59,24 @@ int64_t    kvq_heldout_bytes(const kvq_model *model, int64_t seq_len, int64_t n_
 kvq_status kvq_measure_heldout(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, kvq_artifact *artifact,
                                const kvq_windows *windows, kvq_error *err);
 
+// ---------------------------------------------------------------- sensitivity of single tensors
+
+// kl [n_layers, 2] = mean KL(full precision || quantised) in nats per token when K, or V, of one layer alone goes
+// through the packed cache of the artifact, over the beginnings (at most 512 tokens) of as many windows, spread over
+// those given, as hold n_tokens; every fourth position is scored. No recent window. Only the rows of layers [first,
+// end) are measured and set, so that long work can be done in pieces: the pieces do not change the numbers. Memory and
+// work: kvq_sensitivity_plan. KVQ_ERR_INTERRUPTED when ctx->stop asks for it.
+typedef struct kvq_sensitivity_cost {
+    int64_t n_windows, n_tokens; // that are measured; n_tokens of each
+    int64_t n_layers;            // whose tensors are measured together
+    int64_t bytes;               // beside weights
+    double  tera_flops;
+} kvq_sensitivity_cost;
+kvq_sensitivity_cost kvq_sensitivity_plan(const kvq_model *model, int64_t seq_len, int64_t n_windows, int64_t n_tokens);
+kvq_status           kvq_measure_sensitivity(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
+                                             const kvq_artifact *artifact, const kvq_windows *windows, int64_t n_tokens,
+                                             int64_t first, int64_t end, double *kl, kvq_error *err);
+
 // ---------------------------------------------------------------- validation
 
 // A mean with its standard error over windows, which are taken as independent; stderr is NaN for a single window.
@@ -64,19 +85,34 @@ typedef struct kvq_mean {
 } kvq_mean;
 kvq_mean kvq_mean_of(const double *values, int64_t n); // stderr = sqrt(sum (x - mean)^2 / (n - 1) / n)
 
+// Keys beyond the thresholds of their channel (outliers, and what is cut off when there are too many), sinks left out.
+// `expected`: the share in calibration, and what chance adds to it on new text. Where the share is larger by the
+// margin, and by two standard errors over windows, the text is of another kind than the calibration's.
+#define KVQ_RANGE_MARGIN 1.25
+typedef struct kvq_range_report {
+    bool     exceeds;
+    double   expected;
+    kvq_mean share;                      // of all elements of K
+    int64_t  layer, channel, token;      // the layer with most of them, its worst channel, the worst token id
+    double   layer_share, channel_share; // of the elements of that layer, of that channel
+    double   token_part;                 // of all elements beyond their range, those at that token
+} kvq_range_report;
+
 // Perplexity = exp(mean nll in nats). dppl is the relative change, ppl_quantized / ppl_baseline - 1, and its error
 // follows from the paired differences of the windows' mean nll by the delta method.
 typedef struct kvq_validation {
-    bool           has_artifact;                      // false: only the baseline fields are set
-    int64_t        n_windows, seq_len, tokens_scored; // N * (S - 1)
-    kvq_mean       baseline_nll, quantized_nll;       // nats per token, over windows
-    kvq_mean       difference_nll;                    // paired
-    double         baseline_ppl, quantized_ppl;
-    kvq_mean       dppl; // relative; 0.01 = 1 %
-    kvq_mean       kld;  // KL(baseline || quantized), nats per token
-    kvq_mean       top1; // share of positions where both prefer the same token
-    kvq_cache_size size; // of one window
-    double         effective_bits;
+    bool             has_artifact;                      // false: only the baseline fields are set
+    int64_t          n_windows, seq_len, tokens_scored; // N * (S - 1)
+    kvq_mean         baseline_nll, quantized_nll;       // nats per token, over windows
+    kvq_mean         difference_nll;                    // paired
+    double           baseline_ppl, quantized_ppl;
+    kvq_mean         dppl;      // relative; 0.01 = 1 %
+    kvq_mean         kld;       // KL(baseline || quantized), nats per token
+    kvq_mean         top1;      // share of positions where both prefer the same token
+    bool             has_range; // the artifact knows ranges of channels, and some tokens are no sinks
+    kvq_range_report range;
+    kvq_cache_size   size;           // of one window
+    double           effective_bits; // of a cache that holds the windows as sequences; these share the tables
     double *window_baseline_nll, *window_quantized_nll, *window_kld, *window_top1; // [N], means over S - 1 positions
 } kvq_validation;
 void kvq_validation_free(const kvq_context *ctx, kvq_validation *validation);

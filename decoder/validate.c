@@ -22,6 +22,8 @@ typedef struct run {
     float                  *states[2]; // [group, S, C] baseline, quantised
     double                 *nll;       // [S - 1]
     kvq_position_score     *scores;    // [S - 1]
+    range_watch            *watch;     // or NULL
+    int64_t                 window;    // the one that passes
     int64_t                 group, state_floats;
 } run;
 
@@ -32,6 +34,8 @@ static kvq_status through_the_cache(void *user, int64_t layer, kvq_qkv *x, int64
     bool       post = r->artifact->layers[layer].k.domain == KVQ_KEYS_POST_ROPE;
     kvq_status status = KVQ_OK;
     if (post) kvq_rotate_keys(r->model, r->ws, layer, KVQ_ROTATE_FORWARD, n_tokens, x->k);
+    if (r->watch != NULL)
+        range_watch_see(r->watch, r->be, layer, r->window, r->windows->ids + r->window * n_tokens, x->k, n_tokens);
     KVQ_TRY(kvq_packed_layer_prefill(r->be, r->cache, n_tokens, x->k, x->v, r->recent[0], r->recent[1], err));
     x->k_recent = r->recent[0];
     x->v_recent = r->recent[1];
@@ -59,6 +63,7 @@ static kvq_status run_layer(run *r, int64_t l, int64_t first, int64_t n, kvq_err
         KVQ_TRY(name_window(kvq_layer_forward(r->model, layer, r->ws, S, baseline, NULL, NULL, err), first + i, err));
         if (r->artifact != NULL) {
             float *quantized = r->states[1] + i * r->state_floats;
+            r->window = first + i;
             KVQ_TRY(name_window(kvq_layer_forward(r->model, layer, r->ws, S, quantized, through_the_cache, r, err),
                                 first + i, err));
         }
@@ -127,13 +132,6 @@ done:
 
 // ---------------------------------------------------------------- summary
 
-kvq_mean kvq_mean_of(const double *values, int64_t n) {
-    double mean = 0, squares = 0;
-    for (int64_t i = 0; i < n; i++) mean += values[i] / (double)n;
-    for (int64_t i = 0; i < n; i++) squares += (values[i] - mean) * (values[i] - mean);
-    return (kvq_mean){mean, n > 1 ? sqrt(squares / (double)(n - 1) / (double)n) : (double)NAN};
-}
-
 static kvq_status summarise(run *r, kvq_error *err) {
     kvq_validation *v = r->result;
     int64_t         n = v->n_windows;
@@ -152,7 +150,9 @@ static kvq_status summarise(run *r, kvq_error *err) {
     v->kld = kvq_mean_of(v->window_kld, n);
     v->top1 = kvq_mean_of(v->window_top1, n);
     v->size = kvq_artifact_cache_size(r->artifact, v->seq_len);
-    v->effective_bits = kvq_cache_bits_per_element(v->size);
+    v->effective_bits = kvq_cache_bits_per_element(v->size, v->n_windows);
+    v->has_range = r->watch != NULL;
+    if (v->has_range) v->range = range_watch_report(r->watch);
     kvq_free(r->ctx, difference);
     return KVQ_OK;
 }
@@ -205,6 +205,7 @@ kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model
     if (artifact != NULL) KVQ_TRY(kvq_artifact_matches(artifact, config, NULL, err));
     result.tokens_scored = windows->n_windows * (windows->seq_len - 1);
     KVQ_TRY(allocate(&r, err));
+    if (artifact != NULL) KVQ_TRY(range_watch_create(ctx, artifact, config->vocab_size, windows, &r.watch, err));
     for (int64_t first = 0; first < windows->n_windows; first += r.group) {
         int64_t left = windows->n_windows - first;
         KVQ_TRY(run_group(&r, first, left < r.group ? left : r.group, err));
@@ -214,6 +215,7 @@ kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model
     memset(&result, 0, sizeof result);
 
 done:
+    range_watch_destroy(ctx, &r.watch);
     kvq_workspace_destroy(model, &r.ws);
     for (int i = 0; i < 2; i++) {
         be->release(be, r.states[i]);

@@ -11,10 +11,12 @@
 
 // ---------------------------------------------------------------- the table
 
-#define NUMBER(group, name, kind, member, low, high) FIELD_NUMBER(kvq_artifact, group, name, kind, member, low, high, 0)
-#define WORDS(group, name, kind, member)             FIELD_WORDS(kvq_artifact, group, name, kind, member)
-#define NAMED(group, name, member, names, since)     FIELD_NAMED(kvq_artifact, group, name, member, names, since)
-#define ADDED(group, name, kind, member, low, high)  FIELD_NUMBER(kvq_artifact, group, name, kind, member, low, high, 1)
+#define NUMBER_OF(group, name, kind, member, low, high, since, of)                                                     \
+    FIELD_NUMBER(kvq_artifact, group, name, kind, member, low, high, since, of)
+#define NUMBER(group, name, kind, member, low, high) NUMBER_OF(group, name, kind, member, low, high, 0, OF_ALL)
+#define ADDED(group, name, kind, member, low, high)  NUMBER_OF(group, name, kind, member, low, high, 1, OF_ALL)
+#define WORDS(group, name, kind, member)             FIELD_WORDS(kvq_artifact, group, name, kind, member, 0, OF_ALL)
+#define NAMED(group, name, member, names, since)     FIELD_NAMED(kvq_artifact, group, name, member, names, since, OF_ALL)
 
 const field ARTIFACT_FIELDS[] = {
     WORDS("/", "producer_version", FIELD_TEXT, provenance.producer_version),
@@ -49,12 +51,18 @@ const field ARTIFACT_FIELDS[] = {
     WORDS(QUANTIZER_GROUP, "scheme", FIELD_TEXT, quantizer.scheme),
     NUMBER(QUANTIZER_GROUP, "outlier_fraction", FIELD_F64, quantizer.outlier_fraction, 0, 1),
     NUMBER(QUANTIZER_GROUP, "n_side_k", FIELD_INT, quantizer.n_side_k, 0, KVQ_BLOCK_MAX_SIDE),
-    NUMBER(QUANTIZER_GROUP, "n_side_v", FIELD_INT, quantizer.n_side_v, 0, KVQ_BLOCK_MAX_SIDE),
+    NUMBER_OF(QUANTIZER_GROUP, "n_side_v", FIELD_INT, quantizer.n_side_v, 0, KVQ_BLOCK_MAX_SIDE, 0, OF_NUQ),
     NUMBER(QUANTIZER_GROUP, "sink_tokens", FIELD_I64, quantizer.sink_tokens, 0, FIELD_TOKENS_MAX),
-    ADDED(QUANTIZER_GROUP, "recent_tokens", FIELD_I64, quantizer.recent_tokens, 0, FIELD_TOKENS_MAX),
+    NUMBER_OF(QUANTIZER_GROUP, "recent_tokens", FIELD_I64, quantizer.recent_tokens, 0, FIELD_TOKENS_MAX, 1, OF_NUQ),
     NAMED(QUANTIZER_GROUP, "weighting", quantizer.weighting, kvq_weighting_names, 0),
     NAMED(QUANTIZER_GROUP, "threshold_scope", quantizer.threshold_scope, kvq_scope_names, 1),
     ADDED(QUANTIZER_GROUP, "sinks_counted", FIELD_BOOL, quantizer.sinks_counted, 0, 1),
+    NUMBER_OF(QUANTIZER_GROUP, "n_slots", FIELD_INT, quantizer.n_slots, 0, 65534, 2, OF_ALLOC),
+    NUMBER_OF(QUANTIZER_GROUP, "budget_tokens", FIELD_I64, quantizer.budget_tokens, 0, FIELD_TOKENS_MAX, 2, OF_ALLOC),
+    NUMBER_OF(QUANTIZER_GROUP, "budget_sequences", FIELD_I64, quantizer.budget_sequences, 0, FIELD_TOKENS_MAX, 2,
+              OF_ALLOC),
+    NUMBER_OF(QUANTIZER_GROUP, "target_bits", FIELD_F64, quantizer.target_bits, 0, TARGET_BITS_MAX, 2, OF_ALLOC),
+    FIELD_WORDS(kvq_artifact, QUANTIZER_GROUP, "rotation_kind", FIELD_TEXT, quantizer.rotation_kind, 2, OF_ALLOC),
 };
 const size_t N_ARTIFACT_FIELDS = sizeof ARTIFACT_FIELDS / sizeof *ARTIFACT_FIELDS;
 

@@ -9,6 +9,20 @@
 #include "kvq_io.h"
 #include "records.h"
 
+// Whom a field or an array is about, as a set: K or V of a scheme of the quantizer. Of what belongs to no tensor the
+// scheme alone counts.
+enum field_of {
+    OF_NUQ_K = 1,
+    OF_NUQ_V = 2,
+    OF_ALLOC_K = 4,
+    OF_ALLOC_V = 8,
+    OF_NUQ = OF_NUQ_K | OF_NUQ_V,
+    OF_ALLOC = OF_ALLOC_K | OF_ALLOC_V,
+    OF_K = OF_NUQ_K | OF_ALLOC_K,
+    OF_V = OF_NUQ_V | OF_ALLOC_V,
+    OF_ALL = OF_NUQ | OF_ALLOC,
+};
+
 typedef enum field_kind {
     FIELD_TEXT,   // char *
     FIELD_HASH,   // char[KVQ_SHA256_HEX]: "" or 64 digits
@@ -29,20 +43,24 @@ typedef struct field {
     const char *const *names;     // of a choice, NULL at the end
     // The minor version that brought the field. Files of an older one lack it and mean the zero of its kind (of a
     // choice the first name): what those versions did, or "not known".
-    int since;
+    int      since;
+    unsigned of; // field_of: files and tensors that have it
 } field;
 
-#define FIELD_NUMBER(type, group, name, kind, member, low, high, since)                                                \
-    { group, name, kind, offsetof(type, member), low, high, NULL, since }
-#define FIELD_WORDS(type, group, name, kind, member)                                                                   \
-    { group, name, kind, offsetof(type, member), 0, 0, NULL, 0 }
-#define FIELD_NAMED(type, group, name, member, names, since)                                                           \
-    { group, name, FIELD_CHOICE, offsetof(type, member), 0, 0, names, since }
+#define FIELD_NUMBER(type, group, name, kind, member, low, high, since, of)                                            \
+    { group, name, kind, offsetof(type, member), low, high, NULL, since, of }
+#define FIELD_WORDS(type, group, name, kind, member, since, of)                                                        \
+    { group, name, kind, offsetof(type, member), 0, 0, NULL, since, of }
+#define FIELD_NAMED(type, group, name, member, names, since, of)                                                       \
+    { group, name, FIELD_CHOICE, offsetof(type, member), 0, 0, names, since, of }
 
 #define FIELD_TOKENS_MAX    0x1p31 // of one window and of one sequence; products with sizes of a model stay in 63 bits
 #define FIELD_COUNT_MAX     0x1p53 // counts beyond are damage; and every JSON reader holds integers up to here
 #define ARTIFACT_MAX_LAYERS 1000   // three digits name a layer
 #define QUANTIZER_GROUP     "/quantizer"
+#define QUANTIZER_SCHEME    QUANTIZER_GROUP "@scheme"
+#define TARGET_BITS_MAX     32  // more than nothing at all saves
+#define SCALE_EXPONENT_MAX  200 // powers of two of f32 and their inverses, with room for e4m3
 
 // Members of kvq_artifact, all but its layers.
 extern const field  ARTIFACT_FIELDS[];

@@ -11,7 +11,7 @@
 
 #define ARTIFACT_FORMAT       "kvq.artifact"
 #define ARTIFACT_MAJOR        1 // other numbers are refused
-#define ARTIFACT_MINOR        1 // larger ones are read when the file's kvq_min_reader allows it
+#define ARTIFACT_MINOR        2 // larger ones are read when the file's kvq_min_reader allows it
 #define ARTIFACT_CONTENT_HASH "/@content_sha256"
 #define ARTIFACT_NUMERIC_HASH "/@numeric_sha256"
 

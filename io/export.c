@@ -11,7 +11,7 @@ static const kvq_export_target TARGETS[] = {
     {"json", "one .json file", "any program that reads JSON",
      "everything: settings, codebooks, thresholds, fit reports, provenance", export_json_write, export_json_check},
     {"safetensors", "one .safetensors file", "any program that reads safetensors",
-     "codebooks and thresholds as F32 tensors, everything else as metadata text", export_safetensors_write,
+     "codebooks, thresholds and widths as tensors, everything else as metadata text", export_safetensors_write,
      export_safetensors_check},
 };
 

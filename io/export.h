@@ -14,6 +14,11 @@ kvq_status export_records(const kvq_context *ctx, const kvq_artifact *artifact, 
 // A number as text that reads back as the same f32 or f64, in the notation of JSON whatever the locale is.
 #define EXPORT_NUMBER 40
 void export_number(double value, record_type type, char out[EXPORT_NUMBER]);
+// Datasets have at least one dimension and are f32 or i64; an element is exact as a double.
+static inline bool   export_is_array(const record *r) { return r->rank > 0; }
+static inline double export_element(const record *r, int64_t i) {
+    return r->type == RECORD_I64 ? (double)((const int64_t *)r->data)[i] : (double)((const float *)r->data)[i];
+}
 // The text of a record of rank 0; numbers are printed into `storage`.
 const char *export_text(const record *r, char storage[EXPORT_NUMBER]);
 

@@ -45,10 +45,9 @@ static bool attach(cJSON *parent, const char *name, cJSON *item) {
 
 // Nested brackets around row-major numbers: a bracket opens where an index is a multiple of its block.
 static kvq_status array_text(const kvq_context *ctx, const record *r, char **out, kvq_error *err) {
-    int64_t      n = record_n_elements(r);
-    const float *x = r->data;
-    char        *text = NULL, *at;
-    kvq_status   status = KVQ_NEW(ctx, n * (EXPORT_NUMBER + 2 * RECORD_MAX_RANK + 1) + 1, r->path, &text, err);
+    int64_t    n = record_n_elements(r);
+    char      *text = NULL, *at;
+    kvq_status status = KVQ_NEW(ctx, n * (EXPORT_NUMBER + 2 * RECORD_MAX_RANK + 1) + 1, r->path, &text, err);
     if (status != KVQ_OK) return status;
     at = text;
     for (int64_t i = 0; i < n; i++) {
@@ -59,7 +58,10 @@ static kvq_status array_text(const kvq_context *ctx, const record *r, char **out
         for (int k = 0; k < r->rank; k++) {
             if (i % block[k] == 0) *at++ = '[';
         }
-        export_number((double)x[i], RECORD_F32, at);
+        if (r->type == RECORD_I64)
+            (void)snprintf(at, EXPORT_NUMBER, "%" PRId64, ((const int64_t *)r->data)[i]);
+        else
+            export_number(export_element(r, i), r->type, at);
         at += strlen(at);
         for (int k = 0; k < r->rank; k++) {
             if ((i + 1) % block[k] == 0) *at++ = ']';
@@ -73,9 +75,9 @@ static bool is_string(const record *r) { return r->type == RECORD_TEXT || r->typ
 
 static kvq_status create_leaf(const kvq_context *ctx, const record *r, cJSON **out, kvq_error *err) {
     char       storage[EXPORT_NUMBER], *text = NULL;
-    kvq_status status = r->type == RECORD_F32 ? array_text(ctx, r, &text, err) : KVQ_OK;
+    kvq_status status = export_is_array(r) ? array_text(ctx, r, &text, err) : KVQ_OK;
     if (status != KVQ_OK) return status;
-    if (r->type == RECORD_F32)
+    if (export_is_array(r))
         *out = cJSON_CreateRaw(text);
     else
         *out = is_string(r) ? cJSON_CreateString(export_text(r, storage)) : cJSON_CreateRaw(export_text(r, storage));
@@ -129,14 +131,20 @@ static kvq_status differs(const record *r, const char *how, kvq_error *err) {
     return kvq_fail(err, KVQ_ERR_INTEGRITY, "export again", "%s %s", r->path, how);
 }
 
-// Compares a nested array with the numbers at *x, which it moves on.
-static bool equal_array(const cJSON *json, int rank, const int64_t *shape, const float **x) {
+static bool equal_element(const cJSON *json, const record *r, int64_t i) {
+    double expected = export_element(r, i);
+    if (!cJSON_IsNumber(json)) return false;
+    if (r->type == RECORD_I64) return json->valuedouble == expected;
+    return kvq_bits_of_float((float)json->valuedouble) == kvq_bits_of_float((float)expected);
+}
+
+// Compares a nested array with the elements of r from *at on, which it moves on.
+static bool equal_array(const cJSON *json, const record *r, int rank, const int64_t *shape, int64_t *at) {
     const cJSON *element;
-    if (rank == 0)
-        return cJSON_IsNumber(json) && kvq_bits_of_float((float)json->valuedouble) == kvq_bits_of_float(*(*x)++);
+    if (rank == 0) return equal_element(json, r, (*at)++);
     if (!cJSON_IsArray(json) || cJSON_GetArraySize(json) != shape[0]) return false;
     cJSON_ArrayForEach(element, json) {
-        if (!equal_array(element, rank - 1, shape + 1, x)) return false;
+        if (!equal_array(element, r, rank - 1, shape + 1, at)) return false;
     }
     return true;
 }
@@ -150,17 +158,17 @@ static kvq_status check_record(const cJSON *root, const record *r, kvq_error *er
     const char  *rest = r->path;
     char         name[RECORD_MAX_PATH], storage[EXPORT_NUMBER], how[96];
     const cJSON *at = root;
-    const float *x = r->data;
+    int64_t      element = 0;
     while (at != NULL && next_name(&rest, name)) at = child(at, name);
     if (at == NULL) return differs(r, "is missing in the export", err);
     if (is_string(r)) {
         bool equal = cJSON_IsString(at) && strcmp(at->valuestring, export_text(r, storage)) == 0;
         return equal ? KVQ_OK : differs(r, "has another text in the export", err);
     }
-    if (r->type != RECORD_F32) return equal_number(at, r) ? KVQ_OK : differs(r, "has another value in the export", err);
-    if (equal_array(at, r->rank, r->shape, &x)) return KVQ_OK;
-    (void)snprintf(how, sizeof how, "has another shape, or another value near element %zu, in the export",
-                   (size_t)(x - (const float *)r->data));
+    if (!export_is_array(r)) return equal_number(at, r) ? KVQ_OK : differs(r, "has another value in the export", err);
+    if (equal_array(at, r, r->rank, r->shape, &element)) return KVQ_OK;
+    (void)snprintf(how, sizeof how, "has another shape, or another value near element %" PRId64 ", in the export",
+                   element);
     return differs(r, how, err);
 }
 

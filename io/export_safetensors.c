@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The target `safetensors`: datasets as F32 tensors, everything else as the text map __metadata__. The format: an
-// 8-byte little-endian length, that many bytes of JSON padded with spaces, then the tensors without gaps
+// The target `safetensors`: datasets as F32 and I64 tensors, everything else as the text map __metadata__. The format:
+// an 8-byte little-endian length, that many bytes of JSON padded with spaces, then the tensors without gaps
 // (https://github.com/huggingface/safetensors, section "Format").
 #include <ctype.h>
 #include <inttypes.h>
@@ -36,8 +36,14 @@ static void flat_name(const char *path, char out[RECORD_MAX_PATH]) {
     *out = 0;
 }
 
-static int compare_names(const void *a, const void *b) {
-    return strcmp(((const entry *)a)->name, ((const entry *)b)->name);
+static bool is_tensor(const entry *e) { return export_is_array(e->record); }
+static bool is_wide(const entry *e) { return is_tensor(e) && e->record->type == RECORD_I64; }
+
+// By name, wide numbers first so that all are aligned.
+static int compare_entries(const void *a, const void *b) {
+    const entry *x = a, *y = b;
+    int          narrower = is_wide(y) - is_wide(x);
+    return narrower != 0 ? narrower : strcmp(x->name, y->name);
 }
 
 static kvq_status list_entries(const kvq_context *ctx, const record_list *list, entry **out, kvq_error *err) {
@@ -48,12 +54,12 @@ static kvq_status list_entries(const kvq_context *ctx, const record_list *list, 
         flat_name(list->items[i].path, entries[i].name);
         entries[i].record = &list->items[i];
     }
-    qsort(entries, (size_t)list->count, sizeof *entries, compare_names);
+    qsort(entries, (size_t)list->count, sizeof *entries, compare_entries);
     *out = entries;
     return KVQ_OK;
 }
 
-static bool is_tensor(const entry *e) { return e->record->type == RECORD_F32; }
+static const char *dtype_of(const entry *e) { return e->record->type == RECORD_I64 ? "I64" : "F32"; }
 
 // ---------------------------------------------------------------- writing
 
@@ -67,7 +73,7 @@ static bool add_numbers(cJSON *object, const char *key, const int64_t *values, i
 static bool add_tensor(cJSON *root, const entry *e, int64_t begin) {
     int64_t offsets[2] = {begin, begin + (int64_t)e->record->bytes};
     cJSON  *tensor = cJSON_AddObjectToObject(root, e->name);
-    return tensor != NULL && cJSON_AddStringToObject(tensor, "dtype", "F32") != NULL &&
+    return tensor != NULL && cJSON_AddStringToObject(tensor, "dtype", dtype_of(e)) != NULL &&
            add_numbers(tensor, "shape", e->record->shape, e->record->rank) &&
            add_numbers(tensor, "data_offsets", offsets, 2);
 }
@@ -165,7 +171,8 @@ static const uint8_t *find_data(const parsed *file, const entry *e) {
     const cJSON *tensor = cJSON_GetObjectItemCaseSensitive(file->header, e->name);
     const cJSON *offsets = cJSON_GetObjectItemCaseSensitive(tensor, "data_offsets");
     const cJSON *begin = cJSON_GetArrayItem(offsets, 0);
-    if (!equal_text(cJSON_GetObjectItemCaseSensitive(tensor, "dtype"), "F32") || !cJSON_IsNumber(begin)) return NULL;
+    if (!equal_text(cJSON_GetObjectItemCaseSensitive(tensor, "dtype"), dtype_of(e)) || !cJSON_IsNumber(begin))
+        return NULL;
     if (!equal_numbers(cJSON_GetObjectItemCaseSensitive(tensor, "shape"), e->record->shape, e->record->rank))
         return NULL;
     if (begin->valuedouble < 0 || begin->valuedouble > (double)file->data_bytes) return NULL;
@@ -179,13 +186,15 @@ static kvq_status check_tensor(const parsed *file, const entry *e, kvq_error *er
         return kvq_fail(err, KVQ_ERR_INTEGRITY, "export again",
                         "tensor %s is missing, or has another type, shape or place", e->name);
     }
-    for (size_t i = 0; i < e->record->bytes / sizeof(float); i++) {
-        float x, expected = ((const float *)e->record->data)[i];
-        memcpy(&x, data + i * sizeof x, sizeof x); // the header's length need not be a multiple of 4
-        if (kvq_bits_of_float(x) != kvq_bits_of_float(expected)) {
-            return kvq_fail(err, KVQ_ERR_INTEGRITY, "export again", "tensor %s: element %zu is %.9g instead of %.9g",
-                            e->name, i, (double)x, (double)expected);
-        }
+    size_t size = RECORD_TYPE_BYTES[e->record->type];
+    for (int64_t i = 0; i < record_n_elements(e->record); i++) {
+        int64_t bits = 0; // of either type: the header's length need not be a multiple of 4
+        record  found = {.type = e->record->type, .data = &bits};
+        memcpy(&bits, data + (size_t)i * size, size);
+        if (memcmp(&bits, (const uint8_t *)e->record->data + (size_t)i * size, size) == 0) continue;
+        return kvq_fail(err, KVQ_ERR_INTEGRITY, "export again",
+                        "tensor %s: element %" PRId64 " is %.9g instead of %.9g", e->name, i, export_element(&found, 0),
+                        export_element(e->record, i));
     }
     return KVQ_OK;
 }
@@ -204,7 +213,7 @@ static kvq_status check_extent(const parsed *file, const record_list *list, kvq_
                       cJSON_GetArraySize(cJSON_GetObjectItemCaseSensitive(file->header, METADATA));
     int64_t data_bytes = 0;
     for (int64_t i = 0; i < list->count; i++)
-        data_bytes += list->items[i].type == RECORD_F32 ? (int64_t)list->items[i].bytes : 0;
+        data_bytes += export_is_array(&list->items[i]) ? (int64_t)list->items[i].bytes : 0;
     if (n_names == list->count && data_bytes == file->data_bytes) return KVQ_OK;
     return kvq_fail(err, KVQ_ERR_INTEGRITY, "export again",
                     "%" PRId64 " names and %" PRId64 " bytes of tensors instead of %" PRId64 " and %" PRId64, n_names,

@@ -173,6 +173,9 @@ typedef struct kvq_tokenizer_info {
     bool        adds_bos;               // the tokenizer's own policy for a new text
 } kvq_tokenizer_info;
 kvq_tokenizer_info kvq_tokenizer_describe(const kvq_tokenizer *tokenizer);
+// A token as the vocabulary writes it (byte-level vocabularies write "\u010a" for a line feed), cut off to fit; empty
+// when it has no such id. For messages: it looks through the whole vocabulary.
+void kvq_tokenizer_spelling(const kvq_tokenizer *tokenizer, int64_t id, char *out, size_t size);
 
 // A growing list of token ids.
 typedef struct kvq_ids {

@@ -5,6 +5,7 @@
 #include <inttypes.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "measurement_impl.h"
@@ -12,8 +13,8 @@
 // ---------------------------------------------------------------- the layout
 
 #define NUMBER(name, kind, member, low, high)                                                                          \
-    FIELD_NUMBER(kvq_measure_options, MEASUREMENT_GROUP, name, kind, member, low, high, 0)
-#define NAMED(name, member, names) FIELD_NAMED(kvq_measure_options, MEASUREMENT_GROUP, name, member, names, 0)
+    FIELD_NUMBER(kvq_measure_options, MEASUREMENT_GROUP, name, kind, member, low, high, 0, OF_ALL)
+#define NAMED(name, member, names) FIELD_NAMED(kvq_measure_options, MEASUREMENT_GROUP, name, member, names, 0, OF_ALL)
 
 const field MEASURE_FIELDS[] = {
     NUMBER("sink_tokens", FIELD_I64, sink_tokens, 0, FIELD_TOKENS_MAX),
@@ -27,6 +28,26 @@ const field MEASURE_FIELDS[] = {
     NUMBER("moments", FIELD_BOOL, moments, 0, 1),
 };
 const size_t N_MEASURE_FIELDS = sizeof MEASURE_FIELDS / sizeof *MEASURE_FIELDS;
+
+#define ADDED_NAME(name, member, names)                                                                                \
+    FIELD_NAMED(kvq_measure_options, MEASUREMENT_GROUP, name, member, names, 1, OF_ALL)
+
+const field ALLOCATED_FIELDS[] = {
+    ADDED_NAME("channel_weighting", channel_weighting, kvq_weighting_names),
+    FIELD_NUMBER(kvq_measure_options, MEASUREMENT_GROUP, "tile_side", FIELD_I64, tile_side, 0, KVQ_BLOCK_MAX_SIDE, 1,
+                 OF_ALL),
+    ADDED_NAME("rotation", rotation, kvq_rotation_names),
+    ADDED_NAME("scale_format", scale_format, kvq_scale_format_names),
+};
+const size_t N_ALLOCATED_FIELDS = sizeof ALLOCATED_FIELDS / sizeof *ALLOCATED_FIELDS;
+
+const measurement_grid MEASUREMENT_GRIDS[] = {
+    {"channel_bins", KVQ_CHANNEL_BINS},
+    {"value_reach", (int64_t)KVQ_VALUE_REACH},
+    {"pair_cells", KVQ_PAIR_CELLS},
+    {"pair_reach", (int64_t)KVQ_PAIR_REACH},
+};
+const size_t N_MEASUREMENT_GRIDS = sizeof MEASUREMENT_GRIDS / sizeof *MEASUREMENT_GRIDS;
 
 bool measurement_has_field(const field *f) { return strcmp(f->group, QUANTIZER_GROUP) != 0; }
 
@@ -66,6 +87,21 @@ static kvq_status check_fractions(const kvq_measure_options *o, kvq_error *err) 
     return KVQ_OK;
 }
 
+// What the channel-allocated format needs of the rest.
+static kvq_status check_allocated(const kvq_artifact *about, const kvq_measure_options *o, kvq_error *err) {
+    int64_t D = about->model.head_dim;
+    if (!o->allocated) return KVQ_OK;
+    if (o->k_axis != KVQ_AXIS_CHANNEL) {
+        return kvq_fail(err, KVQ_ERR_INPUT, NULL,
+                        MEASUREMENT_GROUP "@allocated is 1, which needs the k_axis 'channel' instead of '%s'",
+                        kvq_axis_names[o->k_axis]);
+    }
+    if (D >= 2 && D <= KVQ_TILE_MAX_HEAD_DIM) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
+                    "/model@head_dim is %" PRId64 ", outside of 2 .. %d of the channel-allocated format", D,
+                    KVQ_TILE_MAX_HEAD_DIM);
+}
+
 kvq_status measurement_check(const kvq_artifact *about, const kvq_measure_options *o, kvq_error *err) {
     int64_t    n_heads = about->model.n_heads, most = (KVQ_NO_CHANNEL - 1) / about->model.head_dim;
     kvq_status status = artifact_check_row_width(about, err);
@@ -79,7 +115,7 @@ kvq_status measurement_check(const kvq_artifact *about, const kvq_measure_option
     if ((o->weightings & ~KVQ_WEIGHTINGS_ALL) != 0 || (o->weightings & KVQ_WEIGHTINGS_BASIC) != KVQ_WEIGHTINGS_BASIC) {
         return kvq_fail(err, KVQ_ERR_INPUT, NULL, MEASUREMENT_GROUP "@weightings: not a set that has none and range");
     }
-    return KVQ_OK;
+    return check_allocated(about, o, err);
 }
 
 // ---------------------------------------------------------------- values
@@ -107,7 +143,8 @@ static kvq_status check_part(const kvq_measured_layer *m, int64_t layer, const k
     for (int64_t i = 0; i < array_elements(&spec); i++) {
         if (part->type == KVQ_PART_I64) {
             const int64_t *x = (const int64_t *)part->data + i;
-            if (*x < 0) return bad_value(m, layer, x, (double)*x, ", a negative count", err);
+            if (*x < 0 && part->data != m->rotated.scale_exponent)
+                return bad_value(m, layer, x, (double)*x, ", a negative count", err);
         } else if (part->type == KVQ_PART_F32) {
             const float *x = (const float *)part->data + i;
             if (!isfinite(*x)) return bad_value(m, layer, x, (double)*x, "", err);
@@ -119,21 +156,46 @@ static kvq_status check_part(const kvq_measured_layer *m, int64_t layer, const k
     return KVQ_OK;
 }
 
-static kvq_status check_bins(const kvq_measured_layer *m, int64_t layer, const kvq_weighted_bins *bins,
+// How positions are cut into bins: n over +-reach; with open ends what lies beyond is in the outermost ones.
+typedef struct grid {
+    int    n;
+    double reach;
+    bool   open;
+} grid;
+
+static bool is_inside(const grid *g, int i, double x) {
+    double width = 2 * g->reach / g->n, low = i * width - g->reach;
+    return (x >= low || (g->open && i == 0)) && (x <= low + width || (g->open && i == g->n - 1));
+}
+
+static kvq_status check_weight(const kvq_measured_layer *m, int64_t layer, const float *w, kvq_error *err) {
+    return *w < 0 ? bad_value(m, layer, w, (double)*w, ", a negative weight", err) : KVQ_OK;
+}
+
+// w, x [g->n], or NULL.
+static kvq_status check_bins(const kvq_measured_layer *m, int64_t layer, const grid *g, const float *w, const float *x,
                              kvq_error *err) {
-    const double width = 2.0 / KVQ_HISTOGRAM_BINS;
-    for (int i = 0; bins->w != NULL && i < KVQ_HISTOGRAM_BINS; i++) {
-        double low = i * width - 1, x = (double)bins->x[i];
-        if (bins->w[i] < 0) return bad_value(m, layer, &bins->w[i], (double)bins->w[i], ", a negative weight", err);
-        if (bins->w[i] > 0 && (x < low || x > low + width))
-            return bad_value(m, layer, &bins->x[i], x, ", a mean outside of its bin", err);
+    kvq_status status = KVQ_OK;
+    for (int i = 0; w != NULL && status == KVQ_OK && i < g->n; i++) {
+        status = check_weight(m, layer, &w[i], err);
+        if (status == KVQ_OK && w[i] > 0 && !is_inside(g, i, (double)x[i]))
+            status = bad_value(m, layer, &x[i], (double)x[i], ", a mean outside of its bin", err);
+    }
+    return status;
+}
+
+static kvq_status check_sums(const kvq_measured_layer *m, int64_t layer, const double *sums, int64_t n,
+                             kvq_error *err) {
+    for (int64_t i = 0; sums != NULL && i < n; i++) {
+        if (sums[i] < 0) return bad_value(m, layer, &sums[i], sums[i], ", a negative sum", err);
     }
     return KVQ_OK;
 }
 
 static kvq_status check_tensor(const kvq_measured_layer *m, int64_t layer, const kvq_measured_tensor *t,
                                kvq_error *err) {
-    kvq_status status = KVQ_OK;
+    static const grid BINS = {KVQ_HISTOGRAM_BINS, 1, false};
+    kvq_status        status = KVQ_OK;
     for (int c = 0; t->lower != NULL && c < m->n_kv_heads * m->head_dim; c++) {
         if (t->lower[c] <= t->upper[c] && isfinite(t->upper[c] - t->lower[c])) continue;
         return bad_value(m, layer, &t->lower[c], (double)t->lower[c], ", not below the upper threshold", err);
@@ -146,11 +208,52 @@ static kvq_status check_tensor(const kvq_measured_layer *m, int64_t layer, const
         }
         for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
             if (sums->w2[w] < 0) return bad_value(m, layer, &sums->w2[w], sums->w2[w], ", a negative sum", err);
-            KVQ_TRY(check_bins(m, layer, &t->heads[head].by[w], err));
+            KVQ_TRY(check_bins(m, layer, &BINS, t->heads[head].by[w].w, t->heads[head].by[w].x, err));
         }
     }
 done:
     return status;
+}
+
+static kvq_status check_channels(const kvq_measured_layer *m, int64_t layer, const kvq_channel_distribution *c,
+                                 kvq_error *err) {
+    static const grid BINS = {KVQ_CHANNEL_BINS, 1, true}; // of a channel without slots everything counts
+    int64_t           d = (int64_t)m->n_kv_heads * m->head_dim;
+    kvq_status        status = check_sums(m, layer, c->scatter, d, err);
+    for (int64_t i = 0; c->w != NULL && status == KVQ_OK && i < d; i++)
+        status = check_bins(m, layer, &BINS, c->w + i * BINS.n, c->x + i * BINS.n, err);
+    return status;
+}
+
+static kvq_status check_pairs(const kvq_measured_layer *m, int64_t layer, const kvq_value_distribution *v,
+                              kvq_error *err) {
+    static const grid CELLS = {KVQ_PAIR_CELLS, (double)KVQ_PAIR_REACH, true};
+    kvq_status        status = KVQ_OK;
+    for (int i = 0; v->pair_w != NULL && status == KVQ_OK && i < CELLS.n * CELLS.n; i++) {
+        const float *bad = is_inside(&CELLS, i / CELLS.n, (double)v->pair_x[i]) ? &v->pair_y[i] : &v->pair_x[i];
+        bool         inside = bad == &v->pair_y[i] && is_inside(&CELLS, i % CELLS.n, (double)v->pair_y[i]);
+        status = check_weight(m, layer, &v->pair_w[i], err);
+        if (status == KVQ_OK && v->pair_w[i] > 0 && !inside)
+            status = bad_value(m, layer, bad, (double)*bad, ", a mean outside of its cell", err);
+    }
+    return status;
+}
+
+static kvq_status check_rotated(const kvq_measured_layer *m, int64_t layer, kvq_error *err) {
+    static const grid             BINS = {KVQ_HISTOGRAM_BINS, (double)KVQ_VALUE_REACH, true};
+    const kvq_value_distribution *v = &m->rotated;
+    kvq_status                    status = check_bins(m, layer, &BINS, v->w, v->x, err);
+    if (status == KVQ_OK) status = check_pairs(m, layer, v, err);
+    if (status == KVQ_OK) status = check_sums(m, layer, v->scatter, 2, err);
+    if (status != KVQ_OK || v->scale_exponent == NULL || llabs(*v->scale_exponent) <= SCALE_EXPONENT_MAX) return status;
+    return bad_value(m, layer, v->scale_exponent, (double)*v->scale_exponent, ", beyond what a scale may have", err);
+}
+
+static kvq_status check_kl(const kvq_measured_layer *m, int64_t layer, kvq_error *err) {
+    for (int i = 0; m->kl != NULL && i < 2; i++) {
+        if (m->kl[i] < 0) return bad_value(m, layer, &m->kl[i], m->kl[i], ", a negative divergence", err);
+    }
+    return KVQ_OK;
 }
 
 kvq_status measurement_check_values(const kvq_measured_layer *m, int64_t layer, kvq_error *err) {
@@ -160,7 +263,10 @@ kvq_status measurement_check_values(const kvq_measured_layer *m, int64_t layer, 
     for (int f = 0; f < m->n_fractions; f++) {
         KVQ_TRY(check_tensor(m, layer, &m->k[f], err));
         KVQ_TRY(check_tensor(m, layer, &m->v[f], err));
+        KVQ_TRY(check_channels(m, layer, &m->k[f].channels, err));
     }
+    KVQ_TRY(check_rotated(m, layer, err));
+    KVQ_TRY(check_kl(m, layer, err));
 done:
     return status;
 }
@@ -243,18 +349,32 @@ static kvq_status write_field(const kvq_measurement_writer *w, const field *f, c
     }
 }
 
+static kvq_status write_allocated(const kvq_measurement_writer *w, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    if (!w->options.allocated) return KVQ_OK;
+    KVQ_TRY(arrays_put_i64(w->file, MEASUREMENT_GROUP, "allocated", 1, err));
+    for (size_t i = 0; i < N_ALLOCATED_FIELDS; i++) KVQ_TRY(write_field(w, &ALLOCATED_FIELDS[i], &w->options, err));
+    for (size_t i = 0; i < N_MEASUREMENT_GRIDS; i++) {
+        const measurement_grid *g = &MEASUREMENT_GRIDS[i];
+        KVQ_TRY(arrays_put_i64(w->file, MEASUREMENT_GROUP, g->name, g->value, err));
+    }
+done:
+    return status;
+}
+
+// What `allocated` adds disturbs no reader of 1.0, which fits the rest.
 static kvq_status write_attributes(const kvq_measurement_writer *w, const kvq_artifact *about, kvq_error *err) {
-    static const char *const LABELS[][2] = {
+    const char *const labels[][2] = {
         {"kvq_format", MEASUREMENT_FORMAT},
-        {"kvq_format_version", "1.0"},
+        {"kvq_format_version", w->options.allocated ? "1.1" : "1.0"},
         {"kvq_min_reader", "1.0"},
         {"producer", "kvq"},
     };
     kvq_status status = KVQ_OK;
     char       text[WEIGHTINGS_TEXT];
     array_spec fractions = {.type = KVQ_ARRAY_F64, .rank = 1, .shape = {w->options.n_fractions}};
-    for (size_t i = 0; i < sizeof LABELS / sizeof *LABELS; i++)
-        KVQ_TRY(arrays_put_text(w->file, "/", LABELS[i][0], LABELS[i][1], err));
+    for (size_t i = 0; i < sizeof labels / sizeof *labels; i++)
+        KVQ_TRY(arrays_put_text(w->file, "/", labels[i][0], labels[i][1], err));
     for (size_t i = 0; i < N_ARTIFACT_FIELDS; i++) {
         if (measurement_has_field(&ARTIFACT_FIELDS[i])) KVQ_TRY(write_field(w, &ARTIFACT_FIELDS[i], about, err));
     }
@@ -263,6 +383,7 @@ static kvq_status write_attributes(const kvq_measurement_writer *w, const kvq_ar
     KVQ_TRY(arrays_put_text(w->file, MEASUREMENT_GROUP, "weightings", text, err));
     KVQ_TRY(arrays_put_i64(w->file, MEASUREMENT_GROUP, "bins", KVQ_HISTOGRAM_BINS, err));
     KVQ_TRY(arrays_put_i64(w->file, MEASUREMENT_GROUP, "eigenvectors", w->eigenvectors, err));
+    KVQ_TRY(write_allocated(w, err));
     KVQ_TRY(arrays_create(w->file, FRACTIONS_PATH, &fractions, err));
     KVQ_TRY(arrays_write(w->file, FRACTIONS_PATH, 0, fractions.shape[0], w->options.fractions, err));
 done:
@@ -332,7 +453,8 @@ done:
 static bool fits(const kvq_measurement_writer *w, int64_t layer, const kvq_measured_layer *m) {
     return layer >= 0 && layer < w->n_layers && !w->put[layer] && m->n_fractions == w->options.n_fractions &&
            m->n_heads == w->n_heads && m->n_kv_heads == w->n_kv_heads && m->head_dim == w->head_dim &&
-           m->weightings == w->options.weightings && (m->moments.q != NULL) == w->options.moments;
+           m->weightings == w->options.weightings && (m->moments.q != NULL) == w->options.moments &&
+           (m->kl != NULL) == w->options.allocated;
 }
 
 kvq_status kvq_measurement_put(const kvq_context *ctx, kvq_measurement_writer *writer, int64_t layer,

@@ -11,13 +11,22 @@
 
 #define MEASUREMENT_FORMAT "kvq.measurement"
 #define MEASUREMENT_MAJOR  1 // as in artifact_schema.h
-#define MEASUREMENT_MINOR  0
+#define MEASUREMENT_MINOR  1
 #define MEASUREMENT_GROUP  "/measurement"
 #define FRACTIONS_PATH     MEASUREMENT_GROUP "/fractions"
 
 // Members of kvq_measure_options that are one value.
 extern const field  MEASURE_FIELDS[];
 extern const size_t N_MEASURE_FIELDS;
+// Since 1.1, of files with `allocated` only: the members, and how fine and how far channels and values are counted.
+extern const field  ALLOCATED_FIELDS[];
+extern const size_t N_ALLOCATED_FIELDS;
+typedef struct measurement_grid {
+    const char *name; // "channel_bins"
+    int64_t     value;
+} measurement_grid;
+extern const measurement_grid MEASUREMENT_GRIDS[];
+extern const size_t           N_MEASUREMENT_GRIDS;
 
 // Whether a measurement has this field of an artifact: all but the quantizer's.
 bool measurement_has_field(const field *f);

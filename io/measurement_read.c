@@ -13,6 +13,7 @@ static const container_kind MEASUREMENTS = {"measurements", "kvq-calibrate --mea
 
 struct kvq_measurement {
     arrays_reader      *file;
+    int                 minor; // of the version that the file says
     kvq_artifact       *about;
     kvq_measure_options options;
     bool                eigenvectors;
@@ -20,11 +21,11 @@ struct kvq_measurement {
 
 // ---------------------------------------------------------------- attributes
 
-static kvq_status check_version(const kvq_context *ctx, const arrays_reader *r, kvq_error *err) {
+// What a later 1.x adds does not disturb, or raises kvq_min_reader.
+static kvq_status check_version(const kvq_context *ctx, const arrays_reader *r, int *minor, kvq_error *err) {
     static const char *const NAMES[] = {"kvq_format", "kvq_format_version", "kvq_min_reader"};
     array_value              values[3] = {{0}};
     const char              *texts[3] = {"", "", ""};
-    int                      minor = 0; // of 1.x: what is added does not disturb, or raises kvq_min_reader
     kvq_status               status = KVQ_OK;
     for (int i = 0; i < 3; i++) {
         KVQ_TRY(arrays_get(ctx, r, "/", NAMES[i], &values[i], err));
@@ -32,8 +33,8 @@ static kvq_status check_version(const kvq_context *ctx, const arrays_reader *r, 
     }
     status = container_check_format(texts[0], MEASUREMENT_FORMAT, err);
     if (status == KVQ_OK) {
-        status = container_check_version("measurement", texts[1], texts[2], MEASUREMENT_MAJOR, MEASUREMENT_MINOR,
-                                         &minor, err);
+        status = container_check_version("measurement", texts[1], texts[2], MEASUREMENT_MAJOR, MEASUREMENT_MINOR, minor,
+                                         err);
     }
     if (status != KVQ_OK) kvq_error_prefix(err, "%s: ", arrays_path(r));
 done:
@@ -128,6 +129,37 @@ static kvq_status read_fractions(kvq_measurement *m, kvq_error *err) {
     return arrays_read(m->file, FRACTIONS_PATH, &found, 0, found.shape[0], m->options.fractions, err);
 }
 
+// A number that this version has fixed.
+static kvq_status expect_integer(const kvq_context *ctx, const arrays_reader *r, const char *name, int64_t wanted,
+                                 kvq_error *err) {
+    int64_t    value = 0;
+    kvq_status status = read_integer(ctx, r, MEASUREMENT_GROUP, name, 1, INT32_MAX, &value, err);
+    if (status != KVQ_OK || value == wanted) return status;
+    return kvq_fail(err, KVQ_ERR_UNSUPPORTED, "measure again with this version",
+                    "%s: " MEASUREMENT_GROUP "@%s is %" PRId64 "; this is kvq " KVQ_VERSION ", which reads %" PRId64,
+                    arrays_path(r), name, value, wanted);
+}
+
+// Since 1.1; a file may be without.
+static kvq_status read_allocated(const kvq_context *ctx, kvq_measurement *m, kvq_error *err) {
+    array_value value = {0};
+    int64_t     allocated = 0;
+    kvq_status  status = KVQ_OK;
+    if (m->minor < 1) return KVQ_OK;
+    KVQ_TRY(arrays_get(ctx, m->file, MEASUREMENT_GROUP, "allocated", &value, err));
+    if (value.kind == ARRAY_ABSENT) goto done;
+    KVQ_TRY(read_integer(ctx, m->file, MEASUREMENT_GROUP, "allocated", 0, 1, &allocated, err));
+    m->options.allocated = allocated != 0;
+    if (!m->options.allocated) goto done;
+    for (size_t i = 0; i < N_ALLOCATED_FIELDS; i++)
+        KVQ_TRY(read_field(ctx, m->file, &ALLOCATED_FIELDS[i], &m->options, err));
+    for (size_t i = 0; i < N_MEASUREMENT_GRIDS; i++)
+        KVQ_TRY(expect_integer(ctx, m->file, MEASUREMENT_GRIDS[i].name, MEASUREMENT_GRIDS[i].value, err));
+done:
+    array_value_free(ctx, &value);
+    return status;
+}
+
 static kvq_status read_options(const kvq_context *ctx, kvq_measurement *m, kvq_error *err) {
     kvq_status  status = KVQ_OK;
     array_value text = {0};
@@ -137,13 +169,8 @@ static kvq_status read_options(const kvq_context *ctx, kvq_measurement *m, kvq_e
         KVQ_TRY(read_field(ctx, m->file, &MEASURE_FIELDS[i], &m->options, err));
     KVQ_TRY(read_integer(ctx, m->file, MEASUREMENT_GROUP, "eigenvectors", 0, m->options.moments, &value, err));
     m->eigenvectors = value != 0;
-    KVQ_TRY(read_integer(ctx, m->file, MEASUREMENT_GROUP, "bins", 1, INT32_MAX, &value, err));
-    if (value != KVQ_HISTOGRAM_BINS) {
-        status = kvq_fail(err, KVQ_ERR_UNSUPPORTED, "measure again with this version",
-                          "%s: histograms of %" PRId64 " bins; this is kvq " KVQ_VERSION ", which reads %d",
-                          arrays_path(m->file), value, KVQ_HISTOGRAM_BINS);
-        goto done;
-    }
+    KVQ_TRY(expect_integer(ctx, m->file, "bins", KVQ_HISTOGRAM_BINS, err));
+    KVQ_TRY(read_allocated(ctx, m, err));
     KVQ_TRY(get(ctx, m->file, MEASUREMENT_GROUP, "weightings", RECORD_TEXT, &text, &v, err));
     if (!measurement_weightings_parse(v.text, &m->options.weightings)) {
         status = kvq_fail(err, KVQ_ERR_UNSUPPORTED, NULL,
@@ -203,10 +230,14 @@ static kvq_status check_sizes(const kvq_measurement *m, kvq_error *err) {
     int64_t           Hkv = m->about->model.n_kv_heads, H = m->about->model.n_heads, D = m->about->model.head_dim;
     kvq_measured_part histogram = {"k/0/weight_none", KVQ_PART_F32, 2, {Hkv, KVQ_HISTOGRAM_BINS}, NULL};
     kvq_measured_part moments = {"moments/q", KVQ_PART_F64, 3, {H, D, D}, NULL};
-    array_spec        specs[] = {measurement_part_spec(&histogram), measurement_part_spec(&moments)};
+    kvq_measured_part channels = {"k/0/threshold_lower", KVQ_PART_F32, 1, {Hkv * D}, NULL};
+    array_spec        specs[] = {measurement_part_spec(&histogram), measurement_part_spec(&moments),
+                                 measurement_part_spec(&channels)};
     char              path[ARRAYS_MAX_PATH];
     measurement_part_path(path, 0, &histogram);
     kvq_status status = check_array(m->file, path, &specs[0], err);
+    measurement_part_path(path, 0, &channels);
+    if (status == KVQ_OK && m->options.allocated) status = check_array(m->file, path, &specs[2], err);
     if (status != KVQ_OK || !m->options.moments) return status;
     measurement_part_path(path, 0, &moments);
     return check_array(m->file, path, &specs[1], err);
@@ -240,7 +271,7 @@ kvq_status kvq_measurement_open(const kvq_context *ctx, const char *path, kvq_me
     kvq_measurement *m = NULL;
     KVQ_TRY(KVQ_NEW(ctx, 1, "measurement", &m, err));
     KVQ_TRY(arrays_open(ctx, path, true, MEASUREMENTS, &m->file, err));
-    KVQ_TRY(check_version(ctx, m->file, err));
+    KVQ_TRY(check_version(ctx, m->file, &m->minor, err));
     KVQ_TRY(read_about(ctx, m, err));
     KVQ_TRY(read_options(ctx, m, err));
     status = measurement_check(m->about, &m->options, err);

@@ -77,6 +77,15 @@ int32_t tok_table_find(const tok_table *table, const char *key, size_t n) {
     return string_slot(table, key, n, hash_bytes(key, n))->value;
 }
 
+const char *tok_table_key(const tok_table *table, int32_t value, size_t *n) {
+    for (size_t i = 0; i < table->n_slots; i++) {
+        if (table->slots[i].value != value) continue;
+        *n = table->slots[i].n;
+        return table->keys.data + table->slots[i].at;
+    }
+    return NULL;
+}
+
 static kvq_status widen_table(const kvq_context *ctx, tok_table *table, kvq_error *err) {
     tok_table  wide = *table;
     size_t     n_slots = table->n_slots == 0 ? 64 : table->n_slots * 2;

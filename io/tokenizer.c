@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The tokenizer's public face: opens either file form. Encoding: encoder.c.
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -67,6 +68,12 @@ void kvq_tokenizer_close(const kvq_context *ctx, kvq_tokenizer **tokenizer) {
 }
 
 kvq_tokenizer_info kvq_tokenizer_describe(const kvq_tokenizer *tokenizer) { return tokenizer->info; }
+
+void kvq_tokenizer_spelling(const kvq_tokenizer *tokenizer, int64_t id, char *out, size_t size) {
+    size_t      n = 0;
+    const char *key = tok_table_key(&tokenizer->bpe.vocabulary, (int32_t)id, &n);
+    (void)snprintf(out, size, "%.*s", key != NULL ? (int)n : 0, key != NULL ? key : "");
+}
 
 void kvq_ids_free(const kvq_context *ctx, kvq_ids *ids) {
     kvq_free(ctx, ids->data);

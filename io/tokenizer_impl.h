@@ -39,10 +39,12 @@ typedef struct tok_table {
     struct tok_slot *slots;
     size_t           n, n_slots; // n_slots is a power of two, at least 4/3 n
 } tok_table;
-int32_t    tok_table_find(const tok_table *table, const char *key, size_t n); // -1 when absent
-kvq_status tok_table_put(const kvq_context *ctx, tok_table *table, const char *key, size_t n, int32_t value,
-                         kvq_error *err);
-void       tok_table_free(const kvq_context *ctx, tok_table *table);
+int32_t tok_table_find(const tok_table *table, const char *key, size_t n); // -1 when absent
+// A key with this value, NULL when there is none; looks through all.
+const char *tok_table_key(const tok_table *table, int32_t value, size_t *n);
+kvq_status  tok_table_put(const kvq_context *ctx, tok_table *table, const char *key, size_t n, int32_t value,
+                          kvq_error *err);
+void        tok_table_free(const kvq_context *ctx, tok_table *table);
 
 // Pairs of numbers below 2^31 to a rank and a number.
 typedef struct tok_pair {

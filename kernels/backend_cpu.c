@@ -83,6 +83,8 @@ kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_compute compute, kvq_back
         .sample = kvq_sample_cpu,
         .encode = kvq_encode_cpu,
         .decode = kvq_decode_cpu,
+        .encode_tiles = kvq_encode_tiles_cpu,
+        .decode_tiles = kvq_decode_tiles_cpu,
         .find_nonfinite = find_nonfinite,
     };
     if (compute == KVQ_COMPUTE_BF16) status = kvq_use_bf16(cpu, err);

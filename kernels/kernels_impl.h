@@ -123,7 +123,11 @@ void kvq_compare_cpu(const kvq_backend *be, const float *logits_a, const float *
 void kvq_sample_cpu(const kvq_backend *be, const float *logits, const double *u, int64_t m, int64_t n_vocab,
                     int32_t *ids);
 
-int64_t kvq_encode_cpu(const kvq_backend *be, const kvq_block_spec *spec, const float *x, int64_t m, uint8_t *rows);
-void    kvq_decode_cpu(const kvq_backend *be, const kvq_block_spec *spec, const uint8_t *rows, int64_t m, float *x);
+int64_t    kvq_encode_cpu(const kvq_backend *be, const kvq_block_spec *spec, const float *x, int64_t m, uint8_t *rows);
+void       kvq_decode_cpu(const kvq_backend *be, const kvq_block_spec *spec, const uint8_t *rows, int64_t m, float *x);
+kvq_status kvq_encode_tiles_cpu(const kvq_backend *be, const kvq_tile_spec *spec, const float *x, int64_t first,
+                                int64_t n_tokens, uint8_t *tiles, int64_t *bad, kvq_error *err);
+void       kvq_decode_tiles_cpu(const kvq_backend *be, const kvq_tile_spec *spec, const uint8_t *tiles, int64_t first,
+                                int64_t n_tokens, float *x);
 
 #endif

@@ -12,6 +12,7 @@
 
 #include "kvq_block_hd.h"
 #include "kvq_core.h"
+#include "kvq_tile_hd.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -150,6 +151,16 @@ struct kvq_backend {
     // encode returns the index of the first row with a number that f16 cannot hold, or -1
     int64_t (*encode)(const kvq_backend *be, const kvq_block_spec *spec, const float *x, int64_t m, uint8_t *rows);
     void (*decode)(const kvq_backend *be, const kvq_block_spec *spec, const uint8_t *rows, int64_t m, float *x);
+
+    // The channel-allocated codec (kvq_tile_hd.h), also on host memory: x [n_tokens, d] are the tokens of positions 0
+    // .. n_tokens - 1 counted from the start of a tile. Those before `first` (sinks), 0 .. n_tokens, are not coded, in
+    // whichever tile they lie, and decoding leaves their rows alone. tiles [ceil(n_tokens / KVQ_TILE_TOKENS),
+    // kvq_tile_bytes]; the last one may be short. *bad = the first token with a number that f16 cannot hold (the tiles
+    // are then unusable), or -1. KVQ_ERR_MEMORY when there is none for scratch; decoding needs none.
+    kvq_status (*encode_tiles)(const kvq_backend *be, const kvq_tile_spec *spec, const float *x, int64_t first,
+                               int64_t n_tokens, uint8_t *tiles, int64_t *bad, kvq_error *err);
+    void (*decode_tiles)(const kvq_backend *be, const kvq_tile_spec *spec, const uint8_t *tiles, int64_t first,
+                         int64_t n_tokens, float *x);
 
     // Index of the first element of x [n] that is NaN or infinite, or -1.
     int64_t (*find_nonfinite)(const kvq_backend *be, const float *x, int64_t n);

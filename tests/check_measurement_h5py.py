@@ -49,6 +49,44 @@ def check_tensor(group, is_k):
         assert numpy.all(inside | (weight == 0))
 
 
+CHANNEL_PARTS = {  # name: type, shape
+    "channel_weight": ("<f4", (12, 1024)),
+    "channel_mean": ("<f4", (12, 1024)),
+    "channel_scatter": ("<f8", (12,)),
+    "channel_points": ("<i8", (12,)),
+    "channel_outliers": ("<i8", (12,)),
+}
+ROTATED_PARTS = {
+    "weight": ("<f4", (BINS,)),
+    "mean": ("<f4", (BINS,)),
+    "pair_weight": ("<f4", (256, 256)),
+    "pair_x": ("<f4", (256, 256)),
+    "pair_y": ("<f4", (256, 256)),
+    "scatter": ("<f8", (2,)),
+    "n_points": ("<i8", (1,)),
+    "scale_exponent": ("<i8", (1,)),
+}
+
+
+def check_allocated(path):
+    """What a file of 1.1 adds."""
+    with h5py.File(path, "r") as file:
+        assert file.attrs["kvq_format_version"] == b"1.1" and file.attrs["kvq_min_reader"] == b"1.0"
+        measured = file["measurement"].attrs
+        assert measured["allocated"] == 1 and measured["channel_weighting"] == b"fisher-scaled"
+        assert measured["rotation"] == b"none" and measured["scale_format"] == b"f16"
+        grids = [measured[name] for name in ("channel_bins", "value_reach", "pair_cells", "pair_reach")]
+        assert grids == [1024, 8, 256, 4]
+        for layer in file["layers"].values():
+            for f in "01":
+                found = {name: (x.dtype.str, x.shape) for name, x in layer["k"][f].items() if "channel_" in name}
+                assert found == CHANNEL_PARTS, found
+                assert not any("channel_" in name for name in layer["v"][f])
+            found = {name: (x.dtype.str, x.shape) for name, x in layer["rotated"].items()}
+            assert found == ROTATED_PARTS, found
+            assert layer["kl"].shape == (2,) and layer["kl"].dtype.str == "<f8"
+
+
 def check_layer(layer):
     assert sorted(layer) == ["k", "moments", "spectrum", "v"]
     for tensor in "kv":
@@ -84,6 +122,9 @@ def main():
             assert list(file["layers"]) == ["000", "001"] and "quantizer" not in file
             for layer in file["layers"].values():
                 check_layer(layer)
+        allocated = os.path.join(folder, "b.kvqm.h5")
+        subprocess.run([kvq, "--write-allocated", allocated], check=True, stdout=subprocess.DEVNULL)
+        check_allocated(allocated)
         weight, product, samples = example(document)(path, 1, "v", 1, "fisher-scaled")
         assert weight.shape == product.shape == (BINS,) and samples > 0 and numpy.all(abs(product) <= weight)
     print("a measurement is what docs/format.md says")

@@ -6,6 +6,7 @@
 #define SAMPLE_ARTIFACT_H
 
 #include <float.h>
+#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -156,6 +157,104 @@ static inline kvq_artifact *sample_artifact(const kvq_context *ctx, int64_t n_la
     return a;
 }
 
+// ---------------------------------------------------------------- scheme "alloc"
+
+#define SAMPLE_ALLOC_HEAD_DIM 8
+#define SAMPLE_ALLOC_D        (SAMPLE_HEADS * SAMPLE_ALLOC_HEAD_DIM)
+
+static const uint8_t SAMPLE_WIDTHS[SAMPLE_ALLOC_D] = {0, 1, 2, 3, 4, 5, 2, 3, 1, 1, 2, 2, 3, 3, 0, 4};
+
+// f16 numbers.
+static inline float *sample_halves(const kvq_context *ctx, int64_t n, uint32_t stream, double low, double step) {
+    float *x = sample_floats(ctx, n, stream, low, step);
+    for (int64_t i = 0; i < n; i++) x[i] = kvq_float_of_half(kvq_half_of_float(x[i]));
+    return x;
+}
+
+// Each table ascends from -1.
+static inline int64_t sample_key_table(float *levels, int64_t at, int width) {
+    for (int i = 0; i < 1 << width; i++)
+        levels[at + i] = kvq_float_of_half(kvq_half_of_float((float)(-1 + (2 * i + 0.3) / (1 << width))));
+    return at + (1 << width);
+}
+
+static inline void sample_alloc_keys(const kvq_context *ctx, kvq_tensor_quant *t, kvq_table_kind kind,
+                                     uint32_t stream) {
+    kvq_error err = {0};
+    int64_t   n = 0, at = 0;
+    bool      is_affine = kind == KVQ_TABLE_AFFINE;
+    t->n_groups = t->dim = 1;
+    t->axis = KVQ_AXIS_CHANNEL;
+    t->domain = KVQ_KEYS_POST_ROPE;
+    t->table_kind = kind;
+    t->kl = 0.015625 + stream;
+    sample_require(KVQ_NEW(ctx, SAMPLE_ALLOC_D, "sample", &t->widths, &err));
+    memcpy(t->widths, SAMPLE_WIDTHS, sizeof SAMPLE_WIDTHS);
+    for (int i = 0; i < (is_affine ? KVQ_MAX_KEY_WIDTH + 1 : SAMPLE_ALLOC_D); i++)
+        n += 1 << (is_affine ? i : SAMPLE_WIDTHS[i]);
+    t->n_key_levels = n;
+    sample_require(KVQ_NEW(ctx, n, "sample", &t->key_levels, &err));
+    for (int i = 0; at < n; i++) at = sample_key_table(t->key_levels, at, is_affine ? i : SAMPLE_WIDTHS[i]);
+    t->lower = sample_halves(ctx, SAMPLE_ALLOC_D, stream + 1, -3, 0.01);
+    t->upper = sample_halves(ctx, SAMPLE_ALLOC_D, stream + 2, 0.5, 0.3);
+    if (!is_affine) return;
+    t->offset = sample_halves(ctx, SAMPLE_ALLOC_D, stream + 3, -2, 0.2);
+    t->scale = sample_halves(ctx, SAMPLE_ALLOC_D, stream + 4, 1, -0.3); // some are negative
+}
+
+static inline void sample_alloc_values(const kvq_context *ctx, kvq_tensor_quant *t, int bits, int dim,
+                                       uint32_t stream) {
+    t->bits = bits;
+    t->n_groups = 1;
+    t->n_levels = 1 << bits;
+    t->dim = dim;
+    t->axis = KVQ_AXIS_TOKEN;
+    t->scale_format = dim == 2 ? KVQ_SCALE_E4M3 : KVQ_SCALE_F16;
+    t->scale_exponent = -3 - (int)stream;
+    t->kl = 0.25 + stream;
+    t->codebook = sample_floats(ctx, (int64_t)t->n_levels * dim, stream, 1, -0.2); // in no order
+}
+
+// Layers alternate between a table for each channel with values in pairs, and affine tables with single values.
+static inline kvq_artifact *sample_alloc_artifact(const kvq_context *ctx, int64_t n_layers) {
+    const int     D = SAMPLE_ALLOC_HEAD_DIM;
+    kvq_artifact *a = sample_artifact_1_0(ctx, 1), *alloc = NULL;
+    kvq_error     err = {0};
+    // only the layers differ, and these are few: those of the other scheme go, the rest stays
+    sample_require(kvq_artifact_create(ctx, n_layers, &alloc, &err));
+    kvq_layer_quant *layers = alloc->layers;
+    alloc->layers = a->layers;
+    a->layers = layers;
+    a->model.n_layers = n_layers;
+    alloc->model.n_layers = 1;
+    kvq_artifact_destroy(ctx, &alloc);
+    a->model.head_dim = D;
+    a->quantizer.n_side_v = 0;
+    a->quantizer.n_slots = 6;
+    a->quantizer.budget_tokens = 2048;
+    a->quantizer.budget_sequences = 8;
+    a->quantizer.target_bits = 3.1;
+    sample_require(kvq_artifact_set_text(ctx, &a->quantizer.scheme, "alloc", &err));
+    sample_require(kvq_artifact_set_text(ctx, &a->quantizer.rotation_kind, "hadamard", &err));
+    sample_require(KVQ_NEW(ctx, (int64_t)D * D, "sample", &a->quantizer.rotation, &err));
+    for (int i = 0; i < D * D; i++) { // Sylvester's: the parity of the common bits of row and column
+        int common = (i / D) & (i % D), parity = (common ^ common >> 1 ^ common >> 2) & 1;
+        a->quantizer.rotation[i] = (parity != 0 ? -1.0f : 1.0f) / sqrtf((float)D);
+    }
+    for (int64_t layer = 0; layer < n_layers; layer++) {
+        kvq_layer_quant *l = &a->layers[layer];
+        uint32_t         stream = (uint32_t)(10 * layer);
+        bool             is_affine = layer % 2 != 0;
+        sample_alloc_keys(ctx, &l->k, is_affine ? KVQ_TABLE_AFFINE : KVQ_TABLE_CHANNEL, stream);
+        sample_alloc_values(ctx, &l->v, is_affine ? 2 : 3, is_affine ? 1 : 2, stream + 5);
+        l->k.fit = (kvq_fit_report){.n_points = 900 + stream, .n_outliers = 3, .mse = 1e-3, .energy = 2.5 + stream};
+        l->v.fit = (kvq_fit_report){.n_points = 903 + stream, .mse = 2e-3, .energy = 1.5 + stream};
+        l->v.heldout = (kvq_heldout_report){100 + stream, 0.25 + stream, 1.0 / 64, 1.0 / 96, 1e-3 + stream};
+        l->attention_error = 0.125 + (double)layer;
+    }
+    return a;
+}
+
 // ---------------------------------------------------------------- equality
 
 // Field by field and not through the schema, which could forget one.
@@ -165,7 +264,7 @@ static inline void assert_equal_floats(const float *a, const float *b, int64_t n
     if (a != NULL) ck_assert(memcmp(a, b, (size_t)n * sizeof *a) == 0); // bits, so that -0 counts
 }
 
-static inline void assert_equal_tensors(const kvq_tensor_quant *a, const kvq_tensor_quant *b) {
+static inline void assert_equal_tensors(const kvq_tensor_quant *a, const kvq_tensor_quant *b, int64_t d) {
     ck_assert_int_eq(a->bits, b->bits);
     ck_assert_int_eq(a->axis, b->axis);
     ck_assert_int_eq(a->n_groups, b->n_groups);
@@ -173,10 +272,20 @@ static inline void assert_equal_tensors(const kvq_tensor_quant *a, const kvq_ten
     ck_assert_int_eq(a->dim, b->dim);
     ck_assert_int_eq(a->datatype, b->datatype);
     ck_assert_int_eq(a->domain, b->domain);
-    assert_equal_floats(a->codebook, b->codebook, (int64_t)a->n_groups * a->n_levels);
+    assert_equal_floats(a->codebook, b->codebook, (int64_t)a->n_groups * a->n_levels * a->dim);
     assert_equal_floats(a->decode_levels, b->decode_levels, (int64_t)a->n_groups * a->n_levels);
-    assert_equal_floats(a->lower, b->lower, SAMPLE_D);
-    assert_equal_floats(a->upper, b->upper, SAMPLE_D);
+    assert_equal_floats(a->lower, b->lower, d);
+    assert_equal_floats(a->upper, b->upper, d);
+    ck_assert_int_eq(a->widths != NULL, b->widths != NULL);
+    if (a->widths != NULL) ck_assert_mem_eq(a->widths, b->widths, (size_t)d);
+    ck_assert_int_eq(a->table_kind, b->table_kind);
+    ck_assert_int_eq(a->n_key_levels, b->n_key_levels);
+    assert_equal_floats(a->key_levels, b->key_levels, a->n_key_levels);
+    assert_equal_floats(a->offset, b->offset, d);
+    assert_equal_floats(a->scale, b->scale, d);
+    ck_assert_int_eq(a->scale_format, b->scale_format);
+    ck_assert_int_eq(a->scale_exponent, b->scale_exponent);
+    ck_assert(a->kl == b->kl);
     ck_assert(memcmp(&a->fit, &b->fit, sizeof a->fit) == 0);             // fields of eight bytes, no padding
     ck_assert(memcmp(&a->heldout, &b->heldout, sizeof a->heldout) == 0); // the same
 }
@@ -219,14 +328,21 @@ static inline void assert_equal(const kvq_artifact *a, const kvq_artifact *b) {
     ASSERT_SAME_INT(quantizer.threshold_scope);
     ASSERT_SAME_INT(quantizer.sinks_counted);
     ASSERT_SAME_TEXT(quantizer.scheme);
+    ASSERT_SAME_INT(quantizer.n_slots);
+    ASSERT_SAME_INT(quantizer.budget_tokens);
+    ASSERT_SAME_INT(quantizer.budget_sequences);
+    ASSERT_SAME_DOUBLE(quantizer.target_bits);
+    ASSERT_SAME_TEXT(quantizer.rotation_kind);
+    assert_equal_floats(a->quantizer.rotation, b->quantizer.rotation, a->model.head_dim * a->model.head_dim);
     ASSERT_SAME_TEXT(provenance.producer_version);
     ASSERT_SAME_TEXT(provenance.matmul);
     ASSERT_SAME_TEXT(provenance.cpu);
     ASSERT_SAME_TEXT(provenance.options_json);
     ASSERT_SAME_DOUBLE(baseline_nll);
     for (int64_t layer = 0; layer < a->model.n_layers; layer++) {
-        assert_equal_tensors(&a->layers[layer].k, &b->layers[layer].k);
-        assert_equal_tensors(&a->layers[layer].v, &b->layers[layer].v);
+        int64_t d = a->model.n_kv_heads * a->model.head_dim;
+        assert_equal_tensors(&a->layers[layer].k, &b->layers[layer].k, d);
+        assert_equal_tensors(&a->layers[layer].v, &b->layers[layer].v, d);
         ck_assert(a->layers[layer].attention_error == b->layers[layer].attention_error);
     }
 }

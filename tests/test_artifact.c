@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Artifact files: everything comes back, equal content gives equal bytes, and what could not be read is not written.
-// With
-// --write-sample FILE and --read FILE it serves check_artifact_hash.py. What must not be read: test_artifact_refused.c.
+// With --write-sample FILE, --write-alloc FILE and --read FILE it serves check_artifact_hash.py. What must not be read:
+// test_artifact_refused.c.
 #include <dirent.h>
 #include <signal.h>
 #include <stdio.h>
@@ -27,11 +27,17 @@ static int count_files(void) {
 }
 // ---------------------------------------------------------------- good files
 
+// The sample of each scheme.
+#define N_SCHEMES 2
+static kvq_artifact *sample_of(const kvq_context *ctx, int scheme, int64_t n_layers) {
+    return scheme == 0 ? sample_artifact(ctx, n_layers) : sample_alloc_artifact(ctx, n_layers);
+}
+
 START_TEST(every_field_comes_back) {
     kvq_context   ctx = kvq_test_context();
     kvq_error     err = {0};
     char          written[KVQ_SHA256_HEX], read[KVQ_SHA256_HEX], *path = sample_path("a.kvq.h5");
-    kvq_artifact *a = sample_artifact(&ctx, 3), *b = NULL;
+    kvq_artifact *a = sample_of(&ctx, _i, 3), *b = NULL;
     kvq_test_ok(kvq_artifact_write(&ctx, a, path, false, written, &err), &err);
     ck_assert_int_eq(count_files(), 1);
     kvq_test_ok(kvq_artifact_read(&ctx, path, &b, read, &err), &err);
@@ -49,7 +55,7 @@ START_TEST(equal_artifacts_give_equal_bytes) {
     char            hash[KVQ_SHA256_HEX], path[2][256];
     kvq_mapped_file files[2] = {{0}};
     for (int i = 0; i < 2; i++) {
-        kvq_artifact *a = sample_artifact(&ctx, 11);
+        kvq_artifact *a = sample_of(&ctx, _i, 11);
         (void)snprintf(path[i], sizeof path[i], "%s", sample_path(i == 0 ? "first.kvq.h5" : "second.kvq.h5"));
         kvq_test_ok(kvq_artifact_write(&ctx, a, path[i], false, hash, &err), &err);
         kvq_test_ok(kvq_map_file(path[i], &files[i], &err), &err);
@@ -106,6 +112,47 @@ START_TEST(content_hash_sees_everything_and_numeric_hash_only_numbers) {
     ck_assert_str_eq(numeric[1], numeric[0]);
     ck_assert_str_ne(numeric[2], numeric[1]);
     ck_assert_str_ne(numeric[3], numeric[2]);
+    kvq_artifact_destroy(&ctx, &a);
+}
+END_TEST
+
+// Each scheme says the version that brought it, so that older readers keep reading what they understand; a reader of
+// 1.1 refuses the other by version.
+START_TEST(a_file_says_the_version_of_its_scheme) {
+    static const char *const VERSIONS[] = {"1.1", "1.2"}, *const CONVENTIONS[] = {"KVQ-1.1", "KVQ-1.2"};
+    kvq_context   ctx = kvq_test_context();
+    kvq_error     err = {0};
+    int           minor = 0;
+    kvq_artifact *a = sample_of(&ctx, _i, 2);
+    record_list   list = {0};
+    kvq_test_ok(artifact_to_records(&ctx, a, &list, &err), &err);
+    ck_assert_str_eq(record_find(&list, "/@kvq_format_version")->data, VERSIONS[_i]);
+    ck_assert_str_eq(record_find(&list, "/@kvq_min_reader")->data, VERSIONS[_i]);
+    ck_assert_str_eq(record_find(&list, "/@Conventions")->data, CONVENTIONS[_i]);
+    kvq_status status = container_check_version("artifact", record_find(&list, "/@kvq_format_version")->data,
+                                                record_find(&list, "/@kvq_min_reader")->data, 1, 1, &minor, &err);
+    if (_i == 0) kvq_test_ok(status, &err);
+    if (_i == 1) kvq_test_failed(status, KVQ_ERR_VERSION, &err, "artifact format 1.2, which needs a reader of");
+    record_list_free(&ctx, &list);
+    kvq_artifact_destroy(&ctx, &a);
+}
+END_TEST
+
+START_TEST(numeric_hash_sees_what_a_decoder_of_tiles_computes_with) {
+    kvq_context   ctx = kvq_test_context();
+    char          content[KVQ_SHA256_HEX], before[KVQ_SHA256_HEX], numeric[KVQ_SHA256_HEX];
+    kvq_artifact *a = sample_alloc_artifact(&ctx, 2);
+    float        *numbers[] = {&a->quantizer.rotation[0], &a->layers[0].k.key_levels[2], &a->layers[1].k.offset[3],
+                               &a->layers[1].k.scale[3], &a->layers[0].v.codebook[15]};
+    for (int i = 0; i < 5; i++) {
+        hashes_of(&ctx, a, content, before);
+        *numbers[i] = i == 0 ? nextafterf(*numbers[i], 1) : 2 * *numbers[i];
+        hashes_of(&ctx, a, content, numeric);
+        ck_assert_str_ne(numeric, before);
+    }
+    a->layers[1].k.widths[15] = 0; // of affine tables, whose number of levels stays
+    hashes_of(&ctx, a, content, before);
+    ck_assert_str_ne(numeric, before);
     kvq_artifact_destroy(&ctx, &a);
 }
 END_TEST
@@ -207,6 +254,101 @@ START_TEST(what_could_not_be_read_is_not_written) {
 }
 END_TEST
 
+static void add_half_rotation(const kvq_context *ctx, kvq_artifact *a) {
+    (void)kvq_artifact_set_text(ctx, &a->quantizer.scheme, "nuq", NULL);
+}
+static void add_scheme(const kvq_context *ctx, kvq_artifact *a) {
+    (void)kvq_artifact_set_text(ctx, &a->quantizer.scheme, "xyz", NULL);
+}
+static void set_key_bits(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[0].k.bits = 3; }
+static void set_value_bits(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[0].v.bits = -1; }
+static void set_value_groups(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[0].v.n_groups = 2; }
+static void set_three_dimensions(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[0].v.dim = 3; }
+static void set_few_levels(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->layers[1].k.n_key_levels = 62; }
+static void set_fitted_elsewhere(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->layers[0].v.datatype = KVQ_NF;
+}
+static void set_table_kind(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->layers[0].k.table_kind = KVQ_TABLE_AFFINE;
+}
+static void set_no_table_kind(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->layers[0].k.table_kind = KVQ_N_TABLE_KINDS;
+}
+static void set_no_scale_format(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->layers[1].v.scale_format = KVQ_N_SCALE_FORMATS;
+}
+static void set_long_heads(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->model.head_dim = 513; }
+static void set_short_heads(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, a->model.head_dim = 1, a->quantizer.n_side_k = 0;
+}
+static void set_value_outliers(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->quantizer.n_side_v = 1; }
+static void set_recent(const kvq_context *ctx, kvq_artifact *a) { (void)ctx, a->quantizer.recent_tokens = 64; }
+static void drop_rotation(const kvq_context *ctx, kvq_artifact *a) {
+    kvq_free(ctx, a->quantizer.rotation);
+    a->quantizer.rotation = NULL;
+}
+static void move_to(float **to, float **from) {
+    *to = *from;
+    *from = NULL;
+}
+static void drop_widths(const kvq_context *ctx, kvq_artifact *a) {
+    kvq_free(ctx, a->layers[1].k.widths);
+    a->layers[1].k.widths = NULL;
+}
+static void drop_lower(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, move_to(&a->layers[0].k.offset, &a->layers[0].k.lower);
+}
+static void add_offset(const kvq_context *ctx, kvq_artifact *a) {
+    (void)ctx, move_to(&a->layers[0].k.offset, &a->layers[1].k.offset);
+}
+static void add_decode_levels(const kvq_context *ctx, kvq_artifact *a) {
+    a->layers[0].v.decode_levels = sample_floats(ctx, 8, 1, 0, 1);
+}
+static void add_key_codebook(const kvq_context *ctx, kvq_artifact *a) {
+    a->layers[0].k.codebook = sample_floats(ctx, 8, 1, 0, 1);
+}
+static void add_value_thresholds(const kvq_context *ctx, kvq_artifact *a) {
+    a->layers[0].v.upper = sample_floats(ctx, SAMPLE_ALLOC_D, 1, 0, 1);
+}
+
+static const struct spoiled SPOILED_ALLOC[] = {
+    {add_half_rotation, KVQ_ERR_INPUT, "/quantizer@scheme is 'nuq', but there is a rotation"},
+    {add_scheme, KVQ_ERR_UNSUPPORTED, "/quantizer@scheme is 'xyz'; format 1.2 knows 'nuq', 'alloc'"},
+    {set_key_bits, KVQ_ERR_INPUT, "/layers/000/k: 3 bits and 0 levels"},
+    {set_value_bits, KVQ_ERR_INPUT, "/layers/000/v@bits is -1, outside of 1 .. 8"},
+    {set_value_groups, KVQ_ERR_UNSUPPORTED, "/layers/000/v/codebook: 2 groups of 8 levels of 2 dimensions"},
+    {set_three_dimensions, KVQ_ERR_UNSUPPORTED, "/layers/000/v/codebook: 1 groups of 8 levels of 3 dimensions"},
+    {set_few_levels, KVQ_ERR_INPUT, "/layers/001/k/key_levels: 62 levels; the tables of every width have 63"},
+    {set_fitted_elsewhere, KVQ_ERR_UNSUPPORTED, "/layers/000/v@datatype: scheme 'alloc' knows 'nuq' only"},
+    {set_table_kind, KVQ_ERR_INPUT, "/layers/000/k/offset is missing"},
+    {set_no_table_kind, KVQ_ERR_INPUT, "/layers/000/k@table_kind is 2, outside of 0 .. 1"},
+    {set_no_scale_format, KVQ_ERR_INPUT, "/layers/001/v@scale_format is 2, outside of 0 .. 1"},
+    {set_long_heads, KVQ_ERR_UNSUPPORTED, "/model@head_dim is 513, outside of 2 .. 512"},
+    {set_short_heads, KVQ_ERR_UNSUPPORTED, "/model@head_dim is 1, outside of 2 .. 512"},
+    {set_value_outliers, KVQ_ERR_INPUT, "/quantizer: n_side_v is 1"},
+    {set_recent, KVQ_ERR_INPUT, "recent_tokens is 64; scheme 'alloc' has neither"},
+    {drop_rotation, KVQ_ERR_INPUT, "/quantizer/rotation is missing"},
+    {drop_widths, KVQ_ERR_INPUT, "/layers/001/k/widths is missing"},
+    {drop_lower, KVQ_ERR_INPUT, "/layers/000/k/threshold_lower is missing"},
+    {add_offset, KVQ_ERR_INPUT, "/layers/000/k/offset is there, which"},
+    {add_decode_levels, KVQ_ERR_INPUT, "/layers/000/v/decode_levels is there, which"},
+    {add_key_codebook, KVQ_ERR_INPUT, "/layers/000/k/codebook is there, which"},
+    {add_value_thresholds, KVQ_ERR_INPUT, "/layers/000/v/threshold_upper is there, which"},
+};
+
+START_TEST(what_could_not_be_read_of_alloc_is_not_written) {
+    kvq_context   ctx = kvq_test_context();
+    kvq_error     err = {0};
+    char          hash[KVQ_SHA256_HEX] = "untouched", *path = sample_path("spoiled.kvq.h5");
+    kvq_artifact *a = sample_alloc_artifact(&ctx, 2);
+    SPOILED_ALLOC[_i].spoil(&ctx, a);
+    kvq_test_failed(kvq_artifact_write(&ctx, a, path, false, hash, &err), SPOILED_ALLOC[_i].status, &err,
+                    SPOILED_ALLOC[_i].message);
+    ck_assert_int_eq(count_files(), 0);
+    kvq_artifact_destroy(&ctx, &a);
+}
+END_TEST
+
 START_TEST(the_longest_text_fits) {
     static char   text[RECORD_MAX_TEXT + 1];
     kvq_context   ctx = kvq_test_context();
@@ -258,7 +400,7 @@ START_TEST(a_failing_allocation_leaves_nothing) {
     kvq_context    good = limit.inner, bad = limited_context(&limit);
     kvq_error      err = {0};
     char           hash[KVQ_SHA256_HEX], *path = sample_path("a.kvq.h5");
-    kvq_artifact  *a = sample_artifact(&good, 2), *b = NULL;
+    kvq_artifact  *a = sample_of(&good, _i, 2), *b = NULL;
     kvq_status     status = KVQ_ERR_MEMORY;
     int64_t        n = 0;
     for (; status != KVQ_OK; n++) {
@@ -285,16 +427,19 @@ END_TEST
 
 // ---------------------------------------------------------------- main
 static const kvq_test_case CASES[] = {
-    KVQ_CASE(every_field_comes_back),
-    KVQ_CASE(equal_artifacts_give_equal_bytes),
+    KVQ_LOOP(every_field_comes_back, N_SCHEMES),
+    KVQ_LOOP(equal_artifacts_give_equal_bytes, N_SCHEMES),
     KVQ_CASE(an_artifact_of_a_thousand_layers_comes_back),
     KVQ_CASE(content_hash_sees_everything_and_numeric_hash_only_numbers),
+    KVQ_CASE(numeric_hash_sees_what_a_decoder_of_tiles_computes_with),
+    KVQ_LOOP(a_file_says_the_version_of_its_scheme, N_SCHEMES),
     KVQ_CASE(a_file_of_format_1_0_is_read),
     KVQ_LOOP(what_could_not_be_read_is_not_written, N_SPOILED),
+    KVQ_LOOP(what_could_not_be_read_of_alloc_is_not_written, (int)(sizeof SPOILED_ALLOC / sizeof *SPOILED_ALLOC)),
     KVQ_CASE(the_longest_text_fits),
     KVQ_CASE(an_existing_file_needs_force),
     KVQ_CASE(a_full_disk_leaves_nothing),
-    KVQ_CASE(a_failing_allocation_leaves_nothing),
+    KVQ_LOOP(a_failing_allocation_leaves_nothing, N_SCHEMES),
 };
 // The two services for check_artifact_hash.py; both print the content hash.
 static int serve(const char *service, const char *path) {
@@ -303,8 +448,8 @@ static int serve(const char *service, const char *path) {
     kvq_artifact *a = NULL;
     char          hash[KVQ_SHA256_HEX] = "";
     kvq_status    status = KVQ_OK;
-    if (strcmp(service, "--write-sample") == 0) {
-        a = sample_artifact(&ctx, 3);
+    if (strncmp(service, "--write-", 8) == 0) { // sample or alloc
+        a = sample_of(&ctx, strcmp(service, "--write-alloc") == 0, 3);
         status = kvq_artifact_write(&ctx, a, path, true, hash, &err);
     } else {
         status = kvq_artifact_read(&ctx, path, &a, hash, &err);

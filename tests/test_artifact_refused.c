@@ -16,13 +16,17 @@ typedef struct image {
     size_t   bytes;
 } image;
 
-static image sample_image(const kvq_context *ctx, kvq_artifact **a) {
+static image image_of(const kvq_context *ctx, const kvq_artifact *a) {
     char      hash[KVQ_SHA256_HEX];
     image     i = {0};
     kvq_error err = {0};
-    *a = sample_artifact(ctx, 2);
-    kvq_test_ok(artifact_to_image(ctx, *a, &i.data, &i.bytes, hash, &err), &err);
+    kvq_test_ok(artifact_to_image(ctx, a, &i.data, &i.bytes, hash, &err), &err);
     return i;
+}
+
+static image sample_image(const kvq_context *ctx, kvq_artifact **a) {
+    *a = sample_artifact(ctx, 2);
+    return image_of(ctx, *a);
 }
 
 // Puts the right seal into the last bytes, as somebody would who changes a file on purpose.
@@ -97,12 +101,13 @@ START_TEST(a_flipped_bit_is_never_believed) {
 }
 END_TEST
 
+// Of both schemes, as damage happens and with a right seal.
 START_TEST(random_damage_is_never_believed) {
     kvq_context   ctx = kvq_test_context();
-    kvq_artifact *a;
-    image         i = sample_image(&ctx, &a);
+    kvq_artifact *a = _i < 2 ? sample_artifact(&ctx, 2) : sample_alloc_artifact(&ctx, 2);
+    image         i = image_of(&ctx, a);
     uint8_t      *damaged = malloc(i.bytes);
-    if (_i == 1) expect_hdf5_leaks();
+    if (_i % 2 == 1) expect_hdf5_leaks();
     for (uint64_t round = 0; round < 1000; round++) {
         memcpy(damaged, i.data, i.bytes);
         uint64_t n = 1 + kvq_rng_below(1, KVQ_RNG_TEST, 1, round, 64);
@@ -110,7 +115,7 @@ START_TEST(random_damage_is_never_believed) {
         for (uint64_t k = 0; k < n; k++) {
             damaged[from + k] = (uint8_t)kvq_rng_below(1, KVQ_RNG_TEST, 3, 64 * round + k, 256);
         }
-        if (_i == 1) add_seal(damaged, i.bytes);
+        if (_i % 2 == 1) add_seal(damaged, i.bytes);
         (void)read_survives(&ctx, damaged, i.bytes, a);
     }
     free(damaged);
@@ -216,7 +221,12 @@ static const forgery FORGERIES[] = {
     FORGED_NUMBER("/quantizer@n_side_v", NINE, KVQ_ERR_INPUT, "9 outliers per side leave nothing of 12 channels"),
     FORGED_NUMBER("/quantizer@n_side_k", MANY, KVQ_ERR_INPUT, "1000 outliers per side"),
     FORGED_NUMBER("/tokenizer@bos_added", TWO, KVQ_ERR_INPUT, "/tokenizer@bos_added is 2"),
-    FORGED_TEXT("/quantizer@scheme", "nf4", KVQ_ERR_UNSUPPORTED, "/quantizer@scheme is 'nf4'"),
+    FORGED_TEXT("/quantizer@scheme", "nf4", KVQ_ERR_UNSUPPORTED, "/quantizer@scheme is 'nf4'; format 1.1 knows 'nuq'"),
+    FORGED_TEXT("/quantizer@scheme", "alloc", KVQ_ERR_UNSUPPORTED,
+                "/quantizer@scheme is 'alloc'; format 1.1 knows 'nuq'"),
+    FORGED_TEXT("/quantizer@rotation_kind", "none", KVQ_ERR_INPUT,
+                "/quantizer@rotation_kind is not part of format 1.1"),
+    FORGED_TEXT("/layers/000/k/widths", "", KVQ_ERR_INPUT, "/layers/000/k/widths is not part of format 1.1"),
     FORGED_TEXT("/quantizer@weighting", "magic", KVQ_ERR_UNSUPPORTED, "/quantizer@weighting is 'magic'"),
     FORGED_TEXT("/layers/000/k@axis", "head", KVQ_ERR_UNSUPPORTED, "/layers/000/k@axis is 'head'"),
     FORGED_TEXT("/layers/001/v@axis", "channel", KVQ_ERR_INPUT, "/layers/001/v/threshold_lower is missing"),
@@ -240,7 +250,7 @@ static const forgery FORGERIES[] = {
     FORGED_TEXT("/@kvq_format", "kvq.capture", KVQ_ERR_INPUT, "kvq_format is 'kvq.capture'"),
     FORGED_TEXT("/@kvq_format_version", "2.0", KVQ_ERR_VERSION, "artifact format 2.0"),
     FORGED_TEXT("/@kvq_format_version", "1.0x", KVQ_ERR_INPUT, "'1.0x'"),
-    FORGED_TEXT("/@kvq_min_reader", "1.2", KVQ_ERR_VERSION, "needs a reader of format 1.2"),
+    FORGED_TEXT("/@kvq_min_reader", "1.3", KVQ_ERR_VERSION, "needs a reader of format 1.3"),
     FORGED_TEXT("/@kvq_format_version", "1.0", KVQ_ERR_INPUT,
                 "/layers/002/v/codebook has the shape [2, 4] instead of [1, 4]"),
     REMOVED("/layers/001/k/threshold_upper"),
@@ -252,6 +262,98 @@ static const forgery FORGERIES[] = {
     REMOVED("/quantizer@sinks_counted"),
     {"/@kvq_format", NULL, 0, KVQ_ERR_INPUT, "kvq_format is ''"},
     {"/layers/002/v/codebook", NULL, 0, KVQ_ERR_INPUT, "there is no /layers/002/v/codebook"},
+};
+
+static const float   TENTH[] = {0.1f}, HALF[] = {0.5f}, DOWN[] = {0, 1, -1};
+static const int64_t WIDER[] = {1}, SIX[] = {2, 6}, WIDE[] = {0, 300}, ODD[] = {3}, MANY_SLOTS[] = {65536},
+                     FAR[] = {201}, FAR_BELOW[] = {-201};
+static const double BEYOND[] = {33};
+
+// The same of scheme "alloc": layer 0 has a table for each channel and values in pairs, layer 1 affine tables.
+static const forgery ALLOC_FORGERIES[] = {
+    FORGED_TEXT("/quantizer@scheme", "xyz", KVQ_ERR_UNSUPPORTED,
+                "/quantizer@scheme is 'xyz'; format 1.2 knows 'nuq', 'alloc'"),
+    FORGED_TEXT("/quantizer@scheme", "nuq", KVQ_ERR_INPUT, "/quantizer@n_side_v is missing"),
+    REMOVED("/quantizer@scheme"),
+    FORGED_TEXT("/@kvq_format_version", "1.1", KVQ_ERR_UNSUPPORTED,
+                "/quantizer@scheme is 'alloc'; format 1.1 knows 'nuq'"),
+    FORGED_TEXT("/@kvq_format_version", "1.3", KVQ_OK, ""),
+    FORGED_TEXT("/layers/000/k@table_kind", "lattice", KVQ_ERR_UNSUPPORTED,
+                "/layers/000/k@table_kind is 'lattice', none of 'channel', 'affine'"),
+    FORGED_TEXT("/layers/001/v@scale_format", "e5m2", KVQ_ERR_UNSUPPORTED,
+                "/layers/001/v@scale_format is 'e5m2', none of 'e4m3', 'f16'"),
+    FORGED_TEXT("/quantizer@rotation_kind", "haar", KVQ_ERR_UNSUPPORTED,
+                "/quantizer@rotation_kind is 'haar', none of 'hadamard', 'random', 'none'"),
+    FORGED_TEXT("/quantizer@rotation_kind", "none", KVQ_ERR_INPUT,
+                "/quantizer/rotation: element 0 is 0.353553385, which rotation_kind 'none' does not have"),
+    FORGED_TEXT("/quantizer@rotation_kind", "random", KVQ_OK, ""), // any orthogonal matrix is
+    FORGED_NUMBER("/quantizer/rotation", HALF, KVQ_ERR_INPUT, "/quantizer/rotation: rows 0 and 0 have the product"),
+    FORGED_NUMBER("/quantizer/rotation", NOT_A_NUMBER, KVQ_ERR_NUMERICAL, "/quantizer/rotation: element 0 is"),
+    FORGED_NUMBER("/model@head_dim", NINE, KVQ_ERR_INPUT, "/quantizer/rotation has the shape [8, 8] instead of [9, 9]"),
+    FORGED_NUMBER("/quantizer@n_slots", ODD, KVQ_ERR_INPUT, "/quantizer@n_slots is 3, an odd number"),
+    FORGED_NUMBER("/quantizer@n_slots", MANY_SLOTS, KVQ_ERR_INPUT,
+                  "/quantizer@n_slots is 65536, outside of 0 .. 65534"),
+    FORGED_NUMBER("/quantizer@n_side_k", NINE, KVQ_ERR_INPUT, "9 outliers per side leave nothing of 16 channels"),
+    FORGED_NUMBER("/quantizer@budget_tokens", NEGATIVE, KVQ_ERR_INPUT, "/quantizer@budget_tokens is -1"),
+    FORGED_NUMBER("/quantizer@target_bits", BEYOND, KVQ_ERR_INPUT, "/quantizer@target_bits is 33"),
+    FORGED_NUMBER("/layers/000/k/widths", SIX, KVQ_ERR_INPUT,
+                  "/layers/000/k/widths: element 1 is 6, outside of 0 .. 5"),
+    FORGED_NUMBER("/layers/001/k/widths", SIX, KVQ_ERR_INPUT,
+                  "/layers/001/k/widths: element 1 is 6, outside of 0 .. 5"),
+    FORGED_NUMBER("/layers/000/k/widths", WIDE, KVQ_ERR_INPUT, "/layers/000/k/widths: element 1 is 300, outside of"),
+    FORGED_NUMBER("/layers/000/k/widths", NEGATIVE, KVQ_ERR_INPUT, "/layers/000/k/widths: element 0 is -1, outside of"),
+    FORGED_NUMBER("/layers/000/k/widths", WIDER, KVQ_ERR_INPUT,
+                  "/layers/000/k/key_levels: 120 levels; the tables of these widths have 121"),
+    FORGED_NUMBER("/layers/001/k/widths", WIDER, KVQ_OK, ""), // every width has a table
+    FORGED_NUMBER("/layers/000/k/key_levels", NOT_A_NUMBER, KVQ_ERR_NUMERICAL,
+                  "/layers/000/k/key_levels: element 0 is"),
+    FORGED_NUMBER("/layers/000/k/key_levels", TENTH, KVQ_ERR_INPUT,
+                  "/layers/000/k/key_levels: element 0 is 0.100000001, not a number of f16"),
+    FORGED_NUMBER("/layers/001/k/key_levels", TOO_HIGH, KVQ_ERR_INPUT,
+                  "/layers/001/k/key_levels: element 0 is 1.00000002e+30, not a number of f16"),
+    FORGED_NUMBER("/layers/000/k/key_levels", DOWN, KVQ_ERR_INPUT,
+                  "/layers/000/k/key_levels: level 2, -1, is below level 1, 1, of its table"),
+    FORGED_NUMBER("/layers/001/k/key_levels", DOWN, KVQ_ERR_INPUT, "/layers/001/k/key_levels: level 2, -1, is below"),
+    FORGED_NUMBER("/layers/000/k/threshold_lower", DESCENDING, KVQ_ERR_INPUT,
+                  "/layers/000/k: the thresholds of channel 0"),
+    FORGED_NUMBER("/layers/000/k/threshold_lower", TENTH, KVQ_ERR_INPUT,
+                  "/layers/000/k/threshold_lower: element 0 is 0.100000001, not a number of f16"),
+    FORGED_NUMBER("/layers/001/k/threshold_upper", TENTH, KVQ_ERR_INPUT,
+                  "/layers/001/k/threshold_upper: element 0 is 0.100000001, not a number of f16"),
+    FORGED_NUMBER("/layers/001/k/offset", NOT_A_NUMBER, KVQ_ERR_NUMERICAL, "/layers/001/k/offset: element 0 is"),
+    FORGED_NUMBER("/layers/001/k/offset", TENTH, KVQ_ERR_INPUT, "/layers/001/k/offset: element 0 is 0.1"),
+    FORGED_NUMBER("/layers/001/k/scale", TENTH, KVQ_ERR_INPUT, "/layers/001/k/scale: element 0 is 0.1"),
+    FORGED_NUMBER("/layers/000/v/codebook", NOT_A_NUMBER, KVQ_ERR_NUMERICAL, "/layers/000/v/codebook: element 0 is"),
+    FORGED_NUMBER("/layers/000/v/codebook", TENTH, KVQ_OK, ""), // in no order, f32
+    FORGED_NUMBER("/layers/000/v@bits", TWO, KVQ_ERR_INPUT,
+                  "/layers/000/v/codebook has the shape [1, 8, 2] instead of [1, 4, 2]"),
+    FORGED_NUMBER("/layers/000/v@bits", NINE, KVQ_ERR_INPUT, "/layers/000/v@bits is 9, outside of 1 .. 8"),
+    FORGED_NUMBER("/layers/000/v@scale_exponent", FAR, KVQ_ERR_INPUT, "/layers/000/v@scale_exponent is 201"),
+    FORGED_NUMBER("/layers/000/v@scale_exponent", FAR_BELOW, KVQ_ERR_INPUT, "/layers/000/v@scale_exponent is -201"),
+    FORGED_NUMBER("/layers/001/k@kl", MINUS_ONE, KVQ_ERR_INPUT, "/layers/001/k@kl is -1"),
+    FORGED_NUMBER("/layers/001/v@kl", INFINITE, KVQ_ERR_NUMERICAL, "/layers/001/v@kl is inf"),
+    FORGED_TEXT("/layers/000/k@axis", "token", KVQ_ERR_UNSUPPORTED,
+                "/layers/000/k@axis: scheme 'alloc' knows 'channel'"),
+    FORGED_TEXT("/layers/000/v@axis", "channel", KVQ_ERR_UNSUPPORTED,
+                "/layers/000/v@axis: scheme 'alloc' knows 'token'"),
+    FORGED_TEXT("/layers/000/k@table_kind", "affine", KVQ_ERR_INPUT, "/layers/000/k/offset is missing"),
+    FORGED_TEXT("/layers/000/k/offset", "", KVQ_ERR_INPUT, "/layers/000/k/offset is not part of format 1.2"),
+    FORGED_TEXT("/layers/000/k/codebook", "", KVQ_ERR_INPUT, "/layers/000/k/codebook is not part of format 1.2"),
+    FORGED_TEXT("/layers/000/k@datatype", "nuq", KVQ_ERR_INPUT, "/layers/000/k@datatype is not part of format 1.2"),
+    FORGED_TEXT("/layers/000/v@table_kind", "channel", KVQ_ERR_INPUT, "/layers/000/v@table_kind is not part of"),
+    FORGED_TEXT("/layers/000/v/decode_levels", "", KVQ_ERR_INPUT, "/layers/000/v/decode_levels is not part of"),
+    FORGED_TEXT("/quantizer@recent_tokens", "", KVQ_ERR_INPUT, "/quantizer@recent_tokens is not part of format 1.2"),
+    FORGED_TEXT("/quantizer@n_side_v", "", KVQ_ERR_INPUT, "/quantizer@n_side_v is not part of format 1.2"),
+    REMOVED("/quantizer/rotation"),
+    REMOVED("/quantizer@rotation_kind"),
+    REMOVED("/quantizer@target_bits"),
+    REMOVED("/layers/000/k/widths"),
+    REMOVED("/layers/000/k/key_levels"),
+    REMOVED("/layers/000/k/threshold_lower"),
+    REMOVED("/layers/001/k/offset"),
+    REMOVED("/layers/001/k/scale"),
+    REMOVED("/layers/001/k@kl"),
+    REMOVED("/layers/001/v@scale_exponent"),
 };
 
 // A list like `from` with one record replaced, removed or added.
@@ -292,9 +394,10 @@ static kvq_status read_list(const kvq_context *ctx, record_list *list, kvq_error
     return status;
 }
 
-static kvq_status read_forged(const kvq_context *ctx, const forgery *forgeries, int n, kvq_error *err) {
-    record_list   list = {0};
-    kvq_artifact *a = sample_artifact(ctx, 3);
+// Destroys the artifact.
+static kvq_status read_forged(const kvq_context *ctx, kvq_artifact *a, const forgery *forgeries, int n,
+                              kvq_error *err) {
+    record_list list = {0};
     kvq_test_ok(artifact_to_records(ctx, a, &list, err), err);
     for (int i = 0; i < n; i++) {
         record_list forged = forge(ctx, &list, &forgeries[i]);
@@ -310,7 +413,20 @@ static kvq_status read_forged(const kvq_context *ctx, const forgery *forgeries, 
 START_TEST(wrong_content_is_refused_by_name) {
     kvq_context ctx = kvq_test_context();
     kvq_error   err = {0};
-    kvq_test_failed(read_forged(&ctx, &FORGERIES[_i], 1, &err), FORGERIES[_i].status, &err, FORGERIES[_i].message);
+    kvq_test_failed(read_forged(&ctx, sample_artifact(&ctx, 3), &FORGERIES[_i], 1, &err), FORGERIES[_i].status, &err,
+                    FORGERIES[_i].message);
+}
+END_TEST
+
+START_TEST(wrong_content_of_alloc_is_refused_by_name) {
+    const forgery *f = &ALLOC_FORGERIES[_i];
+    kvq_context    ctx = kvq_test_context();
+    kvq_error      err = {0};
+    kvq_status     status = read_forged(&ctx, sample_alloc_artifact(&ctx, 2), f, 1, &err);
+    if (f->status == KVQ_OK)
+        kvq_test_ok(status, &err);
+    else
+        kvq_test_failed(status, f->status, &err, f->message);
 }
 END_TEST
 
@@ -319,10 +435,10 @@ START_TEST(unknown_fields_are_for_newer_versions_only) {
     kvq_context   ctx = kvq_test_context();
     kvq_error     err = {0};
     const forgery newer[] = {FORGED_TEXT("/layers/000/k@basis", "hadamard:64", KVQ_OK, ""),
-                             FORGED_TEXT("/@kvq_format_version", "1.2", KVQ_OK, "")};
-    kvq_test_failed(read_forged(&ctx, newer, 1, &err), KVQ_ERR_INPUT, &err,
+                             FORGED_TEXT("/@kvq_format_version", "1.3", KVQ_OK, "")};
+    kvq_test_failed(read_forged(&ctx, sample_artifact(&ctx, 3), newer, 1, &err), KVQ_ERR_INPUT, &err,
                     "/layers/000/k@basis is not part of format 1.1");
-    kvq_test_ok(read_forged(&ctx, newer, 2, &err), &err);
+    kvq_test_ok(read_forged(&ctx, sample_artifact(&ctx, 3), newer, 2, &err), &err);
 }
 END_TEST
 
@@ -477,11 +593,12 @@ END_TEST
 static const kvq_test_case CASES[] = {
     KVQ_CASE(hdf5_printing_is_left_as_it_was),
     KVQ_LOOP(a_flipped_bit_is_never_believed, 2),
-    KVQ_LOOP(random_damage_is_never_believed, 2),
+    KVQ_LOOP(random_damage_is_never_believed, 4),
     KVQ_CASE(a_truncated_file_is_refused),
     KVQ_CASE(a_changed_number_is_reported_as_damage),
     KVQ_CASE(what_is_no_artifact_is_refused),
     KVQ_LOOP(wrong_content_is_refused_by_name, (int)(sizeof FORGERIES / sizeof *FORGERIES)),
+    KVQ_LOOP(wrong_content_of_alloc_is_refused_by_name, (int)(sizeof ALLOC_FORGERIES / sizeof *ALLOC_FORGERIES)),
     KVQ_CASE(unknown_fields_are_for_newer_versions_only),
     KVQ_CASE(an_older_file_has_no_newer_field),
     KVQ_LOOP(foreign_objects_are_refused_by_name, N_FOREIGN),

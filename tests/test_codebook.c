@@ -96,11 +96,11 @@ START_TEST(cache_size_counts_every_byte) {
     ck_assert_int_eq(size.exact_bytes, 2 * 2 * 4096 * 2 * 4);
     ck_assert_int_eq(size.tables_bytes, 2 * (2 * 4096 * 4 + 8 * 4 + 8 * 4));
     double bits = 8.0 * (2 * 3412 * 96 + 131072 + 65664) / 1638400;
-    ck_assert(kvq_cache_bits_per_element(size) == bits);
+    ck_assert(kvq_cache_bits_per_element(size, 1) == bits);
 
     size = kvq_artifact_cache_size(artifact, 3); // fewer tokens than sinks
     ck_assert(size.row_bytes == 0 && size.exact_bytes == 2 * 2 * 4096 * 2 * 3);
-    ck_assert(kvq_cache_bits_per_element(kvq_artifact_cache_size(artifact, 0)) == 0);
+    ck_assert(kvq_cache_bits_per_element(kvq_artifact_cache_size(artifact, 0), 1) == 0);
 
     float decode_levels[8]; // a second table, and the last 10 tokens in f16 as well
     artifact->layers[1].k.decode_levels = decode_levels;

@@ -30,6 +30,12 @@ static const kvq_export_target *target_number(int i) {
 
 #define N_TARGETS 2
 
+// Loops over targets and schemes: the target is _i % N_TARGETS, the scheme _i / N_TARGETS.
+#define N_BOTH (2 * N_TARGETS)
+static kvq_artifact *sample_number(const kvq_context *ctx, int i, int64_t n_layers) {
+    return i < N_TARGETS ? sample_artifact(ctx, n_layers) : sample_alloc_artifact(ctx, n_layers);
+}
+
 typedef struct content {
     char  *data; // with a zero behind it
     size_t bytes;
@@ -77,8 +83,8 @@ END_TEST
 START_TEST(a_fresh_export_passes_its_check_and_is_reproducible) {
     kvq_context              ctx = kvq_test_context();
     kvq_error                err = {0};
-    const kvq_export_target *target = target_number(_i);
-    kvq_artifact            *a = sample_artifact(&ctx, 12);
+    const kvq_export_target *target = target_number(_i % N_TARGETS);
+    kvq_artifact            *a = sample_number(&ctx, _i, 12);
     content                  first = exported(target, a), second = exported(target, a);
     ck_assert(first.bytes == second.bytes && memcmp(first.data, second.data, first.bytes) == 0);
     kvq_test_ok(check_bytes(target, a, first.data, first.bytes, &err), &err);
@@ -144,6 +150,41 @@ START_TEST(json_holds_every_number) {
         assert_json_floats(item(k, "threshold_lower"), q->k.lower, SAMPLE_HEADS, SAMPLE_HEAD_DIM);
         assert_json_floats(item(k, "threshold_upper"), q->k.upper, SAMPLE_HEADS, SAMPLE_HEAD_DIM);
         ck_assert_ptr_null(cJSON_GetObjectItemCaseSensitive(v, "threshold_lower"));
+    }
+    cJSON_Delete(root);
+    free(c.data);
+    kvq_artifact_destroy(&ctx, &a);
+}
+END_TEST
+
+START_TEST(json_holds_every_number_of_alloc) {
+    kvq_context   ctx = kvq_test_context();
+    kvq_artifact *a = sample_alloc_artifact(&ctx, 2);
+    content       c = exported(kvq_export_find("json"), a);
+    cJSON        *root = cJSON_Parse(c.data);
+    const cJSON  *quantizer = item(root, "quantizer"), *layers = item(root, "layers");
+    ck_assert_str_eq(item(root, "kvq_format_version")->valuestring, "1.2");
+    assert_json_floats(item(quantizer, "rotation"), a->quantizer.rotation, SAMPLE_ALLOC_HEAD_DIM,
+                       SAMPLE_ALLOC_HEAD_DIM);
+    ck_assert(item(quantizer, "target_bits")->valuedouble == a->quantizer.target_bits);
+    ck_assert_ptr_null(cJSON_GetObjectItemCaseSensitive(quantizer, "n_side_v"));
+    for (int layer = 0; layer < 2; layer++) {
+        const kvq_layer_quant *q = &a->layers[layer];
+        const cJSON           *k = item(cJSON_GetArrayItem(layers, layer), "k"),
+                    *v = item(cJSON_GetArrayItem(layers, layer), "v"), *widths = item(k, "widths"),
+                    *levels = item(k, "key_levels");
+        ck_assert_int_eq(cJSON_GetArraySize(widths), SAMPLE_ALLOC_D);
+        for (int d = 0; d < SAMPLE_ALLOC_D; d++)
+            ck_assert(cJSON_GetArrayItem(widths, d)->valuedouble == q->k.widths[d]);
+        ck_assert_int_eq(cJSON_GetArraySize(levels), q->k.n_key_levels);
+        for (int i = 0; i < q->k.n_key_levels; i++)
+            ck_assert((float)cJSON_GetArrayItem(levels, i)->valuedouble == q->k.key_levels[i]);
+        assert_json_floats(item(v, "codebook")->child, q->v.codebook, q->v.n_levels, q->v.dim);
+        ck_assert(item(v, "scale_exponent")->valuedouble == q->v.scale_exponent &&
+                  item(v, "kl")->valuedouble == q->v.kl);
+        if (q->k.offset == NULL) continue;
+        assert_json_floats(item(k, "offset"), q->k.offset, SAMPLE_HEADS, SAMPLE_ALLOC_HEAD_DIM);
+        assert_json_floats(item(k, "scale"), q->k.scale, SAMPLE_HEADS, SAMPLE_ALLOC_HEAD_DIM);
     }
     cJSON_Delete(root);
     free(c.data);
@@ -242,6 +283,43 @@ START_TEST(safetensors_layout_is_as_specified) {
 }
 END_TEST
 
+// Integers first, so that every tensor lies at a multiple of its element.
+START_TEST(safetensors_of_alloc_are_typed_and_aligned) {
+    kvq_context   ctx = kvq_test_context();
+    kvq_artifact *a = sample_alloc_artifact(&ctx, 2);
+    content       c = exported(kvq_export_find("safetensors"), a);
+    uint64_t      header_bytes;
+    int           n_integers = 0;
+    memcpy(&header_bytes, c.data, 8);
+    cJSON       *header = cJSON_ParseWithLength(c.data + 8, header_bytes);
+    const cJSON *metadata = item(header, "__metadata__"), *tensor, *widths = item(header, "layers.0.k.widths");
+    cJSON_ArrayForEach(tensor, header) {
+        if (tensor == metadata) continue;
+        bool   is_integer = strcmp(item(tensor, "dtype")->valuestring, "I64") == 0;
+        double at = cJSON_GetArrayItem(item(tensor, "data_offsets"), 0)->valuedouble;
+        ck_assert_int_eq((int64_t)at % (is_integer ? 8 : 4), 0);
+        n_integers += is_integer;
+    }
+    ck_assert_int_eq(n_integers, 2); // widths of two layers
+    ck_assert(cJSON_GetArrayItem(item(widths, "shape"), 0)->valuedouble == SAMPLE_ALLOC_D);
+    for (int d = 0; d < SAMPLE_ALLOC_D; d++) {
+        int64_t width;
+        size_t  at = 8 + (size_t)header_bytes +
+                    (size_t)cJSON_GetArrayItem(item(widths, "data_offsets"), 0)->valuedouble + 8 * (size_t)d;
+        memcpy(&width, c.data + at, sizeof width);
+        ck_assert_int_eq(width, a->layers[0].k.widths[d]);
+    }
+    ck_assert_str_eq(item(item(header, "quantizer.rotation"), "dtype")->valuestring, "F32");
+    ck_assert_int_eq(cJSON_GetArraySize(item(item(header, "layers.0.v.codebook"), "shape")), 3);
+    ck_assert_str_eq(item(metadata, "layers.1.k.table_kind")->valuestring, "affine");
+    ck_assert_str_eq(item(metadata, "layers.0.v.scale_exponent")->valuestring, "-8");
+    ck_assert_str_eq(item(metadata, "quantizer.rotation_kind")->valuestring, "hadamard");
+    cJSON_Delete(header);
+    free(c.data);
+    kvq_artifact_destroy(&ctx, &a);
+}
+END_TEST
+
 // ---------------------------------------------------------------- changed files
 
 // A flip that leaves the meaning of JSON as it is: other white space, a digit beyond the precision, 1E-5 for 1e-5.
@@ -254,8 +332,8 @@ static bool is_harmless(const char *before) {
 START_TEST(a_flipped_bit_fails_the_check) {
     kvq_context              ctx = kvq_test_context();
     kvq_error                err = {0};
-    const kvq_export_target *target = target_number(_i);
-    kvq_artifact            *a = sample_artifact(&ctx, 1);
+    const kvq_export_target *target = target_number(_i % N_TARGETS);
+    kvq_artifact            *a = sample_number(&ctx, _i, 1);
     content                  c = exported(target, a);
     bool                     is_json = strcmp(target->name, "json") == 0;
     for (size_t at = 0; at < c.bytes; at++) {
@@ -356,6 +434,24 @@ START_TEST(bytes_behind_an_export_fail_the_check) {
 END_TEST
 
 // A correct file of another artifact is the wrong file.
+START_TEST(the_export_of_another_allocation_fails_the_check) {
+    kvq_context              ctx = kvq_test_context();
+    kvq_error                err = {0};
+    const kvq_export_target *target = target_number(_i);
+    kvq_artifact            *a = sample_alloc_artifact(&ctx, 2);
+    content                  c = exported(target, a);
+    uint8_t                 *widths = a->layers[1].k.widths; // affine: any widths go with the tables
+    widths[3] = 1;
+    kvq_test_failed(check_bytes(target, a, c.data, c.bytes, &err), KVQ_ERR_INTEGRITY, &err, "widths");
+    widths[3] = SAMPLE_WIDTHS[3];
+    kvq_test_ok(check_bytes(target, a, c.data, c.bytes, &err), &err);
+    a->layers[0].v.codebook[9] += 1e-6f;
+    kvq_test_failed(check_bytes(target, a, c.data, c.bytes, &err), KVQ_ERR_INTEGRITY, &err, "codebook");
+    free(c.data);
+    kvq_artifact_destroy(&ctx, &a);
+}
+END_TEST
+
 START_TEST(the_export_of_another_artifact_fails_the_check) {
     kvq_context              ctx = kvq_test_context();
     kvq_error                err = {0};
@@ -376,8 +472,8 @@ START_TEST(a_failing_allocation_leaves_nothing) {
     limited_memory           limit = {.inner = kvq_test_context()};
     kvq_context              good = limit.inner, bad = limited_context(&limit);
     kvq_error                err = {0};
-    const kvq_export_target *target = target_number(_i);
-    kvq_artifact            *a = sample_artifact(&good, 1);
+    const kvq_export_target *target = target_number(_i % N_TARGETS);
+    kvq_artifact            *a = sample_number(&good, _i, 1);
     double                   max_error;
     for (int checking = 0; checking < 2; checking++) {
         kvq_status status = KVQ_ERR_MEMORY;
@@ -396,15 +492,18 @@ END_TEST
 
 static const kvq_test_case CASES[] = {
     KVQ_CASE(the_table_finds_its_targets),
-    KVQ_LOOP(a_fresh_export_passes_its_check_and_is_reproducible, N_TARGETS),
+    KVQ_LOOP(a_fresh_export_passes_its_check_and_is_reproducible, N_BOTH),
+    KVQ_CASE(json_holds_every_number_of_alloc),
+    KVQ_CASE(safetensors_of_alloc_are_typed_and_aligned),
+    KVQ_LOOP(the_export_of_another_allocation_fails_the_check, N_TARGETS),
     KVQ_CASE(json_holds_every_number),
     KVQ_CASE(numbers_survive_as_text_in_every_locale),
     KVQ_CASE(safetensors_layout_is_as_specified),
-    KVQ_LOOP(a_flipped_bit_fails_the_check, N_TARGETS),
+    KVQ_LOOP(a_flipped_bit_fails_the_check, N_BOTH),
     KVQ_LOOP(a_truncated_export_fails_the_check, N_TARGETS),
     KVQ_LOOP(an_edited_export_fails_the_check_by_name, (int)(sizeof EDITS / sizeof *EDITS)),
     KVQ_LOOP(bytes_behind_an_export_fail_the_check, N_TARGETS),
     KVQ_LOOP(the_export_of_another_artifact_fails_the_check, N_TARGETS),
-    KVQ_LOOP(a_failing_allocation_leaves_nothing, N_TARGETS),
+    KVQ_LOOP(a_failing_allocation_leaves_nothing, N_BOTH),
 };
 KVQ_TEST_MAIN("export", CASES)

@@ -33,7 +33,8 @@ static int64_t elements(const kvq_measured_part *p) {
 START_TEST(the_list_of_parts_is_complete) {
     kvq_context         ctx = kvq_test_context();
     kvq_measure_options o = options_of(_i % 2 == 1);
-    o.k_axis = _i < 2 ? KVQ_AXIS_CHANNEL : KVQ_AXIS_TOKEN;
+    o.k_axis = _i % 4 < 2 ? KVQ_AXIS_CHANNEL : KVQ_AXIS_TOKEN;
+    o.allocated = _i >= 4;
     kvq_measured_layer *layer = new_layer(&o);
     kvq_measured_part   part, other;
     int                 n = 0;
@@ -46,10 +47,76 @@ START_TEST(the_list_of_parts_is_complete) {
             ck_assert_int_eq(*(unsigned char *)other.data, j + 1);
         }
     }
-    // counts, sums and three weightings of two arrays, for K and V and two fractions; thresholds; moments
-    ck_assert_int_eq(n, 2 * 2 * (2 + 3 * 2) + (_i < 2 ? 2 * 2 : 0) + (_i % 2 == 1 ? 3 : 0));
+    // counts, sums and three weightings of two arrays, for K and V and two fractions; thresholds; moments; of the
+    // channel-allocated format (keys per channel only) five of each fraction and nine
+    ck_assert_int_eq(n, 2 * 2 * (2 + 3 * 2) + (_i % 4 < 2 ? 2 * 2 : 0) + (_i % 2 == 1 ? 3 : 0) +
+                            (_i >= 4 ? 2 * 5 + 9 : 0));
     kvq_measured_layer_destroy(&ctx, &layer);
     ck_assert_ptr_null(layer);
+}
+END_TEST
+
+static bool has_part(const kvq_measured_layer *layer, const char *name, kvq_part_type type, int64_t n) {
+    kvq_measured_part part;
+    for (int i = 0; kvq_measured_layer_parts(layer, i, &part); i++) {
+        if (strcmp(part.name, name) == 0) return part.type == type && elements(&part) == n && part.data != NULL;
+    }
+    return false;
+}
+
+static int n_parts(const kvq_measured_layer *layer) {
+    kvq_measured_part part;
+    int               n = 0;
+    while (kvq_measured_layer_parts(layer, n, &part)) n++;
+    return n;
+}
+
+START_TEST(parts_of_the_channel_allocated_format) {
+    static const struct {
+        const char   *name;
+        kvq_part_type type;
+        int64_t       n;
+    } PARTS[] = {
+        {"k/0/channel_weight", KVQ_PART_F32, WIDTH * KVQ_CHANNEL_BINS},
+        {"k/0/channel_mean", KVQ_PART_F32, WIDTH * KVQ_CHANNEL_BINS},
+        {"k/0/channel_scatter", KVQ_PART_F64, WIDTH},
+        {"k/0/channel_points", KVQ_PART_I64, WIDTH},
+        {"k/0/channel_outliers", KVQ_PART_I64, WIDTH},
+        {"k/1/channel_weight", KVQ_PART_F32, WIDTH * KVQ_CHANNEL_BINS},
+        {"k/1/channel_mean", KVQ_PART_F32, WIDTH * KVQ_CHANNEL_BINS},
+        {"k/1/channel_scatter", KVQ_PART_F64, WIDTH},
+        {"k/1/channel_points", KVQ_PART_I64, WIDTH},
+        {"k/1/channel_outliers", KVQ_PART_I64, WIDTH},
+        {"rotated/weight", KVQ_PART_F32, KVQ_HISTOGRAM_BINS},
+        {"rotated/mean", KVQ_PART_F32, KVQ_HISTOGRAM_BINS},
+        {"rotated/pair_weight", KVQ_PART_F32, KVQ_PAIR_CELLS * KVQ_PAIR_CELLS},
+        {"rotated/pair_x", KVQ_PART_F32, KVQ_PAIR_CELLS * KVQ_PAIR_CELLS},
+        {"rotated/pair_y", KVQ_PART_F32, KVQ_PAIR_CELLS * KVQ_PAIR_CELLS},
+        {"rotated/scatter", KVQ_PART_F64, 2},
+        {"rotated/n_points", KVQ_PART_I64, 1},
+        {"rotated/scale_exponent", KVQ_PART_I64, 1},
+        {"kl", KVQ_PART_F64, 2},
+    };
+    enum { N_PARTS = sizeof PARTS / sizeof *PARTS };
+    kvq_context         ctx = kvq_test_context();
+    kvq_error           err = {0};
+    kvq_measured_layer *layers[2] = {NULL, NULL};
+    for (int a = 0; a < 2; a++) {
+        kvq_measure_options o = options_of(true);
+        o.allocated = a == 1;
+        kvq_test_ok(kvq_measured_layer_create(&ctx, &o, HEADS, KV_HEADS, DIM, &layers[a], &err), &err);
+    }
+    ck_assert_int_eq(n_parts(layers[1]), n_parts(layers[0]) + N_PARTS);
+    for (int i = 0; i < N_PARTS; i++) {
+        ck_assert(has_part(layers[1], PARTS[i].name, PARTS[i].type, PARTS[i].n));
+        ck_assert(!has_part(layers[0], PARTS[i].name, PARTS[i].type, PARTS[i].n));
+    }
+    for (int a = 0; a < 2; a++) kvq_measured_layer_destroy(&ctx, &layers[a]);
+    kvq_measure_options by_token = options_of(true);
+    by_token.allocated = true;
+    by_token.k_axis = KVQ_AXIS_TOKEN;
+    kvq_test_failed(kvq_measured_layer_create(&ctx, &by_token, HEADS, KV_HEADS, DIM, &layers[0], &err), KVQ_ERR_USAGE,
+                    &err, "per token");
 }
 END_TEST
 
@@ -216,8 +283,12 @@ START_TEST(a_weighted_fit_needs_weight) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    KVQ_LOOP(the_list_of_parts_is_complete, 4),        KVQ_CASE(outlier_slots_follow_the_options),
-    KVQ_CASE(moments_follow_the_definition),           KVQ_CASE(moments_beyond_their_range_are_refused),
-    KVQ_LOOP(a_layer_is_fitted_as_the_options_say, 4), KVQ_CASE(a_weighted_fit_needs_weight),
+    KVQ_LOOP(the_list_of_parts_is_complete, 6),
+    KVQ_CASE(parts_of_the_channel_allocated_format),
+    KVQ_CASE(outlier_slots_follow_the_options),
+    KVQ_CASE(moments_follow_the_definition),
+    KVQ_CASE(moments_beyond_their_range_are_refused),
+    KVQ_LOOP(a_layer_is_fitted_as_the_options_say, 4),
+    KVQ_CASE(a_weighted_fit_needs_weight),
 };
 KVQ_TEST_MAIN("measured", CASES)

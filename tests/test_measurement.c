@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Measurement files: every number comes back, equal content gives equal bytes, and no damaged, incomplete or senseless
-// file is believed. With --write-sample FILE it serves check_measurement_h5py.py.
+// file is believed. With --write-sample and --write-allocated FILE it serves check_measurement_h5py.py.
 #include <dirent.h>
 #include <hdf5.h>
 #include <math.h>
@@ -13,10 +13,7 @@
 #include <unistd.h>
 
 #include "limited_memory.h"
-#include "measurement_impl.h"
-#include "sample_artifact.h"
-
-#define SAMPLE_LAYERS 2
+#include "sample_measurement.h"
 
 static int count_files(void) {
     int  n = 0;
@@ -26,104 +23,6 @@ static int count_files(void) {
         n += entry->d_name[0] != '.' || strlen(entry->d_name) > 2;
     (void)closedir(folder);
     return n;
-}
-
-// ---------------------------------------------------------------- a sample
-
-// Every choice differs from the zero that a forgotten one would be.
-static kvq_measure_options sample_options(void) {
-    return (kvq_measure_options){.n_fractions = 2,
-                                 .fractions = {0, 0.01},
-                                 .weightings = KVQ_WEIGHTINGS_ALL,
-                                 .sink_tokens = 5,
-                                 .count_sinks = true,
-                                 .k_axis = KVQ_AXIS_CHANNEL,
-                                 .k_domain = KVQ_KEYS_POST_ROPE,
-                                 .threshold_scope = KVQ_SCOPE_MATRIX,
-                                 .k_slots = -1,
-                                 .token_range = KVQ_RANGE_PERCENTILES,
-                                 .moments = true};
-}
-
-// Where a file is written a hundred times: an eighth of the numbers.
-static kvq_measure_options small_options(void) {
-    kvq_measure_options o = sample_options();
-    o.n_fractions = 1;
-    o.weightings = KVQ_WEIGHTINGS_BASIC;
-    return o;
-}
-
-static double uniform(int64_t layer, int part, int64_t i) {
-    return kvq_rng_uniform(7, KVQ_RNG_TEST, (uint32_t)(1000 * layer + part), (uint64_t)i);
-}
-
-// A mean inside of each bin, weights around the middle as a bell, and other awkward numbers elsewhere; the second
-// moments are X^T X of random X, so that they have a spectrum.
-static void fill_part(const kvq_measured_part *p, int64_t layer, int number) {
-    array_spec spec = measurement_part_spec(p);
-    int64_t    n = array_elements(&spec);
-    bool       is_mean = strstr(p->name, "mean_") != NULL, is_weight = strstr(p->name, "weight_") != NULL;
-    for (int64_t i = 0; i < n; i++) {
-        double u = uniform(layer, number, i),
-               center = ((double)(i % KVQ_HISTOGRAM_BINS) + u) * 2 / KVQ_HISTOGRAM_BINS - 1;
-        if (p->type == KVQ_PART_I64) ((int64_t *)p->data)[i] = (int64_t)(u * 1e9);
-        if (p->type == KVQ_PART_F64) ((double *)p->data)[i] = u * 1e-3;
-        if (p->type != KVQ_PART_F32) continue;
-        double x = is_mean     ? center
-                   : is_weight ? exp(-8 * center * center) * u * 1e-3
-                               : u - (strstr(p->name, "lower") != NULL);
-        ((float *)p->data)[i] = is_weight && fabs(center) > 0.8 ? 0 : (float)x;
-    }
-}
-
-static void fill_moments(double *moments, int n_heads, int D, int64_t layer, int stream) {
-    for (int h = 0; h < n_heads; h++) {
-        for (int i = 0; i < D * D; i++) {
-            double sum = 0;
-            for (int t = 0; t < D + 3; t++)
-                sum += (uniform(layer, stream + h, t * D + i / D) - 0.5) *
-                       (uniform(layer, stream + h, t * D + i % D) - 0.5);
-            moments[h * D * D + i] = sum;
-        }
-    }
-}
-
-static kvq_measured_layer *sample_layer(const kvq_context *ctx, const kvq_measure_options *options, int64_t layer) {
-    kvq_measured_layer *m = NULL;
-    kvq_measured_part   part;
-    kvq_error           err = {0};
-    sample_require(kvq_measured_layer_create(ctx, options, 4, SAMPLE_HEADS, SAMPLE_HEAD_DIM, &m, &err));
-    for (int i = 0; kvq_measured_layer_parts(m, i, &part) != 0; i++) fill_part(&part, layer, i);
-    if (!options->moments) return m;
-    fill_moments(m->moments.q, 4, SAMPLE_HEAD_DIM, layer, 500);
-    fill_moments(m->moments.k, SAMPLE_HEADS, SAMPLE_HEAD_DIM, layer, 600);
-    fill_moments(m->moments.v, SAMPLE_HEADS, SAMPLE_HEAD_DIM, layer, 700);
-    return m;
-}
-
-// Changes a layer, or says that it is not put, when not NULL.
-typedef bool (*spoil_fn)(kvq_measured_layer *m, int64_t layer);
-
-// `good` makes the samples, which is not what a failing allocation is about.
-static kvq_status write_measurement(const kvq_context *good, const kvq_context *ctx, const char *path,
-                                    kvq_measure_options options, spoil_fn spoil, char sha256[KVQ_SHA256_HEX],
-                                    kvq_error *err) {
-    kvq_status              status = KVQ_OK;
-    kvq_measurement_writer *w = NULL;
-    kvq_artifact           *about = sample_artifact(good, SAMPLE_LAYERS);
-    kvq_measured_layer     *m = NULL;
-    KVQ_TRY(kvq_measurement_create(ctx, path, true, about, &options, true, &w, err));
-    for (int64_t layer = 0; layer < SAMPLE_LAYERS; layer++) {
-        m = sample_layer(good, &options, layer);
-        if (spoil == NULL || spoil(m, layer)) KVQ_TRY(kvq_measurement_put(ctx, w, layer, m, err));
-        kvq_measured_layer_destroy(good, &m);
-    }
-    KVQ_TRY(kvq_measurement_commit(ctx, &w, sha256, err));
-done:
-    kvq_measured_layer_destroy(good, &m);
-    kvq_measurement_discard(ctx, &w);
-    kvq_artifact_destroy(good, &about);
-    return status;
 }
 
 // ---------------------------------------------------------------- good files
@@ -153,6 +52,11 @@ static void assert_equal_options(const kvq_measure_options *a, const kvq_measure
     ck_assert_int_eq(a->k_slots, b->k_slots);
     ck_assert_int_eq(a->token_range, b->token_range);
     ck_assert_int_eq(a->moments, b->moments);
+    ck_assert_int_eq(a->allocated, b->allocated);
+    ck_assert_int_eq(a->channel_weighting, b->channel_weighting);
+    ck_assert_int_eq(a->tile_side, b->tile_side);
+    ck_assert_int_eq(a->rotation, b->rotation);
+    ck_assert_int_eq(a->scale_format, b->scale_format);
 }
 
 // The quantizer is the fit's and not in the file.
@@ -213,6 +117,9 @@ static void assert_comes_back(kvq_measure_options options) {
 }
 
 START_TEST(everything_comes_back) { assert_comes_back(sample_options()); }
+END_TEST
+
+START_TEST(channels_and_rotated_values_come_back) { assert_comes_back(allocated_options()); }
 END_TEST
 
 START_TEST(the_least_that_can_be_measured_comes_back) {
@@ -307,6 +214,31 @@ static bool set_threshold(kvq_measured_layer *m, int64_t layer) {
 static bool set_count(kvq_measured_layer *m, int64_t layer) {
     return m->k[0].heads[1].counts->n_clipped = -1, layer >= 0;
 }
+// Of allocated options.
+static bool set_channel_weight(kvq_measured_layer *m, int64_t layer) {
+    return m->k[1].channels.w[KVQ_CHANNEL_BINS + 3] = -0.5f, layer >= 0;
+}
+static bool set_channel_mean(kvq_measured_layer *m, int64_t layer) {
+    float *x = m->k[0].channels.x + 2 * KVQ_CHANNEL_BINS;
+    return x[9] = -1.5f, layer >= 0;
+}
+static bool set_channel_scatter(kvq_measured_layer *m, int64_t layer) {
+    return m->k[0].channels.scatter[4] = -1, layer >= 0;
+}
+static bool set_channel_count(kvq_measured_layer *m, int64_t layer) {
+    return m->k[0].channels.n_outliers[11] = -1, layer >= 0;
+}
+static bool set_value_weight(kvq_measured_layer *m, int64_t layer) { return m->rotated.w[5] = -1, layer >= 0; }
+static bool set_value_mean(kvq_measured_layer *m, int64_t layer) { return m->rotated.x[3] = 0, layer >= 0; }
+static bool set_pair_weight(kvq_measured_layer *m, int64_t layer) { return m->rotated.pair_w[300] = -1, layer >= 0; }
+static bool set_pair_x(kvq_measured_layer *m, int64_t layer) { return m->rotated.pair_x[7 * 256] = 1, layer >= 0; }
+static bool set_pair_y(kvq_measured_layer *m, int64_t layer) { return m->rotated.pair_y[7] = 1, layer >= 0; }
+static bool set_scatter(kvq_measured_layer *m, int64_t layer) { return m->rotated.scatter[1] = -1, layer >= 0; }
+static bool set_points(kvq_measured_layer *m, int64_t layer) { return *m->rotated.n_points = -1, layer >= 0; }
+static bool set_exponent(kvq_measured_layer *m, int64_t layer) { return *m->rotated.scale_exponent = -201, layer >= 0; }
+static bool set_kl(kvq_measured_layer *m, int64_t layer) { return m->kl[0] = -1e-9, layer >= 0; }
+static bool set_infinite_kl(kvq_measured_layer *m, int64_t layer) { return m->kl[1] = INFINITY, layer >= 0; }
+
 static bool set_moment(kvq_measured_layer *m, int64_t layer) { return m->moments.q[11] = INFINITY, layer >= 0; }
 
 static const struct spoiled {
@@ -324,6 +256,34 @@ static const struct spoiled {
     {set_moment, KVQ_ERR_NUMERICAL, "/layers/000/moments/q: element 11 is inf"},
 };
 
+static const struct spoiled SPOILED_ALLOCATED[] = {
+    {set_channel_weight, KVQ_ERR_NUMERICAL, "/layers/000/k/1/channel_weight: element 1027 is -0.5, a negative weight"},
+    {set_channel_mean, KVQ_ERR_NUMERICAL, "element 2057 is -1.5, a mean outside of its bin"},
+    {set_channel_scatter, KVQ_ERR_NUMERICAL, "element 4 is -1, a negative sum"},
+    {set_channel_count, KVQ_ERR_NUMERICAL, "element 11 is -1, a negative count"},
+    {set_value_weight, KVQ_ERR_NUMERICAL, "element 5 is -1, a negative weight"},
+    {set_value_mean, KVQ_ERR_NUMERICAL, "element 3 is 0, a mean outside of its bin"},
+    {set_pair_weight, KVQ_ERR_NUMERICAL, "element 300 is -1, a negative weight"},
+    {set_pair_x, KVQ_ERR_NUMERICAL, "element 1792 is 1, a mean outside of its cell"},
+    {set_pair_y, KVQ_ERR_NUMERICAL, "element 7 is 1, a mean outside of its cell"},
+    {set_scatter, KVQ_ERR_NUMERICAL, "element 1 is -1, a negative sum"},
+    {set_points, KVQ_ERR_NUMERICAL, "element 0 is -1, a negative count"},
+    {set_exponent, KVQ_ERR_NUMERICAL, "element 0 is -201, beyond what a scale may have"},
+    {set_kl, KVQ_ERR_NUMERICAL, "kl: element 0 is -1e-09, a negative divergence"},
+    {set_infinite_kl, KVQ_ERR_NUMERICAL, "kl: element 1 is inf"},
+};
+
+START_TEST(what_could_not_be_read_of_channels_is_not_written) {
+    const struct spoiled *s = &SPOILED_ALLOCATED[_i];
+    kvq_context           ctx = kvq_test_context();
+    kvq_error             err = {0};
+    char                  sha256[KVQ_SHA256_HEX], *path = sample_path("a.kvqm.h5");
+    kvq_test_failed(write_measurement(&ctx, &ctx, path, allocated_options(), s->spoil, sha256, &err), s->status, &err,
+                    s->message);
+    ck_assert_int_eq(count_files(), 0);
+}
+END_TEST
+
 START_TEST(what_could_not_be_read_is_not_written) {
     kvq_context ctx = kvq_test_context();
     kvq_error   err = {0};
@@ -339,17 +299,28 @@ START_TEST(options_without_sense_are_refused) {
     kvq_context         ctx = kvq_test_context();
     kvq_error           err = {0};
     char                sha256[KVQ_SHA256_HEX], *path = sample_path("a.kvqm.h5");
-    kvq_measure_options o[6] = {sample_options(), sample_options(), sample_options(),
-                                sample_options(), sample_options(), sample_options()};
-    const char         *messages[6] = {"0 fractions",        "element 1 is 0;", "element 1 is 1;",
-                                       "has none and range", "k_slots is -2",   "/measurement@k_axis is 2"};
+    kvq_measure_options o[9] = {sample_options(),    sample_options(),    sample_options(),
+                                sample_options(),    sample_options(),    sample_options(),
+                                allocated_options(), allocated_options(), allocated_options()};
+    const char         *messages[9] = {"0 fractions",
+                                       "element 1 is 0;",
+                                       "element 1 is 1;",
+                                       "has none and range",
+                                       "k_slots is -2",
+                                       "/measurement@k_axis is 2",
+                                       "/measurement@allocated is 1, which needs the k_axis 'channel' instead of 'token'",
+                                       "/measurement@rotation is 2",
+                                       "/measurement@channel_weighting is 4"};
     o[0].n_fractions = 0;
     o[1].fractions[1] = 0;
     o[2].fractions[1] = 1;
     o[3].weightings = 1;
     o[4].k_slots = -2;
     o[5].k_axis = (kvq_axis)2;
-    for (int i = 0; i < 6; i++) {
+    o[6].k_axis = KVQ_AXIS_TOKEN;
+    o[7].rotation = (kvq_rotation_kind)2;
+    o[8].channel_weighting = KVQ_N_WEIGHTINGS;
+    for (int i = 0; i < 9; i++) {
         kvq_test_failed(write_measurement(&ctx, &ctx, path, o[i], NULL, sha256, &err), KVQ_ERR_INPUT, &err,
                         messages[i]);
         ck_assert_int_eq(count_files(), 0);
@@ -463,7 +434,7 @@ static void set_number(hid_t file, const char *path, hsize_t at, double value) {
 
 static void other_format(hid_t f) { set_text(f, "/", "kvq_format", "kvq.partial"); }
 static void other_version(hid_t f) { set_text(f, "/", "kvq_format_version", "2.0"); }
-static void newer_reader(hid_t f) { set_text(f, "/", "kvq_min_reader", "1.1"); }
+static void newer_reader(hid_t f) { set_text(f, "/", "kvq_min_reader", "1.2"); }
 static void newer_version(hid_t f) { set_text(f, "/", "kvq_format_version", "1.3"); }
 static void no_layers(hid_t f) { set_integer(f, "/model", "n_layers", 0); }
 static void more_layers(hid_t f) { set_integer(f, "/model", "n_layers", 3); }
@@ -491,6 +462,18 @@ static void wrong_shape(hid_t f) {
 static void wrong_type(hid_t f) {
     replace_array(f, "/layers/000/k/0/threshold_lower", H5T_IEEE_F64LE, 1, (hsize_t[]){SAMPLE_D});
 }
+static void no_pairs(hid_t f) { remove_object(f, "/layers/001/rotated/pair_x"); }
+static void flat_pairs(hid_t f) {
+    replace_array(f, "/layers/001/rotated/pair_weight", H5T_IEEE_F32LE, 2, (hsize_t[]){128, 128});
+}
+static void other_cells(hid_t f) { set_integer(f, "/measurement", "pair_cells", 128); }
+static void other_reach(hid_t f) { set_integer(f, "/measurement", "value_reach", 6); }
+static void other_rotation(hid_t f) { set_text(f, "/measurement", "rotation", "haar"); }
+static void other_scale(hid_t f) { set_text(f, "/measurement", "scale_format", "e5m2"); }
+static void doubly_allocated(hid_t f) { set_integer(f, "/measurement", "allocated", 2); }
+static void wide_channels(hid_t f) { set_integer(f, "/model", "head_dim", 512); }
+static void wider_channels(hid_t f) { set_integer(f, "/model", "head_dim", 513); }
+static void old_version(hid_t f) { set_text(f, "/", "kvq_format_version", "1.0"); } // then the additions are ignored
 static void linked(hid_t f) {
     remove_object(f, "/layers/000/k/0/sums");
     (void)H5Lcreate_soft("/layers/001/k/0/sums", f, "/layers/000/k/0/sums", H5P_DEFAULT, H5P_DEFAULT);
@@ -503,14 +486,14 @@ static const struct forgery {
 } FORGERIES[] = {
     {other_format, KVQ_ERR_INPUT, "a.kvqm.h5: an HDF5 file, but its attribute kvq_format is 'kvq.partial'"},
     {other_version, KVQ_ERR_VERSION, "a.kvqm.h5: measurement format 2.0"},
-    {newer_reader, KVQ_ERR_VERSION, "needs a reader of format 1.1"},
+    {newer_reader, KVQ_ERR_VERSION, "needs a reader of format 1.2"},
     {newer_version, KVQ_OK, ""},
     {no_layers, KVQ_ERR_INPUT, "a.kvqm.h5: /model@n_layers is 0"},
     {more_layers, KVQ_ERR_INPUT, "a.kvqm.h5: /layers/002/k/0/threshold_lower is missing"},
     {more_heads, KVQ_ERR_INPUT, "/layers/000/moments/q is f64 of the shape [4, 6, 6] instead of f64 of [5, 6, 6]"},
     {no_query_heads, KVQ_ERR_INPUT, "a.kvqm.h5: /model@n_heads is 0"},
     {huge_heads, KVQ_ERR_UNSUPPORTED, "a.kvqm.h5: /model: 2 KV heads of 60000 channels"},
-    {other_bins, KVQ_ERR_UNSUPPORTED, "a.kvqm.h5: histograms of 4096 bins"},
+    {other_bins, KVQ_ERR_UNSUPPORTED, "a.kvqm.h5: /measurement@bins is 4096"},
     {negative_slots, KVQ_ERR_INPUT, "a.kvqm.h5: /measurement@k_slots is -2"},
     {other_axis, KVQ_ERR_UNSUPPORTED, "a.kvqm.h5: /measurement@k_axis is 'head', none of 'channel', 'token'"},
     {other_weightings, KVQ_ERR_UNSUPPORTED, "/measurement@weightings is 'range,none'"},
@@ -524,6 +507,20 @@ static const struct forgery {
     {wrong_shape, KVQ_ERR_INPUT, "/layers/001/k/0/weight_none is f32 of the shape [2, 99] instead of f32 of [2, 8192]"},
     {wrong_type, KVQ_ERR_INPUT, "/layers/000/k/0/threshold_lower is f64 of the shape"},
     {linked, KVQ_ERR_INPUT, "a.kvqm.h5: /layers/000/k/0/sums is missing"},
+};
+
+static const struct forgery ALLOCATED_FORGERIES[] = {
+    {no_pairs, KVQ_ERR_INPUT, "a.kvqm.h5: /layers/001/rotated/pair_x is missing"},
+    {flat_pairs, KVQ_ERR_INPUT,
+     "/layers/001/rotated/pair_weight is f32 of the shape [128, 128] instead of f32 of [256, 256]"},
+    {other_cells, KVQ_ERR_UNSUPPORTED, "a.kvqm.h5: /measurement@pair_cells is 128"},
+    {other_reach, KVQ_ERR_UNSUPPORTED, "a.kvqm.h5: /measurement@value_reach is 6"},
+    {other_rotation, KVQ_ERR_UNSUPPORTED, "/measurement@rotation is 'haar', none of 'orthogonal', 'none'"},
+    {other_scale, KVQ_ERR_UNSUPPORTED, "/measurement@scale_format is 'e5m2', none of 'e4m3', 'f16'"},
+    {doubly_allocated, KVQ_ERR_INPUT, "a.kvqm.h5: /measurement@allocated is 2"},
+    {wide_channels, KVQ_ERR_INPUT, "/layers/000/k/0/threshold_lower is f32 of the shape [12] instead of f32 of [1024]"},
+    {wider_channels, KVQ_ERR_UNSUPPORTED, "a.kvqm.h5: /model@head_dim is 513, outside of 2 .. 512"},
+    {old_version, KVQ_OK, ""},
 };
 
 static void seal(const char *path) {
@@ -542,11 +539,11 @@ static void seal(const char *path) {
     free(data);
 }
 
-static void forge_file(const char *path, void (*forge)(hid_t file)) {
+static void forge_file(const char *path, kvq_measure_options options, void (*forge)(hid_t file)) {
     kvq_context ctx = kvq_test_context();
     kvq_error   err = {0};
     char        sha256[KVQ_SHA256_HEX];
-    kvq_test_ok(write_measurement(&ctx, &ctx, path, sample_options(), NULL, sha256, &err), &err);
+    kvq_test_ok(write_measurement(&ctx, &ctx, path, options, NULL, sha256, &err), &err);
     hid_t file = H5Fopen(path, H5F_ACC_RDWR, H5P_DEFAULT);
     ck_assert_int_ge(file, 0);
     forge(file);
@@ -554,20 +551,27 @@ static void forge_file(const char *path, void (*forge)(hid_t file)) {
     seal(path);
 }
 
-START_TEST(a_sealed_file_with_wrong_content_is_refused_by_name) {
-    const struct forgery *f = &FORGERIES[_i];
-    kvq_context           ctx = kvq_test_context();
-    kvq_error             err = {0};
-    kvq_measurement      *m = NULL;
-    char                 *path = sample_path("a.kvqm.h5");
-    forge_file(path, f->forge);
+static void assert_refused(const struct forgery *f, kvq_measure_options options) {
+    kvq_context      ctx = kvq_test_context();
+    kvq_error        err = {0};
+    kvq_measurement *m = NULL;
+    char            *path = sample_path("a.kvqm.h5");
+    forge_file(path, options, f->forge);
     kvq_status status = kvq_measurement_open(&ctx, path, &m, &err);
     if (f->status == KVQ_OK)
         kvq_test_ok(status, &err);
     else
         kvq_test_failed(status, f->status, &err, f->message);
+    if (status == KVQ_OK && f->forge == old_version) ck_assert(!kvq_measurement_options(m)->allocated);
     kvq_measurement_close(&ctx, &m);
     ck_assert_int_eq(H5Fget_obj_count(H5F_OBJ_ALL, H5F_OBJ_ALL), 0);
+}
+
+START_TEST(a_sealed_file_with_wrong_content_is_refused_by_name) { assert_refused(&FORGERIES[_i], sample_options()); }
+END_TEST
+
+START_TEST(a_sealed_file_with_wrong_channels_is_refused_by_name) {
+    assert_refused(&ALLOCATED_FORGERIES[_i], allocated_options());
 }
 END_TEST
 
@@ -594,7 +598,7 @@ START_TEST(a_sealed_file_with_wrong_numbers_is_refused_when_they_are_read) {
     kvq_measured_layer   *l = NULL;
     double                values[SAMPLE_D];
     char                 *path = sample_path("a.kvqm.h5");
-    forge_file(path, f->forge);
+    forge_file(path, sample_options(), f->forge);
     kvq_test_ok(kvq_measurement_open(&ctx, path, &m, &err), &err);
     kvq_test_ok(kvq_measurement_read(&ctx, m, 0, &l, &err), &err);
     kvq_measured_layer_destroy(&ctx, &l);
@@ -684,15 +688,20 @@ END_TEST
 
 static const kvq_test_case CASES[] = {
     KVQ_CASE(everything_comes_back),
+    KVQ_CASE(channels_and_rotated_values_come_back),
     KVQ_CASE(the_least_that_can_be_measured_comes_back),
     KVQ_CASE(equal_content_gives_equal_bytes),
     KVQ_CASE(the_kind_of_every_file_is_told),
     KVQ_CASE(a_capture_is_told_although_it_has_no_seal),
     KVQ_LOOP(what_could_not_be_read_is_not_written, (int)(sizeof SPOILED / sizeof *SPOILED)),
+    KVQ_LOOP(what_could_not_be_read_of_channels_is_not_written,
+             (int)(sizeof SPOILED_ALLOCATED / sizeof *SPOILED_ALLOCATED)),
     KVQ_CASE(options_without_sense_are_refused),
     KVQ_CASE(a_layer_is_put_once_and_as_announced),
     KVQ_CASE(damage_is_found_before_anything_is_parsed),
     KVQ_LOOP(a_sealed_file_with_wrong_content_is_refused_by_name, (int)(sizeof FORGERIES / sizeof *FORGERIES)),
+    KVQ_LOOP(a_sealed_file_with_wrong_channels_is_refused_by_name,
+             (int)(sizeof ALLOCATED_FORGERIES / sizeof *ALLOCATED_FORGERIES)),
     KVQ_LOOP(a_sealed_file_with_wrong_numbers_is_refused_when_they_are_read,
              (int)(sizeof FORGED_NUMBERS / sizeof *FORGED_NUMBERS)),
     KVQ_CASE(an_existing_file_needs_force),
@@ -701,16 +710,17 @@ static const kvq_test_case CASES[] = {
 };
 
 // The service for check_measurement_h5py.py; prints the hash.
-static int write_sample(const char *path) {
+static int write_sample(const char *path, kvq_measure_options options) {
     kvq_context ctx = kvq_test_context();
     kvq_error   err = {0};
     char        sha256[KVQ_SHA256_HEX] = "";
-    kvq_status  status = write_measurement(&ctx, &ctx, path, sample_options(), NULL, sha256, &err);
+    kvq_status  status = write_measurement(&ctx, &ctx, path, options, NULL, sha256, &err);
     printf("%s\n", status == KVQ_OK ? sha256 : err.message);
     return status == KVQ_OK ? EXIT_SUCCESS : EXIT_FAILURE;
 }
 
 int main(int argc, char **argv) {
-    if (argc == 3 && strcmp(argv[1], "--write-sample") == 0) return write_sample(argv[2]);
+    if (argc == 3 && strcmp(argv[1], "--write-sample") == 0) return write_sample(argv[2], sample_options());
+    if (argc == 3 && strcmp(argv[1], "--write-allocated") == 0) return write_sample(argv[2], allocated_options());
     return kvq_test_run("measurement", CASES, (int)(sizeof CASES / sizeof *CASES));
 }

@@ -507,6 +507,118 @@ START_TEST(text_files_are_sources) {
 }
 END_TEST
 
+// ---------------------------------------------------------------- line ends
+
+// What the options promise, of a whole document: line by line, without the spaces that end it.
+static size_t with_newlines(kvq_newlines how, const char *text, size_t n, char *out) {
+    size_t n_out = 0;
+    for (size_t at = 0; at < n;) {
+        const char *feed = memchr(text + at, '\n', n - at);
+        size_t      end = feed != NULL ? (size_t)(feed - text) : n, next = feed != NULL ? end + 1 : n;
+        while (how != KVQ_NEWLINES_KEPT && feed != NULL && end > at && text[end - 1] == ' ') end--;
+        memcpy(out + n_out, text + at, end - at);
+        n_out += end - at;
+        bool blank = end == at && n_out > 0 && out[n_out - 1] == '\n';
+        if (feed != NULL && (how != KVQ_NEWLINES_SINGLE || !blank)) out[n_out++] = '\n';
+        at = next;
+    }
+    return n_out;
+}
+
+// The tokenizer of these tests makes the three bytes of a lower block of a space, and one token of any other byte.
+static int64_t tokens_of(const char *text, size_t n, int32_t *ids) {
+    int64_t count = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (text[i] == ' ') {
+            ids[count++] = 0xe2;
+            ids[count++] = 0x96;
+            ids[count++] = 0x81;
+        } else {
+            ids[count++] = (unsigned char)text[i];
+        }
+    }
+    return count;
+}
+
+static void write_text(const char *path, const char *text, size_t n) {
+    FILE *file = fopen(path, "wb");
+    ck_assert_ptr_nonnull(file);
+    ck_assert_uint_eq(fwrite(text, 1, n, file), n);
+    ck_assert_int_eq(fclose(file), 0);
+}
+
+// The whole file as one window of its ids. With a source that is read twice, so nothing of the first reading is left.
+static void check_newlines(const kvq_tokenizer *t, const char *path, kvq_newlines how, const int32_t *expected,
+                           int64_t n) {
+    kvq_context             ctx = kvq_test_context();
+    kvq_error               err = {0};
+    kvq_text_source        *s = NULL;
+    kvq_text_source_options options = {.field = "text", .vocab_size = 258, .newlines = how};
+    kvq_test_ok(kvq_text_source_open(&ctx, t, path, &options, &s, &err), &err);
+    kvq_token_source view = kvq_text_source_view(s);
+    for (int reading = 0; reading < 2; reading++) {
+        kvq_windows     w = {0};
+        kvq_source_use  use = {0};
+        kvq_window_rule rule = {.seq_len = n, .bos_id = -1};
+        kvq_test_ok(kvq_windows_take(&ctx, &view, NULL, 1, &rule, &use, &w, &err), &err);
+        ck_assert_int_eq(w.n_available, n);
+        ck_assert_msg(memcmp(w.ids, expected, (size_t)n * sizeof *expected) == 0, "%s newlines of %s",
+                      kvq_newlines_names[how], path);
+        kvq_windows_free(&ctx, &w);
+    }
+    char name[64];
+    (void)snprintf(name, sizeof name, how == KVQ_NEWLINES_KEPT ? "%s" : "%s (%s newlines)", strrchr(path, '/') + 1,
+                   kvq_newlines_names[how]);
+    ck_assert_str_eq(view.name, name);
+    kvq_text_source_close(&ctx, &s);
+}
+
+// A file is read in parts of a MiB; spaces, line feeds and blank lines lie across two of their borders.
+START_TEST(line_ends_have_the_form_that_was_asked_for) {
+    enum { PART = 1 << 20, N = 2 * PART + 1000 };
+    static const char BORDERS[2][24] = {"x  \n   \n      \n  y   \nz", "x          \n\n\n  \n y  "};
+    static const int  SHIFTS[] = {5, 12, 17, 18}; // in blanks, behind a line feed, between blanks and a letter
+    static char       text[N], changed[N];
+    static int32_t    ids[3 * N];
+    char              path[256];
+    kvq_context       ctx = kvq_test_context();
+    kvq_tokenizer    *t = byte_tokenizer();
+    (void)snprintf(path, sizeof path, "%s/lines.txt", kvq_test_folder());
+    for (size_t k = 0; k < sizeof SHIFTS / sizeof *SHIFTS; k++) {
+        int shift = SHIFTS[k];
+        for (int i = 0; i < N; i++) text[i] = "abc d\n"[kvq_rng_below(3, KVQ_RNG_TEST, 5, (uint64_t)i, 6)];
+        for (int b = 0; b < 2; b++) memcpy(text + (b + 1) * PART - shift, BORDERS[b], strlen(BORDERS[b]));
+        memcpy(text, "\n \n", 3);         // a document may begin with a blank line
+        memcpy(text + N - 4, "\n   ", 4); // and end with spaces, which are not in front of a line feed
+        write_text(path, text, N);
+        for (int how = 0; how < 3; how++) {
+            size_t n = with_newlines((kvq_newlines)how, text, N, changed);
+            ck_assert(how == 0 ? n == N : n < N);
+            check_newlines(t, path, (kvq_newlines)how, ids, tokens_of(changed, n, ids));
+        }
+    }
+    kvq_tokenizer_close(&ctx, &t);
+}
+END_TEST
+
+// By hand, so that the rule above is not its own witness; and documents know nothing of each other.
+START_TEST(line_ends_by_hand) {
+    static const char        LINES[] = "{\"text\":\"\\na \\n \\n\\nb  c\\t\\n  d  \"}\n"
+                                       "{\"text\":\"\"}\n{\"text\":\"\\n\"}\n{\"text\":\"\\n\\n  e\"}\n";
+    static const char *const EXPECTED[] = {"\na \n \n\nb  c\t\n  d  \n\n\n  e", "\na\n\n\nb  c\t\n  d  \n\n\n  e",
+                                           "\na\nb  c\t\n  d  \n\n  e"};
+    char                     path[256];
+    int32_t                  ids[200];
+    kvq_context              ctx = kvq_test_context();
+    kvq_tokenizer           *t = byte_tokenizer();
+    (void)snprintf(path, sizeof path, "%s/lines.jsonl", kvq_test_folder());
+    write_text(path, LINES, sizeof LINES - 1);
+    for (int how = 0; how < 3; how++)
+        check_newlines(t, path, (kvq_newlines)how, ids, tokens_of(EXPECTED[how], strlen(EXPECTED[how]), ids));
+    kvq_tokenizer_close(&ctx, &t);
+}
+END_TEST
+
 static const kvq_test_case CASES[] = {
     KVQ_CASE(streamed_windows_are_those_of_the_whole_text),
     KVQ_CASE(kept_documents_are_not_crossed),
@@ -520,5 +632,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(a_source_that_shrinks_is_found),
     KVQ_CASE(several_sources_have_one_name_and_hash),
     KVQ_CASE(text_files_are_sources),
+    KVQ_CASE(line_ends_have_the_form_that_was_asked_for),
+    KVQ_CASE(line_ends_by_hand),
 };
 KVQ_TEST_MAIN("sources", CASES)

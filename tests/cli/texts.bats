@@ -96,6 +96,61 @@ refused() {
   contains "$stderr" "warning" "text.txt: none of the 4 windows comes from it"
 }
 
+# Lines that end in spaces, with blank lines between them, some of which are not empty.
+ragged() { sed 's/$/  /; s/$/\n   \n/' "$SHARED_DIR/text.txt"; }
+
+@test "--newlines: the tokens are those of the changed text, under a name that says so" {
+  ragged >ragged.txt
+  sed 's/ *$//' ragged.txt >bare.txt
+  sed '/^$/d' bare.txt >single.txt
+  kept=$(ids --text ragged.txt)
+  [ "$(recorded newlines)" = kept ]
+  [ "$(dataset source)" = ragged.txt ]
+  [ "$(ids --text ragged.txt --newlines kept)" = "$kept" ]
+  for how in bare single; do
+    changed=$(ids --text ragged.txt --newlines $how)
+    [ "$(recorded newlines)" = $how ]
+    [ "$(dataset source)" = "ragged.txt ($how newlines)" ]
+    [ "$(dataset sha256)" = "$(sha256sum <ragged.txt | cut -d' ' -f1)" ] # of the file as it is stored
+    [ "$changed" != "$kept" ]
+    [ "$(ids --text $how.txt)" = "$changed" ]
+  done
+  validate() { kvq-validate -q --model "$(MODEL)" --seq-len 32 --json "$@"; }
+  validate --text ragged.txt --newlines single >changed.json
+  validate --text single.txt >written.json
+  validate --text ragged.txt >kept.json
+  [ "$(kvq_json_tool text source <changed.json)" = "ragged.txt (single newlines)" ]
+  for key in windows tokens_scored "text token_ids_sha256"; do
+    # shellcheck disable=SC2086 # a path
+    [ "$(kvq_json_tool $key <changed.json)" = "$(kvq_json_tool $key <written.json)" ]
+  done
+  [ "$(kvq_json_tool windows <changed.json)" -lt "$(kvq_json_tool windows <kept.json)" ]
+  fails 2 kvq-calibrate --model "$(MODEL)" $SMALL --text ragged.txt --newlines windows -o other.kvq.h5
+  contains "$stderr" "--newlines: 'windows' is none of kept, bare, single, mixed"
+}
+
+@test "--newlines mixed: every text twice, as it is and bare" {
+  ragged >ragged.txt
+  succeeds kvq-calibrate --model "$(MODEL)" --samples 8 --seq-len 32 --threads 1 --text ragged.txt --newlines mixed \
+    -o mixed.kvq.h5
+  contains "$stderr" "ragged.txt  1 documents" "ragged.txt (bare newlines)  1 documents"
+  mv mixed.kvq.h5 out.kvq.h5
+  [ "$(recorded newlines)" = mixed ]
+  [ "$(dataset source)" = "ragged.txt + ragged.txt (bare newlines)" ]
+  [ "$(recorded text_windows)" = 2 ]
+  [ $(($(recorded text_windows 0) + $(recorded text_windows 1))) -eq 8 ]
+  # by weights the two versions have equal shares, whatever their lengths
+  calibrate --samples 8 --text ragged.txt --text "$SHARED_DIR/other.txt" --newlines mixed --mix ragged.txt=3,other.txt=1
+  [ "$(recorded text_windows)" = 4 ]
+  for i in 0 1; do [ "$(recorded text_windows $i)" = 3 ]; done
+  for i in 2 3; do [ "$(recorded text_windows $i)" = 1 ]; done
+  many=()
+  for i in {1..17}; do many+=(--text "$SHARED_DIR/other.txt"); done
+  rm out.kvq.h5
+  refused 2 "${many[@]}" --newlines mixed
+  contains "$stderr" "--newlines mixed: at most 16 texts, there are 17"
+}
+
 @test "a text of its own name or weight: what --mix refuses" {
   two=(--text "$SHARED_DIR/text.txt" --text "$SHARED_DIR/other.txt")
   refused 2 "${two[@]}" --mix text.txt=1,another.txt=1
