@@ -67,7 +67,7 @@ static kvq_status refuse_fit_options(const calibrate_options *o, kvq_error *err)
         {"--datatype", o->datatype != NOT_GIVEN},
         {"--k-datatype", o->k_datatype != NOT_GIVEN},
         {"--v-datatype", o->v_datatype != NOT_GIVEN},
-        {"--weighting", o->weighting != NOT_GIVEN},
+        {"--weighting", o->weighting != NOT_GIVEN && !o->allocated.measure}, // channels are counted with one
         {"--groups", o->groups != 0},
         {"--q-norm", o->q_norm},
         {"--compare-lloyd", o->compare_lloyd},

@@ -505,3 +505,10 @@ stop_when() {
     holds "$(json k_beyond_range share) > 2 * $(json k_beyond_range expected)"
   done
 }
+
+@test "channels are counted with the weighting of the measurement" {
+  calibrate --measure-only --allocated --weighting range -o range.kvqm.h5
+  kvq-calibrate --from range.kvqm.h5 --target-bits 4 -o range.kvq.h5
+  [ "$(inspect range.kvq.h5 quantizer weighting)" = range ]
+  [ "$(inspect "$SHARED_DIR/a.kvq.h5" quantizer weighting)" = fisher-scaled ]
+}
