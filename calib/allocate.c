@@ -51,19 +51,8 @@ void kvq_measured_layers_close(const kvq_context *ctx, kvq_measured_layers **lay
 
 static kvq_status get_layer(const kvq_context *ctx, const kvq_measured_layers *from, int64_t layer,
                             kvq_measured_layer **out, kvq_error *err) {
-    kvq_blob   forward = {0}, backward = {0};
-    kvq_status status = KVQ_OK;
     if (from->file != NULL) return kvq_measurement_read(ctx, from->file, layer, out, err);
-    KVQ_TRY(sweep_get_result(ctx, from->work, (step){STEP_FORWARD, layer}, &forward, err));
-    KVQ_TRY(sweep_get_result(ctx, from->work, (step){STEP_BACKWARD, layer}, &backward, err));
-    KVQ_TRY(measure_layer_from_results(ctx, from->measure, measure_shape_of_artifact(from->about), &forward, &backward,
-                                       out, err));
-    (*out)->kl[0] = from->about->layers[layer].k.kl;
-    (*out)->kl[1] = from->about->layers[layer].v.kl;
-done:
-    kvq_blob_free(ctx, &forward);
-    kvq_blob_free(ctx, &backward);
-    return status;
+    return calib_measured_layer(ctx, from->work, from->about, from->measure, layer, out, err);
 }
 
 // ---------------------------------------------------------------- allocation and fit

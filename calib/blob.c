@@ -42,3 +42,16 @@ kvq_status blob_take(blob_reader *reader, void *to, int64_t bytes, kvq_error *er
     reader->left -= bytes;
     return KVQ_OK;
 }
+
+kvq_status blob_append_sized(const kvq_context *ctx, kvq_blob *blob, int64_t bytes, uint8_t **at, kvq_error *err) {
+    kvq_status status = kvq_blob_append(ctx, blob, &bytes, sizeof bytes, err);
+    return status == KVQ_OK ? kvq_blob_extend(ctx, blob, bytes, at, err) : status;
+}
+
+kvq_status blob_take_sized(blob_reader *reader, const uint8_t **at, int64_t *bytes, kvq_error *err) {
+    kvq_status status = blob_take(reader, bytes, sizeof *bytes, err);
+    if (status != KVQ_OK) return status;
+    if (*bytes < 0) return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "saved statistics of %lld bytes", (long long)*bytes);
+    *at = reader->at;
+    return blob_take(reader, NULL, *bytes, err);
+}

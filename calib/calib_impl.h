@@ -19,6 +19,10 @@ typedef struct blob_reader {
 } blob_reader;
 kvq_status blob_take(blob_reader *reader, void *to, int64_t bytes, kvq_error *err);
 
+// Bytes behind their number: space for the caller to fill, and where they are.
+kvq_status blob_append_sized(const kvq_context *ctx, kvq_blob *blob, int64_t bytes, uint8_t **at, kvq_error *err);
+kvq_status blob_take_sized(blob_reader *reader, const uint8_t **at, int64_t *bytes, kvq_error *err);
+
 // ---------------------------------------------------------------- the work directory (work_dir.c)
 
 // A directory that one run owns (flock), with a manifest (fingerprint and last finished step), small files that are
@@ -92,6 +96,11 @@ double     calib_mean_loss(kvq_loss_sum loss); // nats per token
 
 // What an artifact says about model, tokenizer, text and where it comes from (measurements.c).
 kvq_status calib_copy_identity(const kvq_context *ctx, const kvq_artifact *from, kvq_artifact *to, kvq_error *err);
+// A layer from what the sweeps left in their work directory; about has its KL, where the format needs it
+// (measurements.c).
+kvq_status calib_measured_layer(const kvq_context *ctx, work_dir *work, const kvq_artifact *about,
+                                const kvq_measure_options *options, int64_t layer, kvq_measured_layer **out,
+                                kvq_error *err);
 // KVQ_ERR_USAGE, listing what there is, when outliers of a fraction were not measured.
 kvq_status calib_check_fraction(const kvq_measure_options *measured, double fraction, kvq_error *err);
 

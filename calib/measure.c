@@ -320,9 +320,7 @@ static kvq_status save_backward(const measure *m, kvq_blob *out, kvq_error *err)
     int        n = histogram_count(m->options, m->shape);
     kvq_status status = KVQ_OK;
     for (int i = 0; i < n; i++) {
-        int64_t bytes = kvq_histogram_packed_bytes(m->histograms[i]);
-        KVQ_TRY(kvq_blob_append(m->ctx, out, &bytes, sizeof bytes, err));
-        KVQ_TRY(kvq_blob_extend(m->ctx, out, bytes, &at, err));
+        KVQ_TRY(blob_append_sized(m->ctx, out, kvq_histogram_packed_bytes(m->histograms[i]), &at, err));
         kvq_histogram_pack(m->histograms[i], at);
     }
     if (m->tiles != NULL) KVQ_TRY(measure_tiles_save(m->tiles, out, err));
@@ -331,18 +329,13 @@ done:
 }
 
 static kvq_status merge_backward(measure *m, blob_reader *in, kvq_error *err) {
-    int        n = histogram_count(m->options, m->shape);
-    kvq_status status = KVQ_OK;
+    const uint8_t *at = NULL;
+    int64_t        bytes = 0;
+    int            n = histogram_count(m->options, m->shape);
+    kvq_status     status = KVQ_OK;
     for (int i = 0; i < n; i++) {
-        int64_t bytes = 0;
-        KVQ_TRY(blob_take(in, &bytes, sizeof bytes, err));
-        if (bytes < 0 || bytes > in->left) {
-            KVQ_TRY(kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "saved statistics of %lld bytes end too early",
-                             (long long)bytes));
-        }
-        KVQ_TRY(kvq_histogram_merge_packed(m->histograms[i], in->at, bytes, err));
-        in->at += bytes;
-        in->left -= bytes;
+        KVQ_TRY(blob_take_sized(in, &at, &bytes, err));
+        KVQ_TRY(kvq_histogram_merge_packed(m->histograms[i], at, bytes, err));
     }
     if (m->tiles != NULL) KVQ_TRY(measure_tiles_merge(m->tiles, in, err));
 done:

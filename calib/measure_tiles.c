@@ -113,30 +113,17 @@ kvq_status measure_tiles_see_values(tile_measure *t, int64_t layer, const float 
                             t->options->sink_tokens, t->values, err);
 }
 
-static kvq_status append_space(const kvq_context *ctx, int64_t bytes, kvq_blob *out, uint8_t **at, kvq_error *err) {
-    kvq_status status = kvq_blob_append(ctx, out, &bytes, sizeof bytes, err);
-    return status == KVQ_OK ? kvq_blob_extend(ctx, out, bytes, at, err) : status;
-}
-
 kvq_status measure_tiles_save(const tile_measure *t, kvq_blob *out, kvq_error *err) {
     uint8_t   *at = NULL;
     kvq_status status = KVQ_OK;
     for (int f = 0; f < t->options->n_fractions; f++) {
-        KVQ_TRY(append_space(t->ctx, kvq_channel_counts_packed_bytes(t->channels[f]), out, &at, err));
+        KVQ_TRY(blob_append_sized(t->ctx, out, kvq_channel_counts_packed_bytes(t->channels[f]), &at, err));
         kvq_channel_counts_pack(t->channels[f], at);
     }
-    KVQ_TRY(append_space(t->ctx, kvq_value_counts_packed_bytes(t->values), out, &at, err));
+    KVQ_TRY(blob_append_sized(t->ctx, out, kvq_value_counts_packed_bytes(t->values), &at, err));
     kvq_value_counts_pack(t->values, at);
 done:
     return status;
-}
-
-static kvq_status take_packed(blob_reader *in, const uint8_t **at, int64_t *bytes, kvq_error *err) {
-    kvq_status status = blob_take(in, bytes, sizeof *bytes, err);
-    if (status != KVQ_OK) return status;
-    *at = in->at;
-    if (*bytes < 0) return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL, "saved statistics of %lld bytes", (long long)*bytes);
-    return blob_take(in, NULL, *bytes, err);
 }
 
 kvq_status measure_tiles_merge(tile_measure *t, blob_reader *in, kvq_error *err) {
@@ -144,10 +131,10 @@ kvq_status measure_tiles_merge(tile_measure *t, blob_reader *in, kvq_error *err)
     int64_t        bytes = 0;
     kvq_status     status = KVQ_OK;
     for (int f = 0; f < t->options->n_fractions; f++) {
-        KVQ_TRY(take_packed(in, &at, &bytes, err));
+        KVQ_TRY(blob_take_sized(in, &at, &bytes, err));
         KVQ_TRY(kvq_channel_counts_merge_packed(t->channels[f], at, bytes, err));
     }
-    KVQ_TRY(take_packed(in, &at, &bytes, err));
+    KVQ_TRY(blob_take_sized(in, &at, &bytes, err));
     KVQ_TRY(kvq_value_counts_merge_packed(t->values, at, bytes, err));
 done:
     return status;

@@ -6,25 +6,21 @@
 
 #include "calib_impl.h"
 
-// ---------------------------------------------------------------- writing
+// ---------------------------------------------------------------- from the sweeps
 
-static kvq_status put_layer(const kvq_context *ctx, work_dir *work, const kvq_artifact *about,
-                            const kvq_measure_options *options, int64_t layer, kvq_measurement_writer *writer,
-                            kvq_error *err) {
-    kvq_blob            forward = {0}, backward = {0};
-    kvq_measured_layer *measured = NULL;
-    kvq_status          status = KVQ_OK;
+kvq_status calib_measured_layer(const kvq_context *ctx, work_dir *work, const kvq_artifact *about,
+                                const kvq_measure_options *options, int64_t layer, kvq_measured_layer **out,
+                                kvq_error *err) {
+    kvq_blob   forward = {0}, backward = {0};
+    kvq_status status = KVQ_OK;
     KVQ_TRY(sweep_get_result(ctx, work, (step){STEP_FORWARD, layer}, &forward, err));
     KVQ_TRY(sweep_get_result(ctx, work, (step){STEP_BACKWARD, layer}, &backward, err));
-    KVQ_TRY(measure_layer_from_results(ctx, options, measure_shape_of_artifact(about), &forward, &backward, &measured,
-                                       err));
+    KVQ_TRY(measure_layer_from_results(ctx, options, measure_shape_of_artifact(about), &forward, &backward, out, err));
     if (options->allocated) {
-        measured->kl[0] = about->layers[layer].k.kl;
-        measured->kl[1] = about->layers[layer].v.kl;
+        (*out)->kl[0] = about->layers[layer].k.kl;
+        (*out)->kl[1] = about->layers[layer].v.kl;
     }
-    KVQ_TRY(kvq_measurement_put(ctx, writer, layer, measured, err));
 done:
-    kvq_measured_layer_destroy(ctx, &measured);
     kvq_blob_free(ctx, &forward);
     kvq_blob_free(ctx, &backward);
     return status;
@@ -34,16 +30,20 @@ kvq_status kvq_measure_write(const kvq_context *ctx, const kvq_artifact *about, 
                              const kvq_sweep_options *sweep, const kvq_processes *processes, const char *path,
                              bool force, bool eigenvectors, char sha256[KVQ_SHA256_HEX], kvq_error *err) {
     kvq_measurement_writer *writer = NULL;
+    kvq_measured_layer     *measured = NULL;
     work_dir               *work = NULL;
     kvq_status              status = KVQ_OK;
     KVQ_TRY(sweep_open_results(ctx, sweep, processes, &work, err));
     KVQ_TRY(kvq_measurement_create(ctx, path, force, about, options, eigenvectors, &writer, err));
     for (int64_t l = 0; l < about->model.n_layers; l++) {
-        KVQ_TRY(put_layer(ctx, work, about, options, l, writer, err));
+        KVQ_TRY(calib_measured_layer(ctx, work, about, options, l, &measured, err));
+        KVQ_TRY(kvq_measurement_put(ctx, writer, l, measured, err));
+        kvq_measured_layer_destroy(ctx, &measured);
         kvq_report_progress(ctx, "write", l, l + 1, about->model.n_layers);
     }
     KVQ_TRY(kvq_measurement_commit(ctx, &writer, sha256, err));
 done:
+    kvq_measured_layer_destroy(ctx, &measured);
     kvq_measurement_discard(ctx, &writer);
     work_close(ctx, &work, false);
     return status;

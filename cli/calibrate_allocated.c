@@ -22,19 +22,6 @@ static bool wants_artifact(const allocated_options *a) {
     return a->target_bits > 0 || a->preset != NOT_GIVEN || a->k_bits > 0 || a->v_bits > 0 || a->widths_from != NULL;
 }
 
-typedef struct named_option {
-    const char *name;
-    bool        given;
-} named_option;
-
-// The first option of a list that was given, or NULL.
-static const char *find_given(const named_option *options, int n) {
-    for (int i = 0; i < n; i++) {
-        if (options[i].given) return options[i].name;
-    }
-    return NULL;
-}
-
 // What artifacts of this scheme never have.
 static kvq_status refuse_others(const calibrate_options *o, kvq_error *err) {
     const named_option others[] = {{"--bits", o->bits > 0},

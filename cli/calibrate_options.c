@@ -13,24 +13,24 @@ const char *const calibrate_compat_names[] = {"none", "kvquant", NULL};
 
 // ---------------------------------------------------------------- contradictions
 
-typedef struct useless_option {
-    const char *name;
-    bool        given;
-} useless_option;
+const char *find_given(const named_option *options, int n) {
+    for (int i = 0; i < n; i++) {
+        if (options[i].given) return options[i].name;
+    }
+    return NULL;
+}
 
 // An option that could have no effect is a misunderstanding.
-static kvq_status refuse(const useless_option *options, int n, const char *beside, const char *next, kvq_error *err) {
-    for (int i = 0; i < n; i++) {
-        if (!options[i].given) continue;
-        return kvq_fail(err, KVQ_ERR_USAGE, next, "%s: %s has no meaning here", beside, options[i].name);
-    }
-    return KVQ_OK;
+static kvq_status refuse(const named_option *options, int n, const char *beside, const char *next, kvq_error *err) {
+    const char *found = find_given(options, n);
+    if (found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, next, "%s: %s has no meaning here", beside, found);
 }
 
 // What belongs to sweeps over a model.
 static kvq_status refuse_sweep_options(const calibrate_options *o, int n_ranks, const char *beside, const char *next,
                                        kvq_error *err) {
-    const useless_option options[] = {
+    const named_option options[] = {
         {"--samples", o->samples != CLI_USUAL_SAMPLES},
         {"--seq-len", o->seq_len > 0},
         {"--seed", o->seed.given},
@@ -49,7 +49,7 @@ static kvq_status refuse_sweep_options(const calibrate_options *o, int n_ranks, 
 
 static kvq_status refuse_model_options(const calibrate_options *o, const char *beside, const char *next,
                                        kvq_error *err) {
-    const useless_option options[] = {
+    const named_option options[] = {
         {"--model", o->model != NULL},          {"--text", o->source.texts.count > 0},
         {"--tokens", o->source.tokens != NULL}, {"--bos", o->source.bos != KVQ_BOS_AUTO},
         {"--held-out", o->held_out > 0},        {"--compute", o->compute != KVQ_COMPUTE_F32},
@@ -60,7 +60,7 @@ static kvq_status refuse_model_options(const calibrate_options *o, const char *b
 
 // A measurement does not look at how a fit would be made.
 static kvq_status refuse_fit_options(const calibrate_options *o, kvq_error *err) {
-    const useless_option options[] = {
+    const named_option options[] = {
         {"--bits", o->bits > 0},
         {"--k-bits", o->k_bits > 0},
         {"--v-bits", o->v_bits > 0},
@@ -78,7 +78,7 @@ static kvq_status refuse_fit_options(const calibrate_options *o, kvq_error *err)
 }
 
 static kvq_status refuse_measured_options(const calibrate_options *o, kvq_error *err) {
-    const useless_option options[] = {
+    const named_option options[] = {
         {"--sink-tokens", o->sink_tokens != NOT_GIVEN},
         {"--count-sinks", o->count_sinks},
         {"--k-axis", o->k_axis != KVQ_AXIS_CHANNEL},
@@ -118,20 +118,17 @@ static kvq_status check_capture_options(const calibrate_options *o, int n_ranks,
 
 // Held-out windows lie between the others, so there must be a text with places that are known to be free.
 static kvq_status check_held_out(const calibrate_options *o, kvq_error *err) {
-    const useless_option options[] = {
+    const named_option options[] = {
         {"--draw python", o->draw == 1},
         {"--compat kvquant", o->compat == 1},
         {"--documents kept", o->source.documents == 1},
         {"--text self", kvq_cli_is_self(&o->source)},
         {"--tokens", o->source.tokens != NULL},
     };
-    if (o->held_out == 0) return KVQ_OK;
-    for (int i = 0; i < CLI_COUNT_OF(options); i++) {
-        if (!options[i].given) continue;
-        return kvq_fail(err, KVQ_ERR_USAGE, "leave one of them out",
-                        "--held-out: with %s there are no windows beside the calibration's", options[i].name);
-    }
-    return KVQ_OK;
+    const char *found = find_given(options, CLI_COUNT_OF(options));
+    if (o->held_out == 0 || found == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_USAGE, "leave one of them out",
+                    "--held-out: with %s there are no windows beside the calibration's", found);
 }
 
 static kvq_status check_from_options(const calibrate_options *o, int n_ranks, kvq_error *err) {

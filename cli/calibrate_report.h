@@ -75,6 +75,13 @@ typedef struct calibration {
     double                   start_s;
 } calibration;
 
+// The first option of a list that was given, or NULL (calibrate_options.c).
+typedef struct named_option {
+    const char *name;
+    bool        given;
+} named_option;
+const char *find_given(const named_option *options, int n);
+
 // Contradictions, and what every kind of run needs. KVQ_ERR_USAGE.
 kvq_status check_calibrate_options(const calibrate_options *o, int n_ranks, kvq_error *err);
 // Fills what a calibration knows from its options alone.

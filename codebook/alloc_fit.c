@@ -89,26 +89,6 @@ done:
     return status;
 }
 
-// ---------------------------------------------------------------- sources and arrays
-
-// An array of the artifact in place of what an earlier fit of the layer left there.
-static kvq_status renew(const kvq_context *ctx, int64_t n, const char *what, float **array, kvq_error *err) {
-    kvq_free(ctx, *array);
-    *array = NULL;
-    return KVQ_NEW(ctx, n, what, array, err);
-}
-
-static kvq_status copy_thresholds(const kvq_context *ctx, const kvq_measured_tensor *measured, int64_t d,
-                                  kvq_tensor_quant *k, kvq_error *err) {
-    kvq_status status = KVQ_OK;
-    KVQ_TRY(renew(ctx, d, "lower thresholds", &k->lower, err));
-    KVQ_TRY(renew(ctx, d, "upper thresholds", &k->upper, err));
-    memcpy(k->lower, measured->lower, (size_t)d * sizeof *k->lower);
-    memcpy(k->upper, measured->upper, (size_t)d * sizeof *k->upper);
-done:
-    return status;
-}
-
 // ---------------------------------------------------------------- tables per channel
 
 typedef struct channel_fit {
@@ -134,7 +114,7 @@ static kvq_status fit_channels(const kvq_context *ctx, const kvq_measured_tensor
     KVQ_TRY(KVQ_NEW(ctx, d, "places of tables", &at, err));
     for (int64_t c = 0; c < d; n += (int64_t)1 << k->widths[c++]) at[c] = n;
     f.at = at;
-    KVQ_TRY(renew(ctx, n, "levels of keys", &k->key_levels, err));
+    KVQ_TRY(codebook_renew(ctx, n, "levels of keys", &k->key_levels, err));
     k->n_key_levels = n;
     KVQ_TRY(codebook_channel_scratch_create(ctx, &f.scratch, err));
     kvq_parallel_for(ctx, d, fit_channel, &f);
@@ -149,9 +129,9 @@ done:
 static kvq_status fit_affine(const kvq_context *ctx, const kvq_measured_tensor *measured, kvq_weighting weighting,
                              int64_t d, kvq_tensor_quant *k, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    KVQ_TRY(renew(ctx, CODEBOOK_AFFINE_LEVELS, "levels of keys", &k->key_levels, err));
-    KVQ_TRY(renew(ctx, d, "offsets of keys", &k->offset, err));
-    KVQ_TRY(renew(ctx, d, "scales of keys", &k->scale, err));
+    KVQ_TRY(codebook_renew(ctx, CODEBOOK_AFFINE_LEVELS, "levels of keys", &k->key_levels, err));
+    KVQ_TRY(codebook_renew(ctx, d, "offsets of keys", &k->offset, err));
+    KVQ_TRY(codebook_renew(ctx, d, "scales of keys", &k->scale, err));
     k->n_key_levels = CODEBOOK_AFFINE_LEVELS;
     KVQ_TRY(codebook_fit_affine(ctx, &measured->channels, weighting, d, k, err));
     for (int64_t c = 0; c < d && status == KVQ_OK; c++) {
@@ -232,7 +212,7 @@ static kvq_status fit_keys(const kvq_context *ctx, const kvq_measured_tensor *me
         return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "channel %lld has a width of %d bits", (long long)c, widths[c]);
     }
     memcpy(k->widths, widths, (size_t)d);
-    KVQ_TRY(copy_thresholds(ctx, measured, d, k, err));
+    KVQ_TRY(codebook_copy_thresholds(ctx, measured, d, k, err));
     if (k->table_kind == KVQ_TABLE_AFFINE) {
         KVQ_TRY(fit_affine(ctx, measured, weighting, d, k, err));
     } else {
@@ -253,7 +233,7 @@ static kvq_status fit_values(const kvq_context *ctx, const kvq_value_distributio
     if (rate < 1 || rate > KVQ_TILE_MAX_WIDTH) {
         return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "a column of values has %d bits", rate);
     }
-    KVQ_TRY(renew(ctx, (int64_t)v->dim << rate, "codebook", &v->codebook, err));
+    KVQ_TRY(codebook_renew(ctx, (int64_t)v->dim << rate, "codebook", &v->codebook, err));
     v->bits = rate;
     v->n_levels = 1 << rate;
     v->scale_exponent = (int)*rotated->scale_exponent;

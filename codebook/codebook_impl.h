@@ -161,6 +161,12 @@ kvq_status codebook_plane_tables(const kvq_context *ctx, const float *w, const f
                                  const int *ks, int n_tables, uint64_t seed, bool half, float *levels, double *costs,
                                  kvq_error *err);
 
+// An array of an artifact in place of what an earlier fit of the layer left there, and the thresholds [d] of a tensor
+// that has them (fit.c).
+kvq_status codebook_renew(const kvq_context *ctx, int64_t n, const char *what, float **array, kvq_error *err);
+kvq_status codebook_copy_thresholds(const kvq_context *ctx, const kvq_measured_tensor *measured, int64_t d,
+                                    kvq_tensor_quant *t, kvq_error *err);
+
 // The channel-allocated format. Index of the options' outlier fraction in a measurement of its statistics;
 // KVQ_ERR_INTERNAL when they were not measured.
 kvq_status codebook_find_allocated(const kvq_measured_layer *measured, const kvq_measure_options *measure,

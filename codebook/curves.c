@@ -35,16 +35,21 @@ double codebook_channel_factor(kvq_weighting weighting, float lower, float upper
     return weighting == KVQ_WEIGHT_FISHER_SCALED || weighting == KVQ_WEIGHT_RANGE ? 1 : half * half;
 }
 
-int64_t codebook_channel_points(const kvq_channel_distribution *channels, int64_t c, kvq_weighted_point *points) {
-    const float *w = channels->w + c * KVQ_CHANNEL_BINS, *x = channels->x + c * KVQ_CHANNEL_BINS;
-    int64_t      n = 0;
-    for (int i = 0; i < KVQ_CHANNEL_BINS; i++) {
+// Means of neighbouring bins, rounded, may cross.
+static int64_t points_of(const float *w, const float *x, int n_bins, kvq_weighted_point *points) {
+    int64_t n = 0;
+    for (int i = 0; i < n_bins; i++) {
         if (w[i] == 0) continue;
         double at = (double)x[i];
-        if (n > 0 && at < points[n - 1].x) at = points[n - 1].x; // means of neighbouring bins, rounded
+        if (n > 0 && at < points[n - 1].x) at = points[n - 1].x;
         points[n++] = (kvq_weighted_point){at, (double)w[i]};
     }
     return n;
+}
+
+int64_t codebook_channel_points(const kvq_channel_distribution *channels, int64_t c, kvq_weighted_point *points) {
+    int64_t first = c * KVQ_CHANNEL_BINS;
+    return points_of(channels->w + first, channels->x + first, KVQ_CHANNEL_BINS, points);
 }
 
 kvq_status codebook_channel_scratch_create(const kvq_context *ctx, codebook_channel_scratch *out, kvq_error *err) {
@@ -109,17 +114,6 @@ static bool any_weight(const float *w, int64_t n) {
     return false;
 }
 
-static int64_t value_points(const kvq_value_distribution *v, kvq_weighted_point *points) {
-    int64_t n = 0;
-    for (int i = 0; i < KVQ_HISTOGRAM_BINS; i++) {
-        if (v->w[i] == 0) continue;
-        double at = (double)v->x[i];
-        if (n > 0 && at < points[n - 1].x) at = points[n - 1].x;
-        points[n++] = (kvq_weighted_point){at, (double)v->w[i]};
-    }
-    return n;
-}
-
 // All numbers of levels in one run; costs are those of the levels as they are stored.
 static kvq_status line_tables(const kvq_context *ctx, const kvq_value_distribution *v, const int *ks, int n_tables,
                               float *levels, double *costs, kvq_error *err) {
@@ -129,7 +123,7 @@ static kvq_status line_tables(const kvq_context *ctx, const kvq_value_distributi
     int64_t             n, n_levels = 0;
     for (int t = 0; t < n_tables; t++) n_levels += ks[t];
     KVQ_TRY(KVQ_NEW(ctx, KVQ_HISTOGRAM_BINS, "points of values", &points, err));
-    n = value_points(v, points);
+    n = points_of(v->w, v->x, KVQ_HISTOGRAM_BINS, points);
     KVQ_TRY(KVQ_NEW(ctx, codebook_kmeans_scratch(n, ks[n_tables - 1]), "k-means of values", &scratch, err));
     KVQ_TRY(KVQ_NEW(ctx, n_levels, "levels of values", &exact, err));
     if (!codebook_kmeans_many(points, n, ks, n_tables, scratch, exact, costs)) {

@@ -266,9 +266,10 @@ kvq_status kvq_fit_table(const kvq_context *ctx, const kvq_distribution *parts, 
 
 // ---------------------------------------------------------------- tensors and layers
 
-// An array of the artifact, which an earlier fit of the layer may have made.
-static kvq_status make_array(const kvq_context *ctx, int64_t n, const char *what, float **array, kvq_error *err) {
-    return *array != NULL ? KVQ_OK : KVQ_NEW(ctx, n, what, array, err);
+kvq_status codebook_renew(const kvq_context *ctx, int64_t n, const char *what, float **array, kvq_error *err) {
+    kvq_free(ctx, *array);
+    *array = NULL;
+    return KVQ_NEW(ctx, n, what, array, err);
 }
 
 // A fit without any weight would be an unweighted one under the name of a weighted one.
@@ -295,8 +296,8 @@ static kvq_status fit_tensor(const kvq_context *ctx, const kvq_distribution *hea
     report_sums sums = {.counts = {0}};
     int         per_group = n_heads / t->n_groups, n = t->n_groups * t->n_levels;
     kvq_status  status = KVQ_OK;
-    KVQ_TRY(make_array(ctx, n, "codebook", &t->codebook, err));
-    if (options->q_norm) KVQ_TRY(make_array(ctx, n, "levels that codes decode to", &t->decode_levels, err));
+    KVQ_TRY(codebook_renew(ctx, n, "codebook", &t->codebook, err));
+    if (options->q_norm) KVQ_TRY(codebook_renew(ctx, n, "levels that codes decode to", &t->decode_levels, err));
     for (int g = 0; g < t->n_groups; g++) {
         float *decode_levels = options->q_norm ? t->decode_levels + g * t->n_levels : NULL;
         KVQ_TRY(
@@ -307,12 +308,12 @@ done:
     return status;
 }
 
-static kvq_status copy_thresholds(const kvq_context *ctx, const kvq_measured_tensor *measured, int64_t d,
-                                  kvq_tensor_quant *t, kvq_error *err) {
+kvq_status codebook_copy_thresholds(const kvq_context *ctx, const kvq_measured_tensor *measured, int64_t d,
+                                    kvq_tensor_quant *t, kvq_error *err) {
     kvq_status status = KVQ_OK;
     if (t->axis != KVQ_AXIS_CHANNEL) return KVQ_OK;
-    KVQ_TRY(make_array(ctx, d, "lower thresholds", &t->lower, err));
-    KVQ_TRY(make_array(ctx, d, "upper thresholds", &t->upper, err));
+    KVQ_TRY(codebook_renew(ctx, d, "lower thresholds", &t->lower, err));
+    KVQ_TRY(codebook_renew(ctx, d, "upper thresholds", &t->upper, err));
     memcpy(t->lower, measured->lower, (size_t)d * sizeof *t->lower);
     memcpy(t->upper, measured->upper, (size_t)d * sizeof *t->upper);
 done:
@@ -333,7 +334,7 @@ kvq_status kvq_fit_layer(const kvq_context *ctx, const kvq_measured_layer *measu
     for (int i = 0; i < 2; i++) {
         char name[64];
         (void)snprintf(name, sizeof name, "layer %lld, %c", (long long)layer, "KV"[i]);
-        KVQ_TRY(copy_thresholds(ctx, &from[i][f], d, tensors[i], err));
+        KVQ_TRY(codebook_copy_thresholds(ctx, &from[i][f], d, tensors[i], err));
         KVQ_TRY(fit_tensor(ctx, from[i][f].heads, measured->n_kv_heads, fit, tensors[i], err));
         KVQ_TRY(check_weights(ctx, fit, tensors[i], name, err));
         kvq_log(ctx, KVQ_LOG_DEBUG, "%s: %lld elements worth %.0f samples, %lld outliers, weighted error %.3e", name,

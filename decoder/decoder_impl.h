@@ -15,6 +15,14 @@ static inline int64_t kvq_group_size(int64_t window_floats, int64_t n_windows) {
     return n < 1 ? 1 : n < n_windows ? n : n_windows;
 }
 
+// Layers hand over keys before RoPE and rotate what they get back: between the two, keys that are stored after RoPE are
+// rotated as they are stored, and back. k NULL: there are none.
+static inline void kvq_rotate_stored_keys(const kvq_artifact *artifact, const kvq_model *model, const kvq_workspace *ws,
+                                          int64_t layer, kvq_rotation rotation, int64_t n_tokens, float *k) {
+    if (k != NULL && artifact->layers[layer].k.domain == KVQ_KEYS_POST_ROPE)
+        kvq_rotate_keys(model, ws, layer, rotation, n_tokens, k);
+}
+
 typedef struct kvq_row_counts {
     int64_t n_elements; // of tokens that are stored as rows
     int64_t n_outliers, n_clipped;

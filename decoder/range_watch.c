@@ -81,7 +81,7 @@ void range_watch_see(range_watch *w, const kvq_backend *be, int64_t layer, int64
         const float *row = w->host + t * w->d;
         int64_t      of_token = 0;
         for (int64_t c = 0; c < w->d; c++) {
-            bool out = half[c] > 0 && fabsf((row[c] - middle[c]) / half[c]) > KVQ_OUTLIER_EDGE;
+            bool out = fabsf(kvq_block_normalise(row[c], middle[c], half[c], 0.0f)) > KVQ_OUTLIER_EDGE;
             w->channels[layer * w->d + c] += out;
             of_token += out;
         }

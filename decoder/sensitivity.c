@@ -40,12 +40,11 @@ static kvq_status quantise_one(void *user, int64_t layer, kvq_qkv *x, int64_t n_
     run       *r = user;
     int64_t    n = n_tokens * r->config->n_kv_heads * r->config->head_dim;
     float     *keep = r->tensor == 0 ? x->v : x->k;
-    bool       post = r->artifact->layers[layer].k.domain == KVQ_KEYS_POST_ROPE;
     kvq_status status = KVQ_OK;
     r->be->copy(r->be, r->other, keep, n);
-    if (post) kvq_rotate_keys(r->model, r->ws, layer, KVQ_ROTATE_FORWARD, n_tokens, x->k);
+    kvq_rotate_stored_keys(r->artifact, r->model, r->ws, layer, KVQ_ROTATE_FORWARD, n_tokens, x->k);
     KVQ_TRY(kvq_packed_layer_prefill(r->be, r->cache, n_tokens, x->k, x->v, NULL, NULL, err));
-    if (post) kvq_rotate_keys(r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, x->k);
+    kvq_rotate_stored_keys(r->artifact, r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, x->k);
     r->be->copy(r->be, keep, r->other, n);
 
 done:

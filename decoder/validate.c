@@ -27,21 +27,19 @@ typedef struct run {
     int64_t                 group, state_floats;
 } run;
 
-// The protocol itself: what attention sees is what the cache gives back, for every token of the window. Keys that are
-// stored after RoPE are rotated here, and back, for the layer rotates what it is given.
+// The protocol itself: what attention sees is what the cache gives back, for every token of the window.
 static kvq_status through_the_cache(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
     run       *r = user;
-    bool       post = r->artifact->layers[layer].k.domain == KVQ_KEYS_POST_ROPE;
     kvq_status status = KVQ_OK;
-    if (post) kvq_rotate_keys(r->model, r->ws, layer, KVQ_ROTATE_FORWARD, n_tokens, x->k);
+    kvq_rotate_stored_keys(r->artifact, r->model, r->ws, layer, KVQ_ROTATE_FORWARD, n_tokens, x->k);
     if (r->watch != NULL)
         range_watch_see(r->watch, r->be, layer, r->window, r->windows->ids + r->window * n_tokens, x->k, n_tokens);
     KVQ_TRY(kvq_packed_layer_prefill(r->be, r->cache, n_tokens, x->k, x->v, r->recent[0], r->recent[1], err));
     x->k_recent = r->recent[0];
     x->v_recent = r->recent[1];
     x->recent = r->artifact->quantizer.recent_tokens;
-    if (post) kvq_rotate_keys(r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, x->k);
-    if (post && x->recent > 0) kvq_rotate_keys(r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, x->k_recent);
+    kvq_rotate_stored_keys(r->artifact, r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, x->k);
+    kvq_rotate_stored_keys(r->artifact, r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, r->recent[0]);
 
 done:
     return status;

@@ -3,9 +3,11 @@
 #include <cjson/cJSON.h>
 #include <ftw.h>
 #include <math.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -65,7 +67,7 @@ kvq_context kvq_test_context(void) {
     return ctx;
 }
 
-static char  test_folder[64];
+static char  test_folder[128];
 static pid_t test_folder_owner;
 
 static int remove_entry(const char *path, const struct stat *info, int type, struct FTW *where) {
@@ -79,12 +81,20 @@ static void remove_folder(void) {
 
 const char *kvq_test_folder(void) {
     if (test_folder_owner != getpid()) {
-        strcpy(test_folder, "/tmp/kvq-test-XXXXXX");
+        const char *in = getenv("TMPDIR");
+        int length = snprintf(test_folder, sizeof test_folder, "%s/kvq-test-XXXXXX", in != NULL ? in : P_tmpdir);
+        ck_assert_int_lt(length, (int)sizeof test_folder);
         ck_assert_ptr_nonnull(mkdtemp(test_folder));
         test_folder_owner = getpid();
         (void)atexit(remove_folder);
     }
     return test_folder;
+}
+
+void kvq_test_limit_files(uint64_t bytes) {
+    struct rlimit limit = {bytes == KVQ_TEST_NO_LIMIT ? RLIM_INFINITY : (rlim_t)bytes, RLIM_INFINITY};
+    (void)signal(SIGXFSZ, SIG_IGN); // a full disk sends none
+    if (setrlimit(RLIMIT_FSIZE, &limit) != 0) abort();
 }
 
 void kvq_test_ok(kvq_status status, const kvq_error *err) {

@@ -50,6 +50,11 @@ kvq_context kvq_test_context(void);
 // A temporary folder, removed at exit of the process that asked for it.
 const char *kvq_test_folder(void);
 
+// No file of this process may grow beyond so many bytes, which stands in for a full disk. Check's own messages are a
+// file as well: assert nothing before KVQ_TEST_NO_LIMIT.
+#define KVQ_TEST_NO_LIMIT UINT64_MAX
+void kvq_test_limit_files(uint64_t bytes);
+
 // Asserts a status and, on failure, shows the error's message. `fragment` must occur in the message of an error.
 void kvq_test_ok(kvq_status status, const kvq_error *err);
 void kvq_test_failed(kvq_status status, kvq_status expected, const kvq_error *err, const char *fragment);

@@ -4,11 +4,9 @@
 // With --write-sample FILE, --write-alloc FILE and --read FILE it serves check_artifact_hash.py. What must not be read:
 // test_artifact_refused.c.
 #include <dirent.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include "artifact_schema.h"
@@ -380,14 +378,14 @@ END_TEST
 
 // A limit on the size of files is a full disk that needs no disk.
 START_TEST(a_full_disk_leaves_nothing) {
-    kvq_context         ctx = kvq_test_context();
-    kvq_error           err = {0};
-    char                hash[KVQ_SHA256_HEX], *path = sample_path("a.kvq.h5");
-    kvq_artifact       *a = sample_artifact(&ctx, 4);
-    const struct rlimit limit = {8192, 8192};
-    (void)signal(SIGXFSZ, SIG_IGN);
-    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
-    kvq_test_failed(kvq_artifact_write(&ctx, a, path, false, hash, &err), KVQ_ERR_DISK, &err, "failed");
+    kvq_context   ctx = kvq_test_context();
+    kvq_error     err = {0};
+    char          hash[KVQ_SHA256_HEX], *path = sample_path("a.kvq.h5");
+    kvq_artifact *a = sample_artifact(&ctx, 4);
+    kvq_test_limit_files(8192);
+    kvq_status status = kvq_artifact_write(&ctx, a, path, false, hash, &err);
+    kvq_test_limit_files(KVQ_TEST_NO_LIMIT);
+    kvq_test_failed(status, KVQ_ERR_DISK, &err, "failed");
     ck_assert_int_eq(count_files(), 0);
     kvq_artifact_destroy(&ctx, &a);
 }

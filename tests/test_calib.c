@@ -3,11 +3,9 @@
 // The promises of a calibration as a whole: threads, refits, failing disks and memory, bad options. test_reference.c
 // compares its numbers with an independent implementation, test_sweeps.c has the promises about resuming.
 #include <math.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 
 #include "calib_rig.h"
 #include "kvq_make_model.h"
@@ -225,10 +223,10 @@ START_TEST(a_full_disk_ends_the_run) {
     rig_open(&r, path, 1);
     kvq_windows       w = tiny_windows(&r, ids);
     kvq_calib_options o = kvq_calib_options_default();
-    struct rlimit     limit = {8192, 8192};
-    (void)signal(SIGXFSZ, SIG_IGN);
-    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
-    kvq_test_failed(calibrate(&r, &w, &o, &a, &err), KVQ_ERR_DISK, &err, "x.0000");
+    kvq_test_limit_files(8192);
+    kvq_status status = calibrate(&r, &w, &o, &a, &err);
+    kvq_test_limit_files(KVQ_TEST_NO_LIMIT);
+    kvq_test_failed(status, KVQ_ERR_DISK, &err, "x.0000");
     ck_assert_ptr_null(a);
     rig_close(&r);
 }

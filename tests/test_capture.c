@@ -4,8 +4,6 @@
 // With --write-sample FILE and --read FILE it serves check_capture_h5py.py. Other programs' files and what must not be
 // read: test_capture_refused.c.
 #include <inttypes.h>
-#include <signal.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include "limited_memory.h"
@@ -225,13 +223,10 @@ START_TEST(a_full_disk_is_an_error_at_every_size) {
     size_t bytes = file.bytes;
     kvq_unmap_file(&file);
     ck_assert_int_eq(unlink(path), 0);
-    (void)signal(SIGXFSZ, SIG_IGN);
     for (size_t limit = 0; limit < bytes; limit += 1 + bytes / 23) {
-        struct rlimit size = {limit, RLIM_INFINITY};
-        ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &size), 0);
+        kvq_test_limit_files(limit);
         kvq_status status = write_capture(&ctx, path, &info, &err);
-        size.rlim_cur = RLIM_INFINITY; // before Check writes its own file
-        ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &size), 0);
+        kvq_test_limit_files(KVQ_TEST_NO_LIMIT);
         kvq_test_failed(status, KVQ_ERR_DISK, &err, "full.kvqc.h5: ");
         ck_assert_ptr_nonnull(strstr(err.message, "File too large"));
         ck_assert_int_eq(count_files(), 0);

@@ -6,7 +6,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -99,15 +98,14 @@ END_TEST
 
 // A limit on file sizes stands in for a full disk; the signal that goes with it is what a real full disk does not send.
 START_TEST(a_full_disk_leaves_nothing) {
-    static char   big[1 << 16];
-    kvq_context   ctx = kvq_test_context();
-    kvq_error     err = {0};
-    struct rlimit limit = {1000, 1000};
-    (void)kvq_test_folder();
-    ck_assert(signal(SIGXFSZ, SIG_IGN) != SIG_ERR);
-    ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &limit), 0);
-    kvq_test_failed(kvq_write_file(&ctx, in_folder("out"), false, big, sizeof big, &err), KVQ_ERR_DISK, &err,
-                    "byte 1000 of 65536");
+    static char big[1 << 16];
+    kvq_context ctx = kvq_test_context();
+    kvq_error   err = {0};
+    const char *path = in_folder("out");
+    kvq_test_limit_files(1000);
+    kvq_status status = kvq_write_file(&ctx, path, false, big, sizeof big, &err);
+    kvq_test_limit_files(KVQ_TEST_NO_LIMIT);
+    kvq_test_failed(status, KVQ_ERR_DISK, &err, "byte 1000 of 65536");
     ck_assert_int_eq(entries_in_folder(), 0);
 }
 END_TEST

@@ -5,11 +5,9 @@
 #include <dirent.h>
 #include <hdf5.h>
 #include <math.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/resource.h>
 #include <unistd.h>
 
 #include "limited_memory.h"
@@ -637,13 +635,10 @@ START_TEST(a_full_disk_is_an_error_at_every_size) {
     size_t bytes = file.bytes;
     kvq_unmap_file(&file);
     ck_assert_int_eq(unlink(path), 0);
-    (void)signal(SIGXFSZ, SIG_IGN);
     for (size_t limit = 0; limit<bytes; limit += limit + 80> bytes ? 9 : 1 + bytes / 23) {
-        struct rlimit size = {limit, RLIM_INFINITY};
-        ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &size), 0);
+        kvq_test_limit_files(limit);
         kvq_status status = write_measurement(&ctx, &ctx, path, small_options(), NULL, sha256, &err);
-        size.rlim_cur = RLIM_INFINITY; // before Check writes its own file
-        ck_assert_int_eq(setrlimit(RLIMIT_FSIZE, &size), 0);
+        kvq_test_limit_files(KVQ_TEST_NO_LIMIT);
         kvq_test_failed(status, KVQ_ERR_DISK, &err, "full.kvqm.h5: ");
         ck_assert_int_eq(count_files(), 0);
     }

@@ -14,6 +14,7 @@
 #include "calib_impl.h"
 #include "kvq_make_model.h"
 #include "kvq_test.h"
+#include "played_processes.h"
 
 enum { N = 5, S = 40, L = 3 };
 
@@ -321,40 +322,6 @@ END_TEST
 
 // ---------------------------------------------------------------- spreading
 
-// Processes played by threads: what they exchange meets in a table between two barriers.
-typedef struct meeting {
-    pthread_barrier_t barrier;
-    int               n_ranks;
-    int64_t           values[4], sizes[4];
-    const uint8_t    *data[4];
-} meeting;
-
-static kvq_status meet_and_agree(const kvq_processes *p, int64_t value, int64_t *smallest, kvq_error *err) {
-    meeting *m = p->user;
-    (void)err;
-    m->values[p->rank] = value;
-    (void)pthread_barrier_wait(&m->barrier);
-    *smallest = value;
-    for (int i = 0; i < m->n_ranks; i++) *smallest = m->values[i] < *smallest ? m->values[i] : *smallest;
-    (void)pthread_barrier_wait(&m->barrier);
-    return KVQ_OK;
-}
-
-static kvq_status meet_and_exchange(const kvq_processes *p, const kvq_context *ctx, const void *mine, int64_t bytes,
-                                    uint8_t **all, int64_t *sizes, kvq_error *err) {
-    meeting *m = p->user;
-    int64_t  total = 0;
-    m->data[p->rank] = mine;
-    m->sizes[p->rank] = bytes;
-    (void)pthread_barrier_wait(&m->barrier);
-    for (int i = 0; i < m->n_ranks; i++) total += sizes[i] = m->sizes[i];
-    kvq_test_ok(KVQ_NEW(ctx, total, "exchange", all, err), err);
-    total = 0;
-    for (int i = 0; i < m->n_ranks; total += m->sizes[i++]) memcpy(*all + total, m->data[i], (size_t)m->sizes[i]);
-    (void)pthread_barrier_wait(&m->barrier);
-    return KVQ_OK;
-}
-
 typedef struct rank_job {
     const char              *path;
     const kvq_sweep_options *sweep;
@@ -387,10 +354,8 @@ static kvq_status run_ranks(const char *path, const kvq_sweep_options sweeps[4],
     pthread_t threads[4];
     ck_assert_int_eq(pthread_barrier_init(&m.barrier, NULL, (unsigned)n_ranks), 0);
     for (int i = 0; i < n_ranks; i++) {
-        jobs[i] = (rank_job){.path = path,
-                             .sweep = &sweeps[i],
-                             .processes = {i, n_ranks, &m, meet_and_agree, meet_and_exchange},
-                             .stop = {i == 0 ? stop_after : 0}};
+        jobs[i] = (rank_job){
+            .path = path, .sweep = &sweeps[i], .processes = meeting_rank(&m, i), .stop = {i == 0 ? stop_after : 0}};
         ck_assert_int_eq(pthread_create(&threads[i], NULL, run_rank, &jobs[i]), 0);
     }
     for (int i = 0; i < n_ranks; i++) (void)pthread_join(threads[i], NULL);
