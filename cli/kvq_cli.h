@@ -95,6 +95,7 @@ typedef struct kvq_cli_program {
 
 #define CLI_COUNT_OF(table)  ((int)(sizeof(table) / sizeof *(table)))
 #define CLI_VERDICT_NEGATIVE 1          // exit code
+#define CLI_VERDICT_OPEN     7          // exit code: more tokens are needed for a verdict
 #define CLI_DEFAULT_SEQ_LEN  2048       // limited to what the model can do
 #define CLI_MAX_TOKENS       16777216.0 // 2^24: no window, and no count of windows, is meant to be longer
 

@@ -17,9 +17,18 @@ typedef struct validate_options {
     int64_t        seq_len, windows; // 0 = not given
     kvq_cli_seed   seed;
     kvq_cli_list   gates;
-    int            compute; // kvq_compute
+    int            compute;  // kvq_compute
+    int            protocol; // kvq_protocol
+    int64_t        prompt;   // 0 = not given
+    int64_t        layer_windows, noise_windows;
+    int            gate_mode, inconclusive; // of GATE_MODES, INCONCLUSIVE
     bool           json, allow_other_weights;
 } validate_options;
+
+enum { GATES_BY_INTERVAL, GATES_BY_POINT };
+enum { INCONCLUSIVE_CODE, INCONCLUSIVE_PASSES, INCONCLUSIVE_FAILS };
+static const char *const GATE_MODES[] = {"interval", "point", NULL}, *const INCONCLUSIVE[] = {"code", "pass", "fail",
+                                                                                              NULL};
 
 #define AT(field) offsetof(validate_options, field)
 static const kvq_cli_option OPTIONS[] = {
@@ -36,7 +45,22 @@ static const kvq_cli_option OPTIONS[] = {
     {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW",
      .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",
      .choices = kvq_cli_bos_names},
+    {"protocol", 0, CLI_CHOICE, AT(protocol), "HOW",
+     .help = "prefill: every key and value is quantised; decode: the prompt is exact, later tokens see the cache",
+     .choices = kvq_protocol_names},
+    {"prompt", 0, CLI_COUNT, AT(prompt), "N", .help = "tokens of a window that are the prompt (decode; half of them)",
+     .min = 1, .max = CLI_MAX_TOKENS},
+    {"layer-windows", 0, CLI_COUNT, AT(layer_windows), "N",
+     .help = "windows on which each layer's errors are measured (4)", .min = 0, .max = CLI_MAX_TOKENS, .rare = true},
+    {"noise-windows", 0, CLI_COUNT, AT(noise_windows), "N",
+     .help = "windows on which the reference's own noise is measured (2)", .min = 0, .max = CLI_MAX_TOKENS,
+     .rare = true},
     {"gate", 0, CLI_LIST, AT(gates), "EXPR", .help = "a limit such as 'dppl<=1%'; repeatable, all must hold"},
+    {"gate-mode", 0, CLI_CHOICE, AT(gate_mode), "HOW",
+     .help = "judge by the interval of 95%, or by the measured point alone", .choices = GATE_MODES, .rare = true},
+    {"inconclusive", 0, CLI_CHOICE, AT(inconclusive), "HOW",
+     .help = "what an interval across the limit means: exit code 7, pass, or fail", .choices = INCONCLUSIVE,
+     .rare = true},
     {"allow-other-weights", 0, CLI_FLAG, AT(allow_other_weights), NULL,
      .help = "accept a model of equal shape with other weights"},
     {"compute", 0, CLI_CHOICE, AT(compute), "TYPE",
@@ -56,13 +80,15 @@ static kvq_status check_options(const validate_options *o, kvq_gate *gates, kvq_
         return kvq_fail(err, KVQ_ERR_USAGE, "leave --seed out",
                         "--seed: only text that the model writes (--text self) has a seed");
     }
-    const kvq_validation baseline_only = {.has_artifact = false};
+    if (o->prompt > 0 && o->protocol != KVQ_PROTOCOL_DECODE) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "add --protocol decode", "--prompt: only the protocol decode has a prompt");
+    }
+    if (o->protocol == KVQ_PROTOCOL_DECODE && o->artifact == NULL)
+        return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--protocol: there is no cache to decode with");
     for (int i = 0; i < o->gates.count; i++) {
-        double     value;
         kvq_status status = kvq_gate_parse(o->gates.items[i], &gates[i], err);
         if (status != KVQ_OK) return status;
-        (void)kvq_gate_judge(&gates[i], &baseline_only, &value);
-        if (o->artifact == NULL && isnan(value)) {
+        if (o->artifact == NULL && kvq_gate_needs_artifact(&gates[i])) {
             return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--gate '%s': %s is only measured with an artifact",
                             gates[i].expression, gates[i].metric);
         }
@@ -143,7 +169,7 @@ static void warn_of_ranges(kvq_cli *cli, const validate_options *o, const valida
             "%.3f%% of the keys lie outside of the calibrated ranges, %.1f times as many as expected (%.3f%%): most of "
             "them in layer %lld (%.2f%%), there in channel %lld (%.1f%%); %.0f%% of all at token %lld%s%s%s; calibrate "
             "on text like this too (--text, --newlines mixed)",
-            100 * range->share.mean, range->share.mean / range->expected, 100 * range->expected,
+            100 * range->share.value, range->share.value / range->expected, 100 * range->expected,
             (long long)range->layer, 100 * range->layer_share, (long long)range->channel, 100 * range->channel_share,
             100 * range->token_part, (long long)range->token, token[0] != 0 ? " ('" : "", token,
             token[0] != 0 ? "')" : "");
@@ -161,10 +187,21 @@ static void print_plan(kvq_cli *cli, const validate_options *o, const kvq_backen
     kvq_cli_say(cli, "compute    %d %s threads with %s", cli->ctx.n_threads, be->name, be->matmul);
 }
 
-static void suggest_next(kvq_cli *cli, const validate_options *o, int n_failed) {
+static void judge(const validate_options *o, validate_report *r) {
+    for (int i = 0; i < r->n_gates; i++)
+        r->judgements[i] = kvq_gate_judge(&r->gates[i], &r->validation, o->gate_mode == GATES_BY_POINT);
+}
+
+static int verdict_code(const validate_options *o, const validate_report *r) {
+    bool open = count_gates(r, KVQ_INCONCLUSIVE) > 0;
+    if (count_gates(r, KVQ_FAIL) > 0 || (open && o->inconclusive == INCONCLUSIVE_FAILS)) return CLI_VERDICT_NEGATIVE;
+    return open && o->inconclusive == INCONCLUSIVE_CODE ? CLI_VERDICT_OPEN : 0;
+}
+
+static void suggest_next(kvq_cli *cli, const validate_options *o, const validate_report *r) {
     if (o->artifact == NULL) {
         kvq_cli_next(cli, "kvq-calibrate", "--model", o->model, "--text", "TRAIN.txt", "-o", "OUT.kvq.h5", NULL);
-    } else if (n_failed > 0) {
+    } else if (count_gates(r, KVQ_FAIL) > 0) {
         kvq_cli_next(cli, "kvq-calibrate", "--model", o->model, "--text", "TRAIN.txt", "--bits", "4", "-o",
                      "OTHER.kvq.h5", NULL);
     } else {
@@ -203,17 +240,21 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     print_plan(cli, o, be, &r);
     warn(cli, &r);
     KVQ_TRY(kvq_model_create(&cli->ctx, be, checkpoint, false, &model, err));
-    KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &r.validation, err));
+    const kvq_validate_options how = {.protocol = (kvq_protocol)o->protocol,
+                                      .n_prompt = o->prompt > 0 ? o->prompt : request.seq_len / 2,
+                                      .layer_windows = o->layer_windows,
+                                      .noise_windows = o->noise_windows};
+    KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &how, &r.validation, err));
     kvq_cli_end_progress(cli);
     warn_of_ranges(cli, o, &r);
-    int n_failed = count_failed_gates(&r);
+    judge(o, &r);
     if (o->json) {
         KVQ_TRY(print_report_json(&r, err));
     } else {
         print_report_text(&r);
     }
-    suggest_next(cli, o, n_failed);
-    if (n_failed > 0) *exit_code = CLI_VERDICT_NEGATIVE;
+    suggest_next(cli, o, &r);
+    *exit_code = verdict_code(o, &r);
 
 done:
     kvq_validation_free(&cli->ctx, &r.validation);
@@ -231,13 +272,15 @@ static const kvq_cli_program PROGRAM = {
         "Measures perplexity, KL divergence and top-1 agreement of a model with and without a quantised KV cache.",
     .synopsis = "--model PATH [--artifact OUT.kvq.h5] --text FILE|self... [--seq-len S]\n"
                 "    [--windows N] [--bos auto|always|never] [--gate EXPR]...\n"
-                "    [--compute f32|bf16] [--json]\n",
+                "    [--protocol prefill|decode] [--compute f32|bf16] [--json]\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
     .notes =
-        "gates: a metric (dppl, kld.mean, top1, ppl, effective_bits), <= or >=, a limit; dppl and top1 as 1% or 0.01.\n"
-        "A gate compares the measured value itself; the standard error beside it says how far to trust it.\n"
-        "exit code: 0 when every gate holds, 1 when one fails (docs/exit-codes.md has the others).\n\n"
+        "gates: a metric, <= or >=, a limit; shares as 1% or 0.01. Metrics: dppl, ppl, kld.mean, kld.median, kld.p90,\n"
+        "  kld.p99, kld.p99.9, kld.max, top1, top5, dp.rms, layer.attn_err.max, effective_bits.\n"
+        "A gate passes when the whole interval of 95% is within its limit, fails when none of it is, and is "
+        "inconclusive\n"
+        "otherwise. exit code: 0 when every gate passes, 1 when one fails, 7 when one is inconclusive.\n\n"
         "examples:\n"
         "  kvq-validate --model llama-3.1-8b --artifact l31.kvq.h5 --text wiki.test.raw\n"
         "  kvq-validate --model m.gguf --artifact m.kvq.h5 --text self --gate 'dppl<=1%' --json > report.json\n",
@@ -245,6 +288,6 @@ static const kvq_cli_program PROGRAM = {
 };
 
 int main(int argc, char **argv) {
-    validate_options options = {.model = NULL};
+    validate_options options = {.layer_windows = 4, .noise_windows = 2};
     return kvq_cli_main(&PROGRAM, argc, argv, &options);
 }

@@ -1,166 +1,134 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The result of kvq-validate on stdout: a table for people, or one JSON document whose keys stay what they are.
+// The result of kvq-validate on stdout, for people.
 #include <math.h>
 #include <stdio.h>
 #include <string.h>
 
 #include "validate_report.h"
 
-static const char *const VERDICT_NAMES[] = {[KVQ_PASS] = "pass", [KVQ_FAIL] = "fail"};
-
-int count_failed_gates(const validate_report *r) {
-    double value;
-    int    n = 0;
-    for (int i = 0; i < r->n_gates; i++) n += kvq_gate_judge(&r->gates[i], &r->validation, &value) == KVQ_FAIL;
+int count_gates(const validate_report *r, kvq_verdict verdict) {
+    int n = 0;
+    for (int i = 0; i < r->n_gates; i++) n += r->judgements[i].verdict == verdict;
     return n;
 }
 
-// ---------------------------------------------------------------- text
+// "0.5123 (0.5011 .. 0.5240)"; without an interval the value alone. An end that is not known is "?".
+void format_estimate(kvq_estimate x, double scale, int digits, const char *unit, char *out, size_t n) {
+    char low[32] = "?", high[32] = "?";
+    if (isnan(x.low) || (x.low == x.value && x.high == x.value)) {
+        (void)snprintf(out, n, "%.*f%s", digits, x.value * scale, unit);
+        return;
+    }
+    if (isfinite(x.low)) (void)snprintf(low, sizeof low, "%.*f", digits, x.low * scale);
+    if (isfinite(x.high)) (void)snprintf(high, sizeof high, "%.*f", digits, x.high * scale);
+    (void)snprintf(out, n, "%.*f%s (%s .. %s)", digits, x.value * scale, unit, low, high);
+}
 
-// "+- 0.050%", or why there is none: one window has no spread.
-static const char *plus_minus(double value, int digits, const char *unit, char *out, size_t n) {
-    if (isnan(value)) return "+- unknown: one window only";
-    (void)snprintf(out, n, "+- %.*f%s", digits, value, unit);
-    return out;
+static void print_row(const char *name, kvq_estimate x, double scale, int digits, const char *unit, const char *more) {
+    char text[96];
+    format_estimate(x, scale, digits, unit, text, sizeof text);
+    printf("%-16s %s%s\n", name, text, more);
+}
+
+static void print_kld(const kvq_validation *v) {
+    char noise[64] = "";
+    if (v->has_noise) (void)snprintf(noise, sizeof noise, "  noise floor %.5f", v->noise_kld.value);
+    print_row("KLD mean", v->kld, 1, 5, " nats", noise);
+    print_row("KLD median", v->kld_quantiles[KVQ_KLD_MEDIAN], 1, 5, "", "");
+    print_row("KLD p90", v->kld_quantiles[KVQ_KLD_P90], 1, 4, "", "");
+    print_row("KLD p99", v->kld_quantiles[KVQ_KLD_P99], 1, 4, "", "");
+    print_row("KLD p99.9", v->kld_quantiles[KVQ_KLD_P999], 1, 3, "", "");
+    printf("%-16s %.3f\n", "KLD max", v->kld_max);
+}
+
+static void print_buckets(const char *name, const kvq_bucket *buckets, int n, int digits, bool inclusive) {
+    printf("%-16s", name);
+    for (int i = 0; i < n; i++) {
+        printf("%s%.*f-%.*f: %.4f", i == 0 ? " " : ", ", digits, buckets[i].from, digits,
+               buckets[i].to - (inclusive ? 1 : 0), buckets[i].kld.value);
+    }
+    printf("\n");
+}
+
+static int worst(const kvq_validation *v, double (*error)(const kvq_layer_errors *)) {
+    int at = 0;
+    for (int l = 1; l < v->n_layers; l++) at = error(&v->layers[l]) > error(&v->layers[at]) ? l : at;
+    return at;
+}
+static double attention_of(const kvq_layer_errors *e) { return e->attention_error.value; }
+static double k_nmse_of(const kvq_layer_errors *e) { return e->k.nmse; }
+static double v_nmse_of(const kvq_layer_errors *e) { return e->v.nmse; }
+
+static void print_layers(const kvq_validation *v) {
+    if (v->layers == NULL) return;
+    int  a = worst(v, attention_of), k = worst(v, k_nmse_of), value = worst(v, v_nmse_of);
+    char text[96];
+    format_estimate(v->layers[a].attention_error, 100, 2, "%", text, sizeof text);
+    printf("%-16s attention %s in layer %d, K %.2e in layer %d, V %.2e in layer %d (%lld windows)\n", "worst layers",
+           text, a, v->layers[k].k.nmse, k, v->layers[value].v.nmse, value, (long long)v->options.layer_windows);
+}
+
+static void print_quantized(const validate_report *r) {
+    const kvq_validation *v = &r->validation;
+    int64_t               open = v->seq_len % KVQ_TILE_TOKENS;
+    print_row("PPL baseline", v->baseline_ppl, 1, 4, "", "");
+    print_row("PPL quantized", v->quantized_ppl, 1, 4, "", "");
+    print_row("PPL change", v->dppl, 100, 3, "%", "  paired");
+    print_kld(v);
+    print_row("top-1 agreement", v->top1, 100, 2, "%", "");
+    print_row("top-5 agreement", v->top5, 100, 2, "%", "");
+    print_row("RMS of dp", v->dp_rms, 100, 2, "%", "");
+    print_buckets("KLD by position", v->positions, v->n_positions, 0, true);
+    print_buckets("KLD by surety", v->confidences, v->n_confidences, 2, false);
+    print_layers(v);
+    printf("%-16s %.3f per element of these windows, everything counted\n", "bits", v->effective_bits);
+    if (kvq_artifact_is_allocated(r->artifact) && open > 0) {
+        printf("                 of which the last %lld tokens of a window, an open tile, count 16 bits\n",
+               (long long)open);
+    }
+    if (v->has_regression) {
+        print_row("PPL regression", v->regression_ppl, 100, 3, "%", "  paired with the earlier report");
+        print_row("KLD regression", v->regression_kld, 100, 2, "%", "");
+    }
+    if (v->n_windows > 1)
+        printf("(in parentheses: intervals of 95%% over %lld windows)\n", (long long)v->n_windows);
+    else
+        printf("(one window has no spread: there are no intervals)\n");
+}
+
+static void print_gate(const validate_report *r, int i) {
+    const kvq_gate          *gate = &r->gates[i];
+    const kvq_judgement     *j = &r->judgements[i];
+    static const char *const WORDS[] = {[KVQ_PASS] = "PASS", [KVQ_FAIL] = "FAIL", [KVQ_INCONCLUSIVE] = "INCONCLUSIVE"};
+    bool                     percent = strchr(gate->expression, '%') != NULL;
+    char                     text[96];
+    format_estimate(j->measured, percent ? 100 : 1, percent ? 3 : 5, percent ? "%" : "", text, sizeof text);
+    printf("gate             %s  %s  measured %s", WORDS[j->verdict], gate->expression, text);
+    if (j->verdict == KVQ_INCONCLUSIVE && isfinite(j->tokens_to_decide))
+        printf("; about %.0f scored tokens would decide", j->tokens_to_decide);
+    else if (j->verdict == KVQ_INCONCLUSIVE)
+        printf("; %s", r->validation.n_windows == 1 ? "one window decides nothing" : "take more windows");
+    printf("\n");
 }
 
 void print_report_text(const validate_report *r) {
     const kvq_validation *v = &r->validation;
-    char                  text[48];
-    printf("%s  seq_len %lld  %lld windows  %lld tokens scored\n", r->windows.source, (long long)v->seq_len,
+    printf("%s  seq_len %lld  %lld windows  %lld tokens scored", r->windows.source, (long long)v->seq_len,
            (long long)v->n_windows, (long long)v->tokens_scored);
-    if (r->artifact == NULL) {
-        printf("PPL          %.4f\n", v->baseline_ppl);
-    } else {
-        printf("             baseline     quantized    change\n");
-        printf("PPL          %-12.4f %-12.4f %+.3f%% %s\n", v->baseline_ppl, v->quantized_ppl, v->dppl.mean * 100,
-               plus_minus(v->dppl.stderr_ * 100, 3, "%", text, sizeof text));
-        printf("KLD mean     -            %-12.5f %s\n", v->kld.mean,
-               plus_minus(v->kld.stderr_, 5, " nats", text, sizeof text));
-        printf("top-1        -            %-12.4f %s\n", v->top1.mean,
-               plus_minus(v->top1.stderr_, 4, "", text, sizeof text));
-        printf("bits         -            %-12.3f per element of these windows, everything counted\n",
-               v->effective_bits);
-        int64_t open = v->seq_len % KVQ_TILE_TOKENS;
-        if (kvq_artifact_is_allocated(r->artifact) && open > 0) {
-            printf("             of which the last %lld tokens of a window, an open tile, count 16 bits\n",
-                   (long long)open);
-        }
-        printf("+- is one standard error over %lld windows\n", (long long)v->n_windows);
-    }
-    for (int i = 0; i < r->n_gates; i++) {
-        double      value;
-        kvq_verdict verdict = kvq_gate_judge(&r->gates[i], v, &value);
-        bool        percent = strchr(r->gates[i].expression, '%') != NULL;
-        printf("gate         %s  %s  (measured %.6g%s)\n", verdict == KVQ_PASS ? "PASS" : "FAIL",
-               r->gates[i].expression, percent ? 100 * value : value, percent ? "%" : "");
-    }
-    if (r->n_gates > 0) {
-        int failed = count_failed_gates(r);
-        printf("result: %s (%d of %d gates failed)\n", failed == 0 ? "PASS" : "FAIL", failed, r->n_gates);
-    }
-}
-
-// ---------------------------------------------------------------- JSON
-
-static void add_model(kvq_json *json, const validate_report *r) {
-    cJSON *model = kvq_json_object(json, json->root, "model");
-    kvq_json_text(json, model, "name", r->identity.name);
-    kvq_json_text(json, model, "architecture", r->config->architecture);
-    kvq_json_text(json, model, "dtype", r->identity.dtype);
-    kvq_json_text(json, model, "config_sha256", r->identity.config_sha256);
-    kvq_json_text(json, model, "weights_sha256", r->identity.weights_sha256);
-    if (r->artifact == NULL) return;
-    cJSON *artifact = kvq_json_object(json, json->root, "artifact");
-    kvq_json_text(json, artifact, "name", r->artifact_name);
-    kvq_json_text(json, artifact, "content_sha256", r->artifact_sha256);
-    kvq_json_bool(json, artifact, "weights_checked", r->weights_checked);
-}
-
-static void add_text(kvq_json *json, const validate_report *r) {
-    const kvq_windows *w = &r->windows;
-    cJSON             *text = kvq_json_object(json, json->root, "text");
-    kvq_json_text(json, text, "source", w->source);
-    kvq_json_text(json, text, "sha256", w->source_sha256);
-    kvq_json_text(json, text, "token_ids_sha256", w->ids_sha256);
-    kvq_json_count(json, text, "available_tokens", w->n_available);
-    kvq_json_text(json, text, "tokenizer", r->tokenizer.kind);
-    kvq_json_text(json, text, "tokenizer_sha256", r->tokenizer.sha256);
-    kvq_json_text(json, text, "bos", kvq_cli_bos_names[r->bos]);
-    kvq_json_bool(json, text, "bos_added", w->bos_added);
-    if (r->self) kvq_json_seed(json, text, "seed", r->seed);
-}
-
-static void add_mean(kvq_json *json, const char *key, kvq_mean mean, const double *values, int64_t n) {
-    cJSON *object = kvq_json_object(json, json->root, key);
-    kvq_json_number(json, object, "mean", mean.mean);
-    kvq_json_number(json, object, "stderr", mean.stderr_);
-    if (values != NULL) kvq_json_doubles(json, object, "windows", values, n);
-}
-
-static void add_side(kvq_json *json, const char *key, double ppl, kvq_mean nll, const double *window_nll, int64_t n) {
-    cJSON *side = kvq_json_object(json, json->root, key);
-    kvq_json_number(json, side, "ppl", ppl);
-    kvq_json_number(json, side, "nll", nll.mean);
-    kvq_json_number(json, side, "nll_stderr", nll.stderr_);
-    kvq_json_doubles(json, side, "window_nll", window_nll, n);
-}
-
-static void add_range(kvq_json *json, const kvq_range_report *range) {
-    cJSON *object = kvq_json_object(json, json->root, "k_beyond_range");
-    kvq_json_number(json, object, "share", range->share.mean);
-    kvq_json_number(json, object, "share_stderr", range->share.stderr_);
-    kvq_json_number(json, object, "expected", range->expected);
-    kvq_json_bool(json, object, "exceeds", range->exceeds);
-    kvq_json_count(json, object, "layer", range->layer);
-    kvq_json_count(json, object, "channel", range->channel);
-    kvq_json_count(json, object, "token", range->token);
-    kvq_json_number(json, object, "layer_share", range->layer_share);
-    kvq_json_number(json, object, "channel_share", range->channel_share);
-    kvq_json_number(json, object, "token_part", range->token_part);
-}
-
-static void add_gates(kvq_json *json, const validate_report *r) {
-    cJSON *gates = kvq_json_array(json, json->root, "gates");
-    for (int i = 0; i < r->n_gates; i++) {
-        double      value;
-        kvq_verdict verdict = kvq_gate_judge(&r->gates[i], &r->validation, &value);
-        cJSON      *gate = kvq_json_object(json, gates, NULL);
-        kvq_json_text(json, gate, "expression", r->gates[i].expression);
-        kvq_json_text(json, gate, "metric", r->gates[i].metric);
-        kvq_json_number(json, gate, "value", value);
-        kvq_json_number(json, gate, "limit", r->gates[i].limit);
-        kvq_json_text(json, gate, "verdict", VERDICT_NAMES[verdict]);
-    }
-}
-
-kvq_status print_report_json(const validate_report *r, kvq_error *err) {
-    const kvq_validation *v = &r->validation;
-    int64_t               n = v->n_windows;
-    kvq_json              json;
-    kvq_json_init(&json);
-    kvq_json_text(&json, json.root, "schema", "kvq.validate/1");
-    kvq_json_text(&json, json.root, "kvq_version", KVQ_VERSION);
-    add_model(&json, r);
-    add_text(&json, r);
-    kvq_json_text(&json, json.root, "compute", kvq_compute_names[r->compute]);
-    kvq_json_count(&json, json.root, "windows", n);
-    kvq_json_count(&json, json.root, "seq_len", v->seq_len);
-    kvq_json_count(&json, json.root, "tokens_scored", v->tokens_scored);
-    add_side(&json, "baseline", v->baseline_ppl, v->baseline_nll, v->window_baseline_nll, n);
-    if (r->artifact != NULL) {
-        add_side(&json, "quantized", v->quantized_ppl, v->quantized_nll, v->window_quantized_nll, n);
-        add_mean(&json, "dppl", v->dppl, NULL, 0);
-        add_mean(&json, "kld", v->kld, v->window_kld, n);
-        kvq_json_number(&json, json.root, "top1", v->top1.mean);
-        kvq_json_number(&json, json.root, "top1_stderr", v->top1.stderr_);
-        kvq_json_doubles(&json, json.root, "window_top1", v->window_top1, n);
-        kvq_json_number(&json, json.root, "effective_bits", v->effective_bits);
-        if (v->has_range) add_range(&json, &v->range);
-    }
-    add_gates(&json, r);
-    kvq_status status = kvq_json_print(&json, err);
-    kvq_json_free(&json);
-    return status;
+    if (v->options.protocol == KVQ_PROTOCOL_DECODE)
+        printf("  decoding behind a prompt of %lld", (long long)v->options.n_prompt);
+    printf("\n");
+    if (r->artifact == NULL)
+        print_row("PPL", v->baseline_ppl, 1, 4, "", "");
+    else
+        print_quantized(r);
+    for (int i = 0; i < r->n_gates; i++) print_gate(r, i);
+    if (r->n_gates == 0) return;
+    int failed = count_gates(r, KVQ_FAIL), open = count_gates(r, KVQ_INCONCLUSIVE);
+    printf("result: %s (%d of %d gates failed, %d inconclusive)\n",
+           failed > 0 ? "FAIL"
+           : open > 0 ? "INCONCLUSIVE"
+                      : "PASS",
+           failed, r->n_gates, open);
 }

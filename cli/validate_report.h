@@ -20,9 +20,11 @@ typedef struct validate_report {
     kvq_validation          validation;
     const kvq_gate         *gates;
     int                     n_gates;
+    kvq_judgement           judgements[CLI_MAX_LIST]; // of the gates
 } validate_report;
 
-int        count_failed_gates(const validate_report *r);
+int        count_gates(const validate_report *r, kvq_verdict verdict);
+void       format_estimate(kvq_estimate x, double scale, int digits, const char *unit, char *out, size_t n);
 void       print_report_text(const validate_report *r);
 kvq_status print_report_json(const validate_report *r, kvq_error *err);
 

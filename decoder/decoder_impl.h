@@ -23,6 +23,14 @@ static inline void kvq_rotate_stored_keys(const kvq_artifact *artifact, const kv
         kvq_rotate_keys(model, ws, layer, rotation, n_tokens, k);
 }
 
+// ---------------------------------------------------------------- estimates (statistics.c)
+
+// The estimate of f(x), f rising: the interval moves with it, the error by its slope at the value.
+kvq_estimate estimate_map(kvq_estimate x, double (*f)(double), double slope);
+kvq_estimate estimate_root(kvq_estimate x); // of what is not negative; ends below 0 become 0
+
+// ---------------------------------------------------------------- what became of elements
+
 typedef struct kvq_row_counts {
     int64_t n_elements; // of tokens that are stored as rows
     int64_t n_outliers, n_clipped;

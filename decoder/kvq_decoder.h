@@ -77,52 +77,129 @@ kvq_status           kvq_measure_sensitivity(const kvq_context *ctx, const kvq_b
                                              const kvq_artifact *artifact, const kvq_windows *windows, int64_t n_tokens,
                                              int64_t first, int64_t end, double *kl, kvq_error *err);
 
-// ---------------------------------------------------------------- validation
+// ---------------------------------------------------------------- estimates
 
-// A mean with its standard error over windows, which are taken as independent; stderr is NaN for a single window.
-typedef struct kvq_mean {
-    double mean, stderr_;
-} kvq_mean;
-kvq_mean kvq_mean_of(const double *values, int64_t n); // stderr = sqrt(sum (x - mean)^2 / (n - 1) / n)
+// A number that was measured on blocks of text, with its standard error and its interval of 95 %. Blocks are windows;
+// they are taken as independent of each other, tokens inside of one are not. With a single block the last three are
+// NaN. An end of an interval that the data cannot give is infinite.
+typedef struct kvq_estimate {
+    double value, stderr_, low, high;
+} kvq_estimate;
+// sum of sums [n] / sum of counts [n] (NULL: 1 each). stderr = sqrt(sum e^2 n / (n - 1)) / sum of counts with
+// e_i = sums_i - value counts_i. The interval is a studentised bootstrap over blocks (Efron and Tibshirani 1993, 12.5),
+// with fewer than KVQ_BOOTSTRAP_BLOCKS blocks Student's. Without counts to divide by, all are NaN. Same input, same
+// bits.
+#define KVQ_BOOTSTRAP_BLOCKS 8
+kvq_estimate kvq_estimate_ratio(const double *sums, const double *counts, int64_t n);
+// The q-quantile of n_blocks blocks of n values each: the smallest value that a share of at least q of all does not
+// exceed. Its interval are the quantiles at the ends of that share's interval (Woodruff 1952); stderr is NaN. 0 < q
+// < 1. KVQ_ERR_MEMORY.
+kvq_status kvq_estimate_quantile(const kvq_context *ctx, const float *values, int64_t n_blocks, int64_t n, double q,
+                                 kvq_estimate *out, kvq_error *err);
+
+// ---------------------------------------------------------------- validation
 
 // Keys beyond the thresholds of their channel (outliers, and what is cut off when there are too many), sinks left out.
 // `expected`: the share in calibration, and what chance adds to it on new text. Where the share is larger by the
 // margin, and by two standard errors over windows, the text is of another kind than the calibration's.
 #define KVQ_RANGE_MARGIN 1.25
 typedef struct kvq_range_report {
-    bool     exceeds;
-    double   expected;
-    kvq_mean share;                      // of all elements of K
-    int64_t  layer, channel, token;      // the layer with most of them, its worst channel, the worst token id
-    double   layer_share, channel_share; // of the elements of that layer, of that channel
-    double   token_part;                 // of all elements beyond their range, those at that token
+    bool         exceeds;
+    double       expected;
+    kvq_estimate share;                      // of all elements of K
+    int64_t      layer, channel, token;      // the layer with most of them, its worst channel, the worst token id
+    double       layer_share, channel_share; // of the elements of that layer, of that channel
+    double       token_part;                 // of all elements beyond their range, those at that token
 } kvq_range_report;
 
-// Perplexity = exp(mean nll in nats). dppl is the relative change, ppl_quantized / ppl_baseline - 1, and its error
-// follows from the paired differences of the windows' mean nll by the delta method.
+// Which keys and values a query sees.
+// prefill: all as the cache gives them back (KVQuant's protocol); with a recent window the last recent_tokens, its own
+//   included, in f16.
+// decode: the first n_prompt tokens see each other in f16, as in an engine that packs a prompt after it was computed.
+//   Every later token is appended to the packed cache and then sees what that holds: rows and a recent window, or whole
+//   tiles and an open one. Only tokens behind the prompt are scored.
+typedef enum kvq_protocol { KVQ_PROTOCOL_PREFILL, KVQ_PROTOCOL_DECODE } kvq_protocol;
+extern const char *const kvq_protocol_names[]; // "prefill", "decode", NULL at the end
+
+typedef struct kvq_validate_options {
+    kvq_protocol protocol;
+    int64_t      n_prompt;      // decode: 1 .. seq_len - 2
+    int64_t      layer_windows; // so many windows, from the first, are measured layer by layer
+    int64_t      noise_windows; // on so many the noise floor is measured
+} kvq_validate_options;
+
+// The positions whose number (0 = first of the window), or whose reference is as sure of its first choice as, [from,
+// to).
+typedef struct kvq_bucket {
+    double       from, to;
+    int64_t      n;                           // scored
+    double       baseline_nll, quantized_nll; // means
+    kvq_estimate difference_nll, kld, top1;
+} kvq_bucket;
+#define KVQ_MAX_BUCKETS 24
+
+// Errors of one layer through the packed cache, its input being in full precision so that they are its own; sinks left
+// out. Code use: entropy of the codes / their bits, 1 when all codes are equally frequent.
+typedef struct kvq_layer_errors {
+    kvq_heldout_report k, v; // attention_error: of this tensor alone
+    double             k_code_use, v_code_use;
+    kvq_estimate       attention_error; // |o - o'| / |o| of both together
+} kvq_layer_errors;
+
+// KL of all scored positions in bins of a decade's quarter, for a picture: bin i holds [10^(i/4 - 8), 10^((i+1)/4 -
+// 8)), the first one everything below, the last one everything above.
+#define KVQ_KLD_BINS 40
+
+enum { KVQ_KLD_MEDIAN, KVQ_KLD_P90, KVQ_KLD_P99, KVQ_KLD_P999, KVQ_N_KLD_QUANTILES };
+
+enum { KVQ_BASELINE_HIT = 1, KVQ_QUANTIZED_HIT = 2 }; // bits of a position whose first choice is the token that follows
+
+// nll = -log p(token | tokens before) in nats; perplexity = exp(mean nll). Every estimate is over windows, differences
+// are paired: of the same token with the full-precision and with the quantised cache.
 typedef struct kvq_validation {
-    bool             has_artifact;                      // false: only the baseline fields are set
-    int64_t          n_windows, seq_len, tokens_scored; // N * (S - 1)
-    kvq_mean         baseline_nll, quantized_nll;       // nats per token, over windows
-    kvq_mean         difference_nll;                    // paired
-    double           baseline_ppl, quantized_ppl;
-    kvq_mean         dppl;      // relative; 0.01 = 1 %
-    kvq_mean         kld;       // KL(baseline || quantized), nats per token
-    kvq_mean         top1;      // share of positions where both prefer the same token
-    bool             has_range; // the artifact knows ranges of channels, and some tokens are no sinks
-    kvq_range_report range;
-    kvq_cache_size   size;           // of one window
-    double           effective_bits; // of a cache that holds the windows as sequences; these share the tables
-    double *window_baseline_nll, *window_quantized_nll, *window_kld, *window_top1; // [N], means over S - 1 positions
+    bool                 has_artifact; // false: only the baseline's fields are set
+    kvq_validate_options options;
+    int64_t              n_windows, seq_len;
+    int64_t              n_scored, tokens_scored; // in a window, in all
+    kvq_estimate         baseline_nll, quantized_nll, difference_nll;
+    kvq_estimate         baseline_ppl, quantized_ppl;
+    kvq_estimate         dppl; // quantized_ppl / baseline_ppl - 1 = exp(difference_nll) - 1; 0.01 = 1 %
+    kvq_estimate         kld;  // KL(baseline || quantised) in nats per token
+    kvq_estimate         kld_quantiles[KVQ_N_KLD_QUANTILES];
+    double               kld_max;
+    kvq_estimate         top1;   // share of positions where both have the same first choice
+    kvq_estimate         top5;   // share of the baseline's first five that are among the other's first five
+    kvq_estimate         dp_rms; // root of the mean square of p(token) quantised - p(token) baseline
+    bool                 has_noise;
+    kvq_estimate         noise_kld, noise_top1; // full precision against itself with hidden states rounded to bf16
+                                                // between layers: what no cache can be blamed for
+    int               n_positions, n_confidences;
+    kvq_bucket        positions[KVQ_MAX_BUCKETS], confidences[KVQ_MAX_BUCKETS];
+    int64_t           kld_histogram[KVQ_KLD_BINS];
+    int64_t           n_layers;
+    kvq_layer_errors *layers;    // [n_layers], NULL when no window was measured layer by layer
+    bool              has_range; // the artifact knows ranges of channels, and some tokens are no sinks
+    kvq_range_report  range;
+    kvq_cache_size    size;           // of one window
+    double            effective_bits; // of a cache that holds the windows as sequences; these share the tables
+    bool              has_regression; // kvq_validation_compare was called
+    kvq_estimate      regression_ppl, regression_kld; // relative change against an earlier report
+    double           *window_baseline_nll, *window_quantized_nll, *window_kld, *window_top1; // [N], means over n_scored
+    float            *position_kld;                                                          // [N, n_scored]
+    uint8_t          *position_hits;                                                         // [N, n_scored]
 } kvq_validation;
 void kvq_validation_free(const kvq_context *ctx, kvq_validation *validation);
 
-// Scores every window with full precision and, when artifact is not NULL, with every K and V of the window replaced by
-// what the packed cache gives back (KVQuant's protocol); with a recent window each query sees the last recent_tokens
-// keys and values, its own included, as f16, which is what it would see if the tokens came one by one. Both passes run
-// over the same windows side by side; memory is one layer of weights plus the hidden states of a group of windows.
+// Scores every window with full precision and, when artifact is not NULL, with K and V through the packed cache as the
+// protocol says. Both passes run over the same windows side by side; memory is one layer of weights, the hidden states
+// of a group of windows, logits of a block of positions, and a few bytes per scored position.
 kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
-                        const kvq_windows *windows, kvq_validation *out, kvq_error *err);
+                        const kvq_windows *windows, const kvq_validate_options *options, kvq_validation *out,
+                        kvq_error *err);
+
+// Sets the regression of a validation against an earlier one of the same windows, given by its window means [N].
+// Paired.
+void kvq_validation_compare(kvq_validation *validation, const double *earlier_quantized_nll, const double *earlier_kld);
 
 // KVQ_ERR_MISMATCH when the artifact was made for another model; names the first field that differs.
 kvq_status kvq_artifact_matches(const kvq_artifact *artifact, const kvq_model_config *config,
@@ -145,17 +222,31 @@ kvq_status kvq_bos_trial_run(const kvq_context *ctx, const kvq_backend *be, kvq_
 
 // ---------------------------------------------------------------- gates
 
-typedef enum kvq_verdict { KVQ_PASS, KVQ_FAIL } kvq_verdict;
+typedef enum kvq_verdict { KVQ_PASS, KVQ_FAIL, KVQ_INCONCLUSIVE } kvq_verdict;
+extern const char *const kvq_verdict_names[]; // "pass", "fail", "inconclusive"
 
-// `metric operator limit`: dppl<=1%, kld.mean<=0.02, top1>=97%, ppl<=25. dppl and top1 are shares: 1% or 0.01.
+// `metric operator limit`: dppl<=1%, kld.p99<=0.2, top1>=97%, ppl<=25. Shares may be written in percent: 1% or 0.01.
 typedef struct kvq_gate {
     char        expression[64];
     const char *metric; // points to a table of names
+    bool        share;
     bool        at_most;
     double      limit;
 } kvq_gate;
-kvq_status  kvq_gate_parse(const char *expression, kvq_gate *out, kvq_error *err); // KVQ_ERR_USAGE lists the metrics
-kvq_verdict kvq_gate_judge(const kvq_gate *gate, const kvq_validation *validation, double *value); // NaN fails
+kvq_status kvq_gate_parse(const char *expression, kvq_gate *out, kvq_error *err); // KVQ_ERR_USAGE lists the metrics
+bool       kvq_gate_needs_artifact(const kvq_gate *gate);
+
+// By the interval of what was measured: pass when all of it is within the limit, fail when none of it is, otherwise
+// inconclusive; with a single window, which has no interval, always. By the point: pass or fail. What was not measured
+// fails either way; effective_bits and kld.max are what they are, without an interval. tokens_to_decide: scored tokens,
+// all told, with which an interval around the same value would end at the limit, since its width shrinks as 1 /
+// sqrt(tokens); infinite when the value is the limit or an end is, NaN with a single window, 0 when decided.
+typedef struct kvq_judgement {
+    kvq_verdict  verdict;
+    kvq_estimate measured;
+    double       tokens_to_decide;
+} kvq_judgement;
+kvq_judgement kvq_gate_judge(const kvq_gate *gate, const kvq_validation *validation, bool by_point);
 
 #ifdef __cplusplus
 }

@@ -98,7 +98,8 @@ static int64_t largest(const int64_t *x, int64_t n) {
 }
 
 kvq_range_report range_watch_report(const range_watch *w) {
-    kvq_range_report r = {.expected = expected_share(w->artifact), .share = kvq_mean_of(w->windows, w->n_windows)};
+    kvq_range_report r = {.expected = expected_share(w->artifact),
+                          .share = kvq_estimate_ratio(w->windows, NULL, w->n_windows)};
     double           elements = (double)(w->n_windows * w->n_tokens), all = 0, most = -1;
     for (int64_t l = 0; l < w->n_layers; l++) {
         double sum = 0;
@@ -115,6 +116,6 @@ kvq_range_report range_watch_report(const range_watch *w) {
     }
     if (all > 0) r.token_part = (double)w->tokens[r.token] / all;
     double spread = isnan(r.share.stderr_) ? 0 : 2 * r.share.stderr_;
-    r.exceeds = r.share.mean - spread > KVQ_RANGE_MARGIN * r.expected;
+    r.exceeds = r.share.value - spread > KVQ_RANGE_MARGIN * r.expected;
     return r;
 }

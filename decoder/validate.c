@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Two passes over the same windows, side by side: full precision, and every K and V through the packed cache. Windows
-// go through the model in groups, layer by layer, so that each layer's weights are expanded once per group, and nothing
-// of vocabulary size is kept.
+// Passes over the same windows, side by side: full precision, every K and V through the packed cache, and on some
+// windows full precision with noise. Windows go through the model in groups, layer by layer, so that each layer's
+// weights are expanded once per group, and nothing of vocabulary size is kept.
 #include <math.h>
 #include <string.h>
 
-#include "decoder_impl.h"
+#include "kvq_hd.h"
+#include "layer_errors.h"
+#include "scores.h"
+
+const char *const kvq_protocol_names[] = {"prefill", "decode", NULL};
+
+enum { BASELINE, QUANTIZED, NOISE, N_PASSES };
 
 typedef struct run {
     const kvq_context      *ctx;
@@ -18,16 +24,24 @@ typedef struct run {
     kvq_validation         *result;
     kvq_workspace          *ws;
     kvq_packed_layer       *cache;
-    float                  *recent[2]; // [S, d] K, V in f16; NULL without a recent window
-    float                  *states[2]; // [group, S, C] baseline, quantised
-    double                 *nll;       // [S - 1]
-    kvq_position_score     *scores;    // [S - 1]
-    range_watch            *watch;     // or NULL
-    int64_t                 window;    // the one that passes
-    int64_t                 group, state_floats;
+    float                  *recent[2];        // [S, d] K, V in f16; NULL where no query sees them
+    float                  *states[N_PASSES]; // [slots, S, C]; NULL when there is no such pass
+    float                  *host_state;       // [S, C] of the noise pass
+    double                 *nll;              // [n_scored]
+    kvq_position_score     *positions;        // [n_scored]
+    scores                  scores;
+    range_watch            *watch;  // or NULL
+    layer_errors           *errors; // or NULL
+    int64_t                 window; // the one that passes
+    int64_t                 group, state_floats, first_scored;
 } run;
 
-// The protocol itself: what attention sees is what the cache gives back, for every token of the window.
+static bool   decodes(const run *r) { return r->result->options.protocol == KVQ_PROTOCOL_DECODE; }
+static float *state_of(const run *r, int pass, int64_t slot) { return r->states[pass] + slot * r->state_floats; }
+
+// ---------------------------------------------------------------- what queries see
+
+// The protocol itself. That all tokens of a window pass at once changes nothing: see kvq_packed_layer_prefill.
 static kvq_status through_the_cache(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
     run       *r = user;
     kvq_status status = KVQ_OK;
@@ -37,7 +51,11 @@ static kvq_status through_the_cache(void *user, int64_t layer, kvq_qkv *x, int64
     KVQ_TRY(kvq_packed_layer_prefill(r->be, r->cache, n_tokens, x->k, x->v, r->recent[0], r->recent[1], err));
     x->k_recent = r->recent[0];
     x->v_recent = r->recent[1];
-    x->recent = r->artifact->quantizer.recent_tokens;
+    x->second.recent = r->artifact->quantizer.recent_tokens;
+    if (decodes(r)) {
+        x->second.prompt = r->result->options.n_prompt;
+        x->second.tile = kvq_artifact_is_allocated(r->artifact) ? KVQ_TILE_TOKENS : 0;
+    }
     kvq_rotate_stored_keys(r->artifact, r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, x->k);
     kvq_rotate_stored_keys(r->artifact, r->model, r->ws, layer, KVQ_ROTATE_BACK, n_tokens, r->recent[0]);
 
@@ -45,8 +63,36 @@ done:
     return status;
 }
 
-static kvq_status name_window(kvq_status status, int64_t window, kvq_error *err) {
-    if (status != KVQ_OK) kvq_error_prefix(err, "window %lld: ", (long long)window);
+// Noise as large as that of a model that keeps its hidden states in bf16.
+static void round_state(run *r, float *x) {
+    r->be->download(r->be, r->host_state, x, r->state_floats);
+    for (int64_t i = 0; i < r->state_floats; i++)
+        r->host_state[i] = kvq_float_of_bf16(kvq_bf16_of_float(r->host_state[i]));
+    r->be->upload(r->be, x, r->host_state, r->state_floats);
+}
+
+// ---------------------------------------------------------------- windows
+
+static bool is_noisy(const run *r, int64_t window) {
+    return r->states[NOISE] != NULL && window < r->result->options.noise_windows;
+}
+
+static kvq_status run_window(run *r, const kvq_layer *layer, int64_t slot, kvq_error *err) {
+    int64_t      S = r->windows->seq_len;
+    kvq_status   status = KVQ_OK;
+    bool         watched = r->errors != NULL && r->window < r->result->options.layer_windows;
+    kvq_qkv_hook watch = watched ? layer_errors_see : NULL;
+    if (watched) layer_errors_window(r->errors, r->window);
+    KVQ_TRY(kvq_layer_forward(r->model, layer, r->ws, S, state_of(r, BASELINE, slot), watch, r->errors, err));
+    if (r->artifact != NULL)
+        KVQ_TRY(kvq_layer_forward(r->model, layer, r->ws, S, state_of(r, QUANTIZED, slot), through_the_cache, r, err));
+    if (is_noisy(r, r->window)) {
+        KVQ_TRY(kvq_layer_forward(r->model, layer, r->ws, S, state_of(r, NOISE, slot), NULL, NULL, err));
+        round_state(r, state_of(r, NOISE, slot));
+    }
+
+done:
+    if (status != KVQ_OK) kvq_error_prefix(err, "window %lld: ", (long long)r->window);
     return status;
 }
 
@@ -56,57 +102,56 @@ static kvq_status run_layer(run *r, int64_t l, int64_t first, int64_t n, kvq_err
     kvq_status status = KVQ_OK;
     KVQ_TRY(kvq_layer_load(r->model, l, &layer, err));
     if (r->artifact != NULL) KVQ_TRY(kvq_packed_layer_create(r->ctx, r->artifact, l, S, &r->cache, err));
+    if (r->errors != NULL) KVQ_TRY(layer_errors_open(r->errors, l, err));
     for (int64_t i = 0; i < n; i++) {
-        float *baseline = r->states[0] + i * r->state_floats;
-        KVQ_TRY(name_window(kvq_layer_forward(r->model, layer, r->ws, S, baseline, NULL, NULL, err), first + i, err));
-        if (r->artifact != NULL) {
-            float *quantized = r->states[1] + i * r->state_floats;
-            r->window = first + i;
-            KVQ_TRY(name_window(kvq_layer_forward(r->model, layer, r->ws, S, quantized, through_the_cache, r, err),
-                                first + i, err));
-        }
+        r->window = first + i;
+        KVQ_TRY(run_window(r, layer, i, err));
         kvq_report_progress(r->ctx, "score", l, first * r->config->n_layers + l * n + i + 1, n_steps);
     }
 
 done:
     kvq_packed_layer_destroy(r->ctx, &r->cache);
+    if (r->errors != NULL) layer_errors_close(r->errors);
     kvq_layer_release(r->model, &layer);
     return status;
 }
 
-static void keep_scores(run *r, int64_t window) {
-    kvq_validation *v = r->result;
-    int64_t         n = r->windows->seq_len - 1;
-    double          nll_a = 0, nll_b = 0, kl = 0, same = 0;
-    for (int64_t t = 0; t < n; t++) {
-        nll_a += r->scores[t].nll_a;
-        nll_b += r->scores[t].nll_b;
-        kl += r->scores[t].kl;
-        same += r->scores[t].top_a == r->scores[t].top_b ? 1 : 0;
-    }
-    v->window_baseline_nll[window] = nll_a / (double)n;
-    v->window_quantized_nll[window] = nll_b / (double)n;
-    v->window_kld[window] = kl / (double)n;
-    v->window_top1[window] = same / (double)n;
+static kvq_status compare(run *r, const kvq_head *head, int pass, int64_t slot, kvq_error *err) {
+    int64_t first = r->first_scored, S = r->windows->seq_len, at = first * r->config->hidden_size;
+    return kvq_head_compare(r->model, head, r->ws, r->windows->ids + r->window * S + first, S - first,
+                            state_of(r, BASELINE, slot) + at, state_of(r, pass, slot) + at, r->positions, err);
 }
 
-static kvq_status score_group(run *r, const kvq_head *head, int64_t first, int64_t n, kvq_error *err) {
-    int64_t    S = r->windows->seq_len;
-    kvq_status status = KVQ_OK;
-    for (int64_t i = 0; i < n && status == KVQ_OK; i++) {
-        const int32_t *ids = r->windows->ids + (first + i) * S;
-        const float   *a = r->states[0] + i * r->state_floats, *b = r->states[1] + i * r->state_floats;
-        if (r->artifact != NULL) {
-            status = kvq_head_compare(r->model, head, r->ws, ids, S, a, b, r->scores, err);
-            if (status == KVQ_OK) keep_scores(r, first + i);
-        } else {
-            double sum = 0;
-            status = kvq_head_loss(r->model, head, r->ws, ids, S, a, NULL, r->nll, err);
-            for (int64_t t = 0; t < S - 1; t++) sum += r->nll[t];
-            r->result->window_baseline_nll[first + i] = sum / (double)(S - 1);
-        }
-        status = name_window(status, first + i, err);
+static void keep_positions(run *r) {
+    const kvq_validation *v = r->result;
+    const int32_t        *next = r->windows->ids + r->window * v->seq_len + r->first_scored + 1;
+    for (int64_t t = 0; t < v->n_scored; t++) {
+        const kvq_position_score *p = &r->positions[t];
+        v->position_kld[r->window * v->n_scored + t] = (float)p->kl;
+        v->position_hits[r->window * v->n_scored + t] =
+            (uint8_t)((p->top_a == next[t] ? KVQ_BASELINE_HIT : 0) | (p->top_b == next[t] ? KVQ_QUANTIZED_HIT : 0));
     }
+}
+
+static kvq_status score_window(run *r, const kvq_head *head, int64_t slot, kvq_error *err) {
+    int64_t        S = r->windows->seq_len;
+    const int32_t *ids = r->windows->ids + r->window * S;
+    kvq_status     status = KVQ_OK;
+    if (r->artifact == NULL) {
+        KVQ_TRY(kvq_head_loss(r->model, head, r->ws, ids, S, state_of(r, BASELINE, slot), NULL, r->nll, err));
+        scores_add_baseline(&r->scores, r->window, r->nll);
+        return KVQ_OK;
+    }
+    KVQ_TRY(compare(r, head, QUANTIZED, slot, err));
+    keep_positions(r);
+    scores_add(&r->scores, r->window, r->first_scored, r->positions);
+    if (is_noisy(r, r->window)) {
+        KVQ_TRY(compare(r, head, NOISE, slot, err));
+        scores_add_noise(&r->scores, r->window, r->positions);
+    }
+
+done:
+    if (status != KVQ_OK) kvq_error_prefix(err, "window %lld: ", (long long)r->window);
     return status;
 }
 
@@ -115,65 +160,95 @@ static kvq_status run_group(run *r, int64_t first, int64_t n, kvq_error *err) {
     kvq_head  *head = NULL;
     kvq_status status = KVQ_OK;
     for (int64_t i = 0; i < n; i++) {
-        float *x = r->states[0] + i * r->state_floats;
-        KVQ_TRY(name_window(kvq_model_embed(r->model, r->windows->ids + (first + i) * S, S, x, err), first + i, err));
-        if (r->artifact != NULL) r->be->copy(r->be, r->states[1] + i * r->state_floats, x, r->state_floats);
+        float *x = state_of(r, BASELINE, i);
+        KVQ_TRY(kvq_model_embed(r->model, r->windows->ids + (first + i) * S, S, x, err));
+        if (r->artifact != NULL) r->be->copy(r->be, state_of(r, QUANTIZED, i), x, r->state_floats);
+        if (is_noisy(r, first + i)) r->be->copy(r->be, state_of(r, NOISE, i), x, r->state_floats);
     }
     for (int64_t l = 0; l < r->config->n_layers; l++) KVQ_TRY(run_layer(r, l, first, n, err));
     KVQ_TRY(kvq_head_load(r->model, &head, err));
-    KVQ_TRY(score_group(r, head, first, n, err));
+    for (int64_t i = 0; i < n; i++) {
+        r->window = first + i;
+        KVQ_TRY(score_window(r, head, i, err));
+    }
 
 done:
     kvq_head_release(r->model, &head);
     return status;
 }
 
-// ---------------------------------------------------------------- summary
+// ---------------------------------------------------------------- the whole
 
 static kvq_status summarise(run *r, kvq_error *err) {
     kvq_validation *v = r->result;
-    int64_t         n = v->n_windows;
-    double         *difference = NULL;
-    v->baseline_nll = kvq_mean_of(v->window_baseline_nll, n);
-    v->baseline_ppl = exp(v->baseline_nll.mean);
-    if (r->artifact == NULL) return KVQ_OK;
-    kvq_status status = KVQ_NEW(r->ctx, n, "differences", &difference, err);
-    if (status != KVQ_OK) return status;
-    for (int64_t i = 0; i < n; i++) difference[i] = v->window_quantized_nll[i] - v->window_baseline_nll[i];
-    v->quantized_nll = kvq_mean_of(v->window_quantized_nll, n);
-    v->quantized_ppl = exp(v->quantized_nll.mean);
-    v->difference_nll = kvq_mean_of(difference, n);
-    v->dppl.mean = expm1(v->difference_nll.mean);
-    v->dppl.stderr_ = exp(v->difference_nll.mean) * v->difference_nll.stderr_;
-    v->kld = kvq_mean_of(v->window_kld, n);
-    v->top1 = kvq_mean_of(v->window_top1, n);
+    kvq_status      status = scores_summarise(r->ctx, &r->scores, v, err);
+    if (status != KVQ_OK || r->artifact == NULL) return status;
+    for (int64_t l = 0; l < v->n_layers && r->errors != NULL; l++) v->layers[l] = layer_errors_report(r->errors, l);
     v->size = kvq_artifact_cache_size(r->artifact, v->seq_len);
     v->effective_bits = kvq_cache_bits_per_element(v->size, v->n_windows);
     v->has_range = r->watch != NULL;
     if (v->has_range) v->range = range_watch_report(r->watch);
-    kvq_free(r->ctx, difference);
     return KVQ_OK;
 }
 
+// What the passes with an artifact need beside the two rows of states.
+static kvq_status allocate_for_artifact(run *r, kvq_error *err) {
+    const kvq_backend          *be = r->be;
+    kvq_validation             *v = r->result;
+    const kvq_validate_options *o = &v->options;
+    int64_t                     S = v->seq_len, d = (int64_t)r->config->n_kv_heads * r->config->head_dim;
+    kvq_status                  status = KVQ_OK;
+    for (int i = 0; i < 2 && (decodes(r) || r->artifact->quantizer.recent_tokens > 0); i++)
+        KVQ_TRY(be->alloc(be, S * d, "recent keys and values", &r->recent[i], err));
+    if (o->noise_windows > 0) {
+        int64_t slots = o->noise_windows < r->group ? o->noise_windows : r->group;
+        KVQ_TRY(be->alloc(be, slots * r->state_floats, "hidden states", &r->states[NOISE], err));
+        KVQ_TRY(KVQ_NEW(r->ctx, r->state_floats, "a hidden state", &r->host_state, err));
+    }
+    if (o->layer_windows > 0) {
+        v->n_layers = r->config->n_layers;
+        KVQ_TRY(KVQ_NEW(r->ctx, v->n_layers, "errors of layers", &v->layers, err));
+        KVQ_TRY(layer_errors_create(r->ctx, be, r->model, r->artifact, r->ws, S, o->layer_windows, &r->errors, err));
+    }
+    KVQ_TRY(KVQ_NEW(r->ctx, v->tokens_scored, "KL of positions", &v->position_kld, err));
+    KVQ_TRY(KVQ_NEW(r->ctx, v->tokens_scored, "hits of positions", &v->position_hits, err));
+    KVQ_TRY(range_watch_create(r->ctx, r->artifact, r->config->vocab_size, r->windows, &r->watch, err));
+
+done:
+    return status;
+}
+
 static kvq_status allocate(run *r, kvq_error *err) {
-    int64_t    S = r->windows->seq_len, N = r->windows->n_windows, n_states = r->artifact != NULL ? 2 : 1;
-    kvq_status status = KVQ_OK;
+    kvq_validation *v = r->result;
+    int64_t         S = v->seq_len, N = v->n_windows, n_states = r->artifact != NULL ? 2 : 1;
+    kvq_status      status = KVQ_OK;
     r->state_floats = S * r->config->hidden_size;
     r->group = kvq_group_size(n_states * r->state_floats, N);
     for (int i = 0; i < n_states; i++)
         KVQ_TRY(r->be->alloc(r->be, r->group * r->state_floats, "hidden states", &r->states[i], err));
-    for (int i = 0; i < 2 && r->artifact != NULL && r->artifact->quantizer.recent_tokens > 0; i++)
-        KVQ_TRY(r->be->alloc(r->be, S * r->config->n_kv_heads * r->config->head_dim, "recent keys and values",
-                             &r->recent[i], err));
     KVQ_TRY(kvq_workspace_create(r->model, S, false, &r->ws, err));
-    KVQ_TRY(KVQ_NEW(r->ctx, S - 1, "losses", &r->nll, err));
-    KVQ_TRY(KVQ_NEW(r->ctx, S - 1, "scores", &r->scores, err));
-    double **per_window[] = {&r->result->window_baseline_nll, &r->result->window_quantized_nll, &r->result->window_kld,
-                             &r->result->window_top1};
+    KVQ_TRY(KVQ_NEW(r->ctx, v->n_scored, "losses", &r->nll, err));
+    KVQ_TRY(KVQ_NEW(r->ctx, v->n_scored, "scores", &r->positions, err));
+    KVQ_TRY(scores_create(r->ctx, N, v->n_scored, &r->scores, err));
+    r->scores.n_best = r->config->vocab_size < 5 ? (int)r->config->vocab_size : 5;
+    double **per_window[] = {&v->window_baseline_nll, &v->window_quantized_nll, &v->window_kld, &v->window_top1};
     for (int i = 0; i < 4; i++) KVQ_TRY(KVQ_NEW(r->ctx, N, "window results", per_window[i], err));
+    if (r->artifact != NULL) KVQ_TRY(allocate_for_artifact(r, err));
 
 done:
     return status;
+}
+
+static void release(run *r) {
+    range_watch_destroy(r->ctx, &r->watch);
+    layer_errors_destroy(r->ctx, &r->errors);
+    kvq_workspace_destroy(r->model, &r->ws);
+    for (int i = 0; i < N_PASSES; i++) r->be->release(r->be, r->states[i]);
+    for (int i = 0; i < 2; i++) r->be->release(r->be, r->recent[i]);
+    scores_free(r->ctx, &r->scores);
+    kvq_free(r->ctx, r->host_state);
+    kvq_free(r->ctx, r->nll);
+    kvq_free(r->ctx, r->positions);
 }
 
 void kvq_validation_free(const kvq_context *ctx, kvq_validation *v) {
@@ -181,29 +256,55 @@ void kvq_validation_free(const kvq_context *ctx, kvq_validation *v) {
     kvq_free(ctx, v->window_quantized_nll);
     kvq_free(ctx, v->window_kld);
     kvq_free(ctx, v->window_top1);
+    kvq_free(ctx, v->position_kld);
+    kvq_free(ctx, v->position_hits);
+    kvq_free(ctx, v->layers);
     memset(v, 0, sizeof *v);
 }
 
-kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
-                        const kvq_windows *windows, kvq_validation *out, kvq_error *err) {
-    const kvq_model_config *config = kvq_model_describe(model);
-    kvq_validation          result = {
-                 .has_artifact = artifact != NULL, .n_windows = windows->n_windows, .seq_len = windows->seq_len};
-    run        r = {.ctx = ctx,
-                    .be = be,
-                    .model = model,
-                    .config = config,
-                    .artifact = artifact,
-                    .windows = windows,
-                    .result = &result};
-    kvq_status status = KVQ_OK;
-    if (windows->n_windows < 1 || windows->seq_len < 2) {
-        KVQ_TRY(kvq_fail(err, KVQ_ERR_INPUT, "give a longer text", "%s: no token can be scored", windows->source));
+// The baseline alone has no protocol and no passes beside it; counts of windows end at those that there are.
+static kvq_validate_options options_for(const kvq_validate_options *wanted, bool has_artifact, int64_t n_windows) {
+    kvq_validate_options o = *wanted;
+    if (!has_artifact) return (kvq_validate_options){.protocol = KVQ_PROTOCOL_PREFILL};
+    if (o.protocol == KVQ_PROTOCOL_PREFILL) o.n_prompt = 0;
+    if (o.layer_windows > n_windows) o.layer_windows = n_windows;
+    if (o.noise_windows > n_windows) o.noise_windows = n_windows;
+    return o;
+}
+
+static kvq_status check_tokens(const kvq_validation *v, const kvq_windows *windows, kvq_error *err) {
+    if (v->n_windows < 1 || v->seq_len < 2)
+        return kvq_fail(err, KVQ_ERR_INPUT, "give a longer text", "%s: no token can be scored", windows->source);
+    if (v->options.protocol == KVQ_PROTOCOL_DECODE && (v->options.n_prompt < 1 || v->n_scored < 1)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "take 1 to seq_len - 2 tokens as the prompt",
+                        "a prompt of %lld tokens: none of %lld is left to be scored", (long long)v->options.n_prompt,
+                        (long long)v->seq_len);
     }
+    return KVQ_OK;
+}
+
+kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
+                        const kvq_windows *windows, const kvq_validate_options *options, kvq_validation *out,
+                        kvq_error *err) {
+    const kvq_model_config *config = kvq_model_describe(model);
+    kvq_validation          result = {.has_artifact = artifact != NULL,
+                                      .n_windows = windows->n_windows,
+                                      .seq_len = windows->seq_len,
+                                      .options = options_for(options, artifact != NULL, windows->n_windows)};
+    run                     r = {.ctx = ctx,
+                                 .be = be,
+                                 .model = model,
+                                 .config = config,
+                                 .artifact = artifact,
+                                 .windows = windows,
+                                 .first_scored = result.options.n_prompt,
+                                 .result = &result};
+    kvq_status              status = KVQ_OK;
+    result.n_scored = result.seq_len - 1 - r.first_scored;
+    result.tokens_scored = result.n_windows * result.n_scored;
+    KVQ_TRY(check_tokens(&result, windows, err));
     if (artifact != NULL) KVQ_TRY(kvq_artifact_matches(artifact, config, NULL, err));
-    result.tokens_scored = windows->n_windows * (windows->seq_len - 1);
     KVQ_TRY(allocate(&r, err));
-    if (artifact != NULL) KVQ_TRY(range_watch_create(ctx, artifact, config->vocab_size, windows, &r.watch, err));
     for (int64_t first = 0; first < windows->n_windows; first += r.group) {
         int64_t left = windows->n_windows - first;
         KVQ_TRY(run_group(&r, first, left < r.group ? left : r.group, err));
@@ -213,14 +314,7 @@ kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model
     memset(&result, 0, sizeof result);
 
 done:
-    range_watch_destroy(ctx, &r.watch);
-    kvq_workspace_destroy(model, &r.ws);
-    for (int i = 0; i < 2; i++) {
-        be->release(be, r.states[i]);
-        be->release(be, r.recent[i]);
-    }
-    kvq_free(ctx, r.nll);
-    kvq_free(ctx, r.scores);
+    release(&r);
     kvq_validation_free(ctx, &result);
     return status;
 }

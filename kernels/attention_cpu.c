@@ -4,9 +4,9 @@
 // memory grows with S and not with S^2. The backward pass recomputes the scores (Dao et al., FlashAttention, 2022,
 // without the tiling over keys that a processor with caches does not need).
 //
-// With a second set for recent keys, the keys of a block fall into three parts: those that all its queries read from
-// the first set, those that all read from the second, and fewer than QUERY_BLOCK between them of which both sets are
-// needed.
+// With a second set, the keys of a block fall into three parts: those that all its queries read from the first set,
+// those that all read from the second, and those between them of which both sets are needed: with recent keys or open
+// tiles about QUERY_BLOCK, in the one block where a prompt ends all before it.
 //
 // Forward items are (head, query block). Backward items are query heads that share a KV head, one after the other,
 // because their blocks add into the same dK and dV and the order of those sums must be fixed.
@@ -39,9 +39,9 @@ static query_block block_at(const kvq_attention_shape *s, int64_t index) {
     b.end = b.first + QUERY_BLOCK < s->n_tokens ? b.first + QUERY_BLOCK : s->n_tokens;
     b.first_key = s->window > 0 && b.first >= s->window ? b.first - s->window + 1 : 0;
     b.recent_first = b.recent_end = b.end;
-    if (s->recent > 0) {
-        b.recent_first = larger(b.first - s->recent + 1, b.first_key);
-        b.recent_end = larger(b.end - s->recent, b.first_key);
+    if (kvq_second_set_used(&s->second)) {
+        b.recent_first = larger(kvq_second_set_begin(&s->second, b.first), b.first_key);
+        b.recent_end = larger(kvq_second_set_begin(&s->second, b.end - 1), b.first_key);
     }
     return b;
 }
@@ -153,9 +153,9 @@ static void probabilities(const attention_job *job, int64_t head, const query_bl
     softmax_rows(&job->shape, b, p, slope);
 }
 
-// Between the parts, query i reads the keys from i - recent + 1 on, as columns of `both`, from the second set.
+// Between the parts, the first key that query i reads from the second set, as a column of `both`.
 static int64_t first_recent_column(const attention_job *job, const query_block *b, int64_t i) {
-    return larger(i - job->shape.recent + 1 - b->recent_first, 0);
+    return larger(kvq_second_set_begin(&job->shape.second, i) - b->recent_first, 0);
 }
 
 // One block of a call with recent keys. p [rows, keys] holds all scores of a row, so that softmax sees one row as ever;
@@ -184,12 +184,8 @@ static void attend_to_both(const attention_job *job, int64_t head, const query_b
     (void)mix(job, head, b, job->v_recent, b->recent_end, keys - n_first, p + n_first, keys, add);
 }
 
-static int64_t both_floats(const kvq_attention_shape *s) {
-    return QUERY_BLOCK * (s->n_tokens < QUERY_BLOCK ? s->n_tokens : QUERY_BLOCK);
-}
-
 static int64_t forward_floats(const kvq_attention_shape *s) { // of a worker
-    return QUERY_BLOCK * s->n_tokens + (s->recent > 0 ? both_floats(s) : 0);
+    return (kvq_second_set_used(&s->second) ? 2 : 1) * QUERY_BLOCK * s->n_tokens;
 }
 
 static void attention_item(void *user, int64_t item, int worker) {
@@ -198,7 +194,7 @@ static void attention_item(void *user, int64_t item, int worker) {
     query_block                b = block_at(s, item % n_blocks(s));
     int64_t                    head = item / n_blocks(s), keys = b.end - b.first_key;
     float                     *p = job->scratch + worker * forward_floats(s);
-    if (s->recent > 0) {
+    if (kvq_second_set_used(&s->second)) {
         attend_to_both(job, head, &b, p, p + QUERY_BLOCK * s->n_tokens);
         return;
     }
@@ -208,18 +204,20 @@ static void attention_item(void *user, int64_t item, int worker) {
 
 void kvq_attention_cpu(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
                        const float *v, const float *k_recent, const float *v_recent, float *out, float *scratch) {
-    attention_job job = {.shape = *shape,
-                         .q = q,
-                         .k = k,
-                         .v = v,
-                         .k_recent = k_recent,
-                         .v_recent = v_recent,
-                         .result = out,
-                         .scratch = scratch};
-    if (shape->recent >= shape->n_tokens || (shape->window > 0 && shape->recent >= shape->window)) {
+    attention_job         job = {.shape = *shape,
+                                 .q = q,
+                                 .k = k,
+                                 .v = v,
+                                 .k_recent = k_recent,
+                                 .v_recent = v_recent,
+                                 .result = out,
+                                 .scratch = scratch};
+    const kvq_second_set *second = &shape->second;
+    if (second->recent >= shape->n_tokens || second->prompt >= shape->n_tokens ||
+        (shape->window > 0 && second->recent >= shape->window)) {
         job.k = k_recent; // no query sees the first set
         job.v = v_recent;
-        job.shape.recent = 0;
+        job.shape.second = (kvq_second_set){.recent = 0};
     }
     kvq_parallel_for(be->ctx, n_blocks(shape) * shape->n_heads, attention_item, &job);
 }

@@ -18,17 +18,31 @@
 extern "C" {
 #endif
 
+// The keys (and values) that query i reads from a second set: those from kvq_second_set_begin(i) on, the last `recent`
+// ones and those behind the last whole tile of `tile`; queries before `prompt` read all from it. All 0: there is none.
+typedef struct kvq_second_set {
+    int64_t recent, tile, prompt;
+} kvq_second_set;
+static inline bool kvq_second_set_used(const kvq_second_set *s) {
+    return s->recent > 0 || s->tile > 0 || s->prompt > 0;
+}
+static inline int64_t kvq_second_set_begin(const kvq_second_set *s, int64_t i) {
+    int64_t begin = i < s->prompt || i < s->recent ? 0 : i + 1 - s->recent;
+    int64_t open = s->tile > 0 ? (i + 1) / s->tile * s->tile : i + 1;
+    return begin < open ? begin : open;
+}
+
 // Shape of one attention call over one window, causal: query i sees keys j with j <= i, and i - j < window if window >
-// 0. Query head h reads KV head h / (n_heads / n_kv_heads). Keys with i - j < recent, and their values, are read from a
-// second set; there is one softmax over all.
+// 0. Query head h reads KV head h / (n_heads / n_kv_heads). With a second set, query i reads the keys from
+// kvq_second_set_begin(i) on, and their values, from that; there is one softmax over all.
 typedef struct kvq_attention_shape {
-    int64_t n_tokens;            // S
-    int     n_heads, n_kv_heads; // H, Hkv
-    int     head_dim;            // D
-    int64_t window;              // 0 = unlimited
-    float   scale;               // multiplies the scores, usually 1 / sqrt(D)
-    float   softcap;             // scores become softcap * tanh(score / softcap); 0 = off
-    int64_t recent;              // 0 = no second set; forward of one window only
+    int64_t        n_tokens;            // S
+    int            n_heads, n_kv_heads; // H, Hkv
+    int            head_dim;            // D
+    int64_t        window;              // 0 = unlimited
+    float          scale;               // multiplies the scores, usually 1 / sqrt(D)
+    float          softcap;             // scores become softcap * tanh(score / softcap); 0 = off
+    kvq_second_set second;              // forward of one window only
 } kvq_attention_shape;
 
 // What a gated MLP does to its gate: silu(g) = g / (1 + exp(-g)); gelu(g) = g (1 + tanh(u)) / 2 with
@@ -51,6 +65,8 @@ typedef struct kvq_position_score {
     double nll_a, nll_b; // -log p(target), nats, log-sum-exp in f64
     double kl;           // KL(a || b) in nats
     int    top_a, top_b; // token of the largest logit, the lowest id on a tie
+    double confidence_a; // probability of top_a in a
+    int    top5_common;  // how many of a's five largest logits (lower ids on ties) are among b's; all when n_vocab < 5
 } kvq_position_score;
 
 typedef struct kvq_backend kvq_backend;
@@ -120,12 +136,12 @@ struct kvq_backend {
 
     // ---- attention of one window; q, out [S, H, D], k, v [S, Hkv, D], all after RoPE
     // Scratch is found by *_scratch_floats and passed in; it belongs to the caller. What is enough for one shape is for
-    // smaller windows and without `recent`, and what is enough for backward is for any forward.
+    // smaller windows and without a second set, and what is enough for backward is for any forward.
     int64_t (*attention_scratch_floats)(const kvq_backend *be, const kvq_attention_shape *shape, bool backward);
-    // k_recent, v_recent: the second set; not read when shape->recent is 0
+    // k_recent, v_recent: the second set; not read when shape->second is not used
     void (*attention)(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
                       const float *v, const float *k_recent, const float *v_recent, float *out, float *scratch);
-    // dq, dk, dv are overwritten; scores are recomputed from q and k. shape->recent is 0.
+    // dq, dk, dv are overwritten; scores are recomputed from q and k. shape->second is not used.
     void (*attention_backward)(const kvq_backend *be, const kvq_attention_shape *shape, const float *q, const float *k,
                                const float *v, const float *out, const float *dout, float *dq, float *dk, float *dv,
                                float *scratch);

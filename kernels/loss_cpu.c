@@ -89,6 +89,27 @@ static double divergence(const float *a, const float *b, int64_t n, double lse_a
     return sum_lanes(lane);
 }
 
+// Indices of the `wanted` largest of x [n], largest first, the lower index on a tie; fewer when n is smaller. Returns
+// how many.
+static int largest_of(const float *x, int64_t n, int wanted, int *best) {
+    int n_best = 0;
+    for (int64_t i = 0; i < n; i++) {
+        if (n_best == wanted && !(x[i] > x[best[n_best - 1]])) continue;
+        int at = n_best < wanted ? n_best++ : n_best - 1;
+        for (; at > 0 && x[i] > x[best[at - 1]]; at--) best[at] = best[at - 1];
+        best[at] = (int)i;
+    }
+    return n_best;
+}
+
+static int common_of_largest(const float *a, const float *b, int64_t n) {
+    int best_a[5], best_b[5], n_common = 0;
+    int n_best = largest_of(a, n, 5, best_a);
+    (void)largest_of(b, n, 5, best_b);
+    for (int i = 0; i < n_best * n_best; i++) n_common += best_a[i / n_best] == best_b[i % n_best];
+    return n_common;
+}
+
 static void compare_row(void *user, int64_t row, int worker) {
     const compare_job *job = user;
     const float       *a = job->a + row * job->n_vocab, *b = job->b + row * job->n_vocab;
@@ -99,6 +120,8 @@ static void compare_row(void *user, int64_t row, int worker) {
     (void)worker;
     score.nll_a = lse_a - (double)a[target];
     score.nll_b = lse_b - (double)b[target];
+    score.confidence_a = exp((double)a[score.top_a] - lse_a);
+    score.top5_common = common_of_largest(a, b, job->n_vocab);
     score.kl = divergence(a, b, job->n_vocab, lse_a, lse_b);
     job->out[row] = score;
 }

@@ -59,13 +59,12 @@ int64_t    kvq_workspace_floats(const kvq_model *model, int64_t seq_len, bool ba
 kvq_status kvq_model_embed(kvq_model *model, const int32_t *ids, int64_t n_tokens, float *x, kvq_error *err);
 
 // Sees, and may replace, what enters RoPE and attention of a layer: q [S, H * D], k and v [S, Hkv * D], backend memory.
-// A hook that sets `recent` > 0 gives a second version of keys (before RoPE) and values: query i then sees the keys
-// j > i - recent of k_recent and v_recent, and all others of k and v. Both stay the hook's; k_recent is rotated in
-// place.
+// A hook that sets `second` gives a second version of keys (before RoPE) and values, k_recent and v_recent, and says
+// which queries read what from it. Both stay the hook's; k_recent is rotated in place.
 typedef struct kvq_qkv {
-    float  *q, *k, *v;
-    float  *k_recent, *v_recent;
-    int64_t recent;
+    float         *q, *k, *v;
+    float         *k_recent, *v_recent;
+    kvq_second_set second;
 } kvq_qkv;
 typedef kvq_status (*kvq_qkv_hook)(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err);
 

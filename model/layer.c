@@ -34,8 +34,8 @@ static int list_buffers(const kvq_model *model, kvq_workspace *ws, int64_t S, bo
     int64_t global = S * (c->rope.n_dims / 2), local = kvq_rope_count(c) > 1 ? global : 0;
     int64_t rows = S < LOGIT_ROWS ? S : LOGIT_ROWS, kept = backward ? S : 0, raw = c->qk_norm ? kept : 0;
     kvq_attention_shape shape = kvq_model_attention_shape(c, 0, S);
-    shape.window = 0; // no layer needs more
-    shape.recent = 1; // a hook may have a second set
+    shape.window = 0;        // no layer needs more
+    shape.second.recent = 1; // a hook may have a second set
     const kvq_model_buffer own[WORKSPACE_BUFFERS] = {
         {&ws->rope[0].cos_table, global},
         {&ws->rope[0].sin_table, global},
@@ -199,7 +199,7 @@ void kvq_rotate_queries(const kvq_model *model, const kvq_workspace *ws, int64_t
 void kvq_layer_attention(const kvq_model *model, const kvq_workspace *ws, int64_t layer, const kvq_qkv *rotated,
                          int64_t n_tokens, float *out) {
     kvq_attention_shape shape = kvq_model_attention_shape(model->config, layer, n_tokens);
-    shape.recent = rotated->recent;
+    shape.second = rotated->second;
     model->be->attention(model->be, &shape, rotated->q, rotated->k, rotated->v, rotated->k_recent, rotated->v_recent,
                          out, ws->attention);
 }
@@ -218,7 +218,8 @@ kvq_status kvq_layer_forward(kvq_model *model, const kvq_layer *layer, kvq_works
     if (hook != NULL) KVQ_TRY(hook(user, layer->index, &qkv, n_tokens, err));
     kvq_rotate_queries(model, ws, layer->index, n_tokens, qkv.q);
     kvq_rotate_keys(model, ws, layer->index, KVQ_ROTATE_FORWARD, n_tokens, qkv.k);
-    if (qkv.recent > 0) kvq_rotate_keys(model, ws, layer->index, KVQ_ROTATE_FORWARD, n_tokens, qkv.k_recent);
+    if (kvq_second_set_used(&qkv.second))
+        kvq_rotate_keys(model, ws, layer->index, KVQ_ROTATE_FORWARD, n_tokens, qkv.k_recent);
     kvq_layer_attention(model, ws, layer->index, &qkv, n_tokens, ws->attended);
     kvq_layer_attended(model, layer, n_tokens, ws->attended, x, &ws->mlp);
     KVQ_TRY(kvq_layer_mlp(model, layer, n_tokens, x, &ws->mlp, err));

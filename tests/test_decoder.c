@@ -173,7 +173,7 @@ START_TEST(prefill_sees_what_single_tokens_see) {
     kvq_error           err = {0};
     kvq_packed_layer   *cache = NULL;
     int64_t             recent = PREFILL_RECENTS[_i % 4], window = _i < 4 ? 0 : 7;
-    kvq_attention_shape shape = {PREFILL_S, PREFILL_H, N_KV_HEADS, HEAD_DIM, window, 0.2f, 0, recent};
+    kvq_attention_shape shape = {PREFILL_S, PREFILL_H, N_KV_HEADS, HEAD_DIM, window, 0.2f, 0, {.recent = recent}};
     rig_open_with(&r, (setup){3, 0.05, 2, recent, KVQ_AXIS_CHANNEL, KVQ_AXIS_TOKEN, true});
     kvq_test_ok(kvq_packed_layer_create(&r.ctx, r.artifact, 0, PREFILL_S, &cache, &err), &err);
     float *given[2] = {randoms(N, 1), randoms(N, 2)}, *first[2] = {randoms(N, 1), randoms(N, 2)},
@@ -194,7 +194,7 @@ START_TEST(prefill_sees_what_single_tokens_see) {
             ck_assert_mem_eq(now[i % 2] + i / 2 * D_KV, from + i / 2 * D_KV, D_KV * sizeof(float));
         }
         shape.n_tokens = t + 1;
-        shape.recent = 0;
+        shape.second.recent = 0;
         r.be->attention(r.be, &shape, q, now[0], now[1], NULL, NULL, step, scratch);
         for (int64_t c = t * PREFILL_Q; c < (t + 1) * PREFILL_Q; c++)
             ck_assert_double_eq_tol((double)step[c], (double)out[c], 2 * 41 * 0x1p-24 * 1.2);

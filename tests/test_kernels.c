@@ -266,7 +266,12 @@ static const attention_case ATTENTION_CASES[] = {
 
 static kvq_attention_shape shape_of(attention_case a) {
     return (kvq_attention_shape){
-        a.n_tokens, a.n_heads, a.n_kv_heads, a.head_dim, a.window, (float)(1 / sqrt(a.head_dim)), a.softcap, 0};
+        a.n_tokens, a.n_heads, a.n_kv_heads, a.head_dim, a.window, (float)(1 / sqrt(a.head_dim)), a.softcap, {0, 0, 0}};
+}
+
+static bool reads_second(const kvq_second_set *s, int64_t i, int64_t j) {
+    if (i < s->prompt || i - j < s->recent) return true;
+    return s->tile > 0 && j >= i + 1 - (i + 1) % s->tile;
 }
 
 // One query row in f64: probabilities p [i + 1], and the derivative of the capped scores. recent_k: NULL without.
@@ -278,7 +283,7 @@ static void reference_row(const kvq_attention_shape *s, const float *q, const fl
         p[j] = 0;
         for (int c = 0; c < s->head_dim; c++) {
             p[j] += (double)q[(i * s->n_heads + head) * s->head_dim + c] *
-                    (double)(i - j < s->recent ? recent_k : k)[(j * s->n_kv_heads + kv) * s->head_dim + c];
+                    (double)(reads_second(&s->second, i, j) ? recent_k : k)[(j * s->n_kv_heads + kv) * s->head_dim + c];
         }
         p[j] *= (double)s->scale;
         double t = s->softcap > 0 ? tanh(p[j] / (double)s->softcap) : 0;
@@ -325,13 +330,15 @@ START_TEST(attention_equals_the_definition) {
 }
 END_TEST
 
-static const int64_t RECENT_TOKENS[] = {1, 2, 127, 128, 129, 200, 300}, RECENTS[] = {1, 5, 128, 130, 1000},
-                     RECENT_WINDOWS[] = {0, 1, 64, 129, 150};
-enum { N_RECENT_TOKENS = 7, N_RECENTS = 5, N_RECENT_WINDOWS = 5 };
+static const int64_t        RECENT_TOKENS[] = {1, 2, 127, 128, 129, 200, 300}, RECENT_WINDOWS[] = {0, 1, 64, 129, 150};
+static const kvq_second_set RECENTS[] = {
+    {1, 0, 0}, {5, 0, 0},   {128, 0, 0},  {130, 0, 0}, {1000, 0, 0}, {0, 128, 0}, {0, 48, 0},    {3, 16, 0},
+    {0, 0, 1}, {0, 0, 128}, {0, 0, 1000}, {4, 0, 100}, {0, 128, 7},  {1, 0, 129}, {0, 128, 130}, {0, 128, 128}};
+enum { N_RECENT_TOKENS = 7, N_RECENTS = 16, N_RECENT_WINDOWS = 5 };
 
 // Two sets of unrelated keys and values; the tolerance is that of one set, for there is one softmax over as many keys.
 // _i: the length; three query heads share a KV head.
-START_TEST(recent_keys_come_from_the_second_set) {
+START_TEST(keys_come_from_the_second_set_where_it_says) {
     enum { H = 6, HKV = 2, D = 8 };
     int64_t S = RECENT_TOKENS[_i], nq = S * H * D, nk = S * HKV * D;
     open_backends();
@@ -358,12 +365,12 @@ START_TEST(recent_keys_come_from_the_second_set) {
             for (int64_t c = 0; c < D; c++) {
                 double sum = 0;
                 for (int64_t j = 0; j <= at; j++)
-                    sum += p[j] * (double)(at - j < s.recent ? v2 : v)[(j * HKV + h / (H / HKV)) * D + c];
+                    sum += p[j] * (double)(reads_second(&s.second, at, j) ? v2 : v)[(j * HKV + h / (H / HKV)) * D + c];
                 assert_close((double)out[i * D + c], sum, 1e-5, "out", i * D + c);
             }
         }
-        if (s.recent < S) continue;
-        s.recent = 0; // nothing is left of the first set: plain attention, to the bit
+        if (s.second.recent < S && s.second.prompt < S) continue;
+        s.second = (kvq_second_set){0, 0, 0}; // nothing is left of the first set: plain attention, to the bit
         backends[0]->attention(backends[0], &s, q, k2, v2, NULL, NULL, out2, scratch);
         ck_assert_mem_eq(out, out2, (size_t)nq * sizeof *out);
     }
@@ -375,8 +382,8 @@ END_TEST
 START_TEST(backward_scratch_is_enough_for_recent_keys) {
     open_backends();
     for (int64_t S = 1; S < 400; S += 3) {
-        kvq_attention_shape s = {S, 4, 2, 8, 0, 1, 0, 0}, recent = s;
-        recent.recent = 7;
+        kvq_attention_shape s = {S, 4, 2, 8, 0, 1, 0, {0, 0, 0}}, recent = s;
+        recent.second.recent = 7;
         ck_assert_int_le(backends[1]->attention_scratch_floats(backends[1], &recent, false),
                          backends[1]->attention_scratch_floats(backends[1], &s, true));
     }
@@ -661,7 +668,7 @@ static const kvq_test_case CASES[] = {
     KVQ_LOOP(gated_activations_and_their_gradients_in_place, 2),
     KVQ_CASE(soft_caps_bound_without_moving_small_numbers),
     KVQ_LOOP(attention_equals_the_definition, N_ATTENTION_CASES),
-    KVQ_LOOP(recent_keys_come_from_the_second_set, N_RECENT_TOKENS),
+    KVQ_LOOP(keys_come_from_the_second_set_where_it_says, N_RECENT_TOKENS),
     KVQ_CASE(backward_scratch_is_enough_for_recent_keys),
     KVQ_LOOP(attention_backward_equals_the_definition, N_ATTENTION_CASES),
     KVQ_LOOP(routes_are_the_most_probable_experts, 2),
