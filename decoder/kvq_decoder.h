@@ -191,8 +191,9 @@ typedef struct kvq_validation {
 void kvq_validation_free(const kvq_context *ctx, kvq_validation *validation);
 
 // Scores every window with full precision and, when artifact is not NULL, with K and V through the packed cache as the
-// protocol says. Both passes run over the same windows side by side; memory is one layer of weights, the hidden states
-// of a group of windows, logits of a block of positions, and a few bytes per scored position.
+// protocol says. options NULL: prefill, and nothing beside it. Both passes run over the same windows side by side;
+// memory is one layer of weights, the hidden states of a group of windows, logits of a block of positions, and a few
+// bytes per scored position.
 kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
                         const kvq_windows *windows, const kvq_validate_options *options, kvq_validation *out,
                         kvq_error *err);

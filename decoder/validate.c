@@ -264,8 +264,9 @@ void kvq_validation_free(const kvq_context *ctx, kvq_validation *v) {
 
 // The baseline alone has no protocol and no passes beside it; counts of windows end at those that there are.
 static kvq_validate_options options_for(const kvq_validate_options *wanted, bool has_artifact, int64_t n_windows) {
-    kvq_validate_options o = *wanted;
-    if (!has_artifact) return (kvq_validate_options){.protocol = KVQ_PROTOCOL_PREFILL};
+    kvq_validate_options o = {.protocol = KVQ_PROTOCOL_PREFILL};
+    if (!has_artifact || wanted == NULL) return o;
+    o = *wanted;
     if (o.protocol == KVQ_PROTOCOL_PREFILL) o.n_prompt = 0;
     if (o.layer_windows > n_windows) o.layer_windows = n_windows;
     if (o.noise_windows > n_windows) o.noise_windows = n_windows;

@@ -56,8 +56,8 @@ static double loss(rig *r, int64_t n_text, bool bos) {
     kvq_windows    w = make_windows(r, 2, n_text, bos);
     kvq_validation v = {0};
     kvq_error      err = {0};
-    kvq_test_ok(kvq_validate(&r->ctx, r->be, r->model, NULL, &w, &v, &err), &err);
-    double mean = v.baseline_nll.mean;
+    kvq_test_ok(kvq_validate(&r->ctx, r->be, r->model, NULL, &w, NULL, &v, &err), &err);
+    double mean = v.baseline_nll.value;
     kvq_validation_free(&r->ctx, &v);
     kvq_windows_free(&r->ctx, &w);
     return mean;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The packed cache against the codec, the statistics against hand computation, gates, and what belongs together.
+// The packed cache against the codec, validation by both protocols, held-out errors, and what belongs together.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -267,16 +267,7 @@ START_TEST(numbers_beyond_f16_are_located) {
 }
 END_TEST
 
-// ---------------------------------------------------------------- statistics
-
-START_TEST(mean_and_standard_error_by_hand) {
-    const double x[] = {1, 2, 4, 5};
-    kvq_mean     m = kvq_mean_of(x, 4);
-    ck_assert_double_eq_tol(m.mean, 3, 1e-15);
-    ck_assert_double_eq_tol(m.stderr_, sqrt(10.0 / 3 / 4), 1e-15); // sample variance 10/3
-    ck_assert(isnan(kvq_mean_of(x, 1).stderr_));                   // one window says nothing about its scatter
-}
-END_TEST
+// ---------------------------------------------------------------- validation
 
 static void tiny_windows(kvq_windows *w, int64_t n, int64_t S, int64_t vocab, int32_t *ids) {
     memset(w, 0, sizeof *w);
@@ -352,23 +343,23 @@ START_TEST(validation_sees_small_and_large_damage) {
         open_tiny(&r, &m, with, 40); // covers the data
         r.artifact->layers[0].k.domain = DAMAGES[i].domain;
         tiny_windows(&windows, N, S, m.c->vocab_size, ids);
-        kvq_test_ok(kvq_validate(&r.ctx, r.be, m.model, r.artifact, &windows, &v, &err), &err);
+        kvq_test_ok(kvq_validate(&r.ctx, r.be, m.model, r.artifact, &windows, NULL, &v, &err), &err);
         ck_assert_int_eq(v.tokens_scored, N * (S - 1));
-        ck_assert_double_eq_tol(log(v.quantized_ppl) - log(v.baseline_ppl), v.difference_nll.mean, 1e-12);
-        ck_assert_double_eq_tol(v.dppl.mean, v.quantized_ppl / v.baseline_ppl - 1, 1e-12);
-        ck_assert_double_ge(v.kld.mean, 0);
-        kld[i] = v.kld.mean;
-        baseline[i] = v.baseline_nll.mean;
+        ck_assert_double_eq_tol(log(v.quantized_ppl.value) - log(v.baseline_ppl.value), v.difference_nll.value, 1e-12);
+        ck_assert_double_eq_tol(v.dppl.value, v.quantized_ppl.value / v.baseline_ppl.value - 1, 1e-12);
+        ck_assert_double_ge(v.kld.value, 0);
+        kld[i] = v.kld.value;
+        baseline[i] = v.baseline_nll.value;
         kvq_validation_free(&r.ctx, &v);
         // the full-precision pass alone gives the same baseline
-        kvq_test_ok(kvq_validate(&r.ctx, r.be, m.model, NULL, &windows, &v, &err), &err);
-        ck_assert_double_eq_tol(v.baseline_nll.mean, baseline[i], 1e-12);
+        kvq_test_ok(kvq_validate(&r.ctx, r.be, m.model, NULL, &windows, NULL, &v, &err), &err);
+        ck_assert_double_eq_tol(v.baseline_nll.value, baseline[i], 1e-12);
         ck_assert(!v.has_artifact);
         kvq_validation_free(&r.ctx, &v);
         // an artifact of another shape is refused before any work
         r.artifact->model.vocab_size++;
-        kvq_test_failed(kvq_validate(&r.ctx, r.be, m.model, r.artifact, &windows, &v, &err), KVQ_ERR_MISMATCH, &err,
-                        "vocabulary");
+        kvq_test_failed(kvq_validate(&r.ctx, r.be, m.model, r.artifact, &windows, NULL, &v, &err), KVQ_ERR_MISMATCH,
+                        &err, "vocabulary");
         close_tiny(&r, &m);
         ck_assert(baseline[0] == baseline[i]);
     }
@@ -599,61 +590,44 @@ START_TEST(heldout_errors_fall_with_bits) {
 }
 END_TEST
 
-// ---------------------------------------------------------------- gates
-
-typedef struct gate_case {
-    const char *expression;
-    double      limit;
-    bool        at_most;
-    kvq_verdict verdict; // for dppl 0.05, kld 0.02, top1 0.9, ppl 21, bits 3.4
-} gate_case;
-
-static const gate_case GATES[] = {
-    {"dppl<=10%", 0.1, true, KVQ_PASS},           {"dppl<=4%", 0.04, true, KVQ_FAIL},
-    {"dppl <= 0.05 ", 0.05, true, KVQ_PASS},      {"kld.mean<=0.02", 0.02, true, KVQ_PASS},
-    {"kld.mean<=1e-3", 0.001, true, KVQ_FAIL},    {"top1>=97%", 0.97, false, KVQ_FAIL},
-    {"top1>=0.9", 0.9, false, KVQ_PASS},          {"ppl<=20", 20, true, KVQ_FAIL},
-    {"effective_bits<=3.5", 3.5, true, KVQ_PASS},
-};
-
-START_TEST(gates_are_read_and_judged) {
-    kvq_validation v = {.has_artifact = true,
-                        .quantized_ppl = 21,
-                        .dppl = {0.05, 0},
-                        .kld = {0.02, 0},
-                        .top1 = {0.9, 0},
-                        .effective_bits = 3.4};
+// What a validation says of layers is what held-out reports say of the same windows, and it changes no score; noise is
+// small beside what two bits do, and not nothing.
+START_TEST(validation_measures_layers_and_noise_beside_it) {
+    enum { N = 3, S = 40 };
+    rig            r;
+    tiny           m;
     kvq_error      err = {0};
-    for (size_t i = 0; i < sizeof GATES / sizeof *GATES; i++) {
-        kvq_gate gate;
-        double   value;
-        kvq_test_ok(kvq_gate_parse(GATES[i].expression, &gate, &err), &err);
-        ck_assert_double_eq_tol(gate.limit, GATES[i].limit, 1e-15);
-        ck_assert_int_eq(gate.at_most, GATES[i].at_most);
-        ck_assert_int_eq(kvq_gate_judge(&gate, &v, &value), GATES[i].verdict);
-    }
-    const char *bad[] = {"",          "dppl",     "dppl<1%",   "dppl=1",       "speed<=1",
-                         "dppl<=",    "dppl<=x",  "dppl<=1%%", "dppl<=nan",    "<=3",
-                         "dppl<=1 2", "dppl<=10", "top1>=97",  "kld.mean<=2%", "ppl<=500%"};
-    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
-        kvq_gate gate;
-        kvq_test_failed(kvq_gate_parse(bad[i], &gate, &err), KVQ_ERR_USAGE, &err, "--gate");
-    }
+    kvq_windows    windows, first;
+    kvq_validation plain, v;
+    int32_t        ids[N * S];
+    open_tiny(&r, &m, (setup){.bits = 2, .sinks = 1, .recent = 3, .v_axis = KVQ_AXIS_TOKEN}, 40);
+    tiny_windows(&windows, N, S, m.c->vocab_size, ids);
+    first = windows;
+    first.n_windows = 2;
+    kvq_validate_options options = {.layer_windows = 2, .noise_windows = 1};
+    kvq_test_ok(kvq_validate(&r.ctx, r.be, m.model, r.artifact, &windows, NULL, &plain, &err), &err);
+    kvq_test_ok(kvq_validate(&r.ctx, r.be, m.model, r.artifact, &windows, &options, &v, &err), &err);
+    kvq_test_ok(kvq_measure_heldout(&r.ctx, r.be, m.model, r.artifact, &first, &err), &err);
+    ck_assert(!plain.has_noise && plain.layers == NULL);
+    ck_assert_mem_eq(plain.position_kld, v.position_kld, (size_t)v.tokens_scored * sizeof(float));
+    ck_assert_mem_eq(plain.position_hits, v.position_hits, (size_t)v.tokens_scored);
+    ck_assert_mem_eq(&v.layers[0].k, &r.artifact->layers[0].k.heldout, sizeof v.layers[0].k);
+    ck_assert_mem_eq(&v.layers[0].v, &r.artifact->layers[0].v.heldout, sizeof v.layers[0].v);
+    ck_assert(v.layers[0].attention_error.value == r.artifact->layers[0].attention_error);
+    ck_assert_double_gt(v.layers[0].attention_error.high, v.layers[0].attention_error.value);
+    ck_assert(v.has_noise);
+    ck_assert_double_gt(v.noise_kld.value, 0);
+    ck_assert_double_lt(v.noise_kld.value, 0.1 * v.kld.value);
+    kvq_validation_free(&r.ctx, &plain);
+    kvq_validation_free(&r.ctx, &v);
+    options = (kvq_validate_options){.protocol = KVQ_PROTOCOL_DECODE, .n_prompt = S - 1}; // nothing behind it is scored
+    kvq_test_failed(kvq_validate(&r.ctx, r.be, m.model, r.artifact, &windows, &options, &v, &err), KVQ_ERR_USAGE, &err,
+                    "a prompt of 39 tokens");
+    close_tiny(&r, &m);
 }
 END_TEST
 
-// Without an artifact nothing was compared, so a gate on a comparison cannot pass.
-START_TEST(a_gate_on_nothing_fails) {
-    kvq_validation v = {.has_artifact = false, .baseline_ppl = 5};
-    kvq_gate       gate;
-    double         value;
-    kvq_test_ok(kvq_gate_parse("dppl<=10%", &gate, NULL), NULL);
-    ck_assert_int_eq(kvq_gate_judge(&gate, &v, &value), KVQ_FAIL);
-    ck_assert(isnan(value));
-    kvq_test_ok(kvq_gate_parse("ppl<=10", &gate, NULL), NULL);
-    ck_assert_int_eq(kvq_gate_judge(&gate, &v, &value), KVQ_PASS);
-}
-END_TEST
+// ---------------------------------------------------------------- belonging together
 
 // What an artifact knows of its model must be true; what it does not know (from a capture) is not held against it.
 START_TEST(artifacts_match_models_by_what_they_know) {
@@ -679,11 +653,9 @@ static const kvq_test_case CASES[] = {
     KVQ_LOOP(prefill_sees_what_single_tokens_see, 8),
     KVQ_CASE(failed_appends_change_nothing),
     KVQ_CASE(numbers_beyond_f16_are_located),
-    KVQ_CASE(mean_and_standard_error_by_hand),
     KVQ_CASE(validation_sees_small_and_large_damage),
     KVQ_LOOP(heldout_reports_equal_their_definitions, N_HELDOUT_CASES),
     KVQ_CASE(heldout_errors_fall_with_bits),
-    KVQ_CASE(gates_are_read_and_judged),
-    KVQ_CASE(a_gate_on_nothing_fails),
+    KVQ_CASE(validation_measures_layers_and_noise_beside_it),
 };
 KVQ_TEST_MAIN("decoder", CASES)

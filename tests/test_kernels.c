@@ -633,6 +633,23 @@ START_TEST(comparison_by_hand) {
 }
 END_TEST
 
+// The first five of a are 3, 0, 1, 2, 4 (5 has the same logit as 4, and a higher id), of b 6, 5, 4, 2, 3.
+START_TEST(the_first_five_are_compared) {
+    open_backends();
+    float              a[7] = {2, 1, 1, 3, 0, 0, -9}, b[7] = {-9, -8, 1, 1, 2, 3, 4}, flat[3] = {1, 1, 1};
+    int32_t            target = 0;
+    double             sum = 0;
+    kvq_position_score score;
+    backends[0]->compare(backends[0], a, b, &target, 1, 7, &score);
+    ck_assert_int_eq(score.top5_common, 3);
+    for (int i = 0; i < 7; i++) sum += exp((double)a[i]);
+    ck_assert_double_eq_tol(score.confidence_a, exp(3) / sum, 1e-14);
+    backends[0]->compare(backends[0], flat, flat, &target, 1, 3, &score); // a vocabulary of three
+    ck_assert_int_eq(score.top5_common, 3);
+    ck_assert_double_eq_tol(score.confidence_a, 1.0 / 3, 1e-14);
+}
+END_TEST
+
 START_TEST(sampling_inverts_the_cumulative_distribution) {
     open_backends();
     float   logits[4] = {-1e9f, (float)log(1.0), (float)log(2.0), (float)log(5.0)}; // 0, 1/8, 2/8, 5/8
@@ -678,6 +695,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(cross_entropy_and_its_gradient),
     KVQ_CASE(cross_entropy_goes_through_the_cap),
     KVQ_CASE(comparison_by_hand),
+    KVQ_CASE(the_first_five_are_compared),
     KVQ_CASE(sampling_inverts_the_cumulative_distribution),
     KVQ_CASE(nonfinite_values_are_found_wherever_they_are),
 };

@@ -409,7 +409,7 @@ static kvq_status offer_second_set(void *user, int64_t layer, kvq_qkv *x, int64_
     for (int64_t i = (n_tokens - set->recent) * set->r->d; i < n; i++) x->k[i] = x->v[i] = 1e4f;
     x->k_recent = set->k;
     x->v_recent = set->v;
-    x->recent = set->recent;
+    x->second.recent = set->recent;
     return KVQ_OK;
 }
 

@@ -174,7 +174,7 @@ static int64_t first_largest(const double *x, int64_t n) {
 static kvq_validation validate(const rig *r) {
     kvq_validation v = {0};
     kvq_error      err = {0};
-    kvq_test_ok(kvq_validate(&r->ctx, r->be, r->model, r->a, &r->windows, &v, &err), &err);
+    kvq_test_ok(kvq_validate(&r->ctx, r->be, r->model, r->a, &r->windows, NULL, &v, &err), &err);
     return v;
 }
 
@@ -195,7 +195,7 @@ static void expect_range(const rig *r, const kvq_range_report *range) {
     for (int64_t w = 0; w < N; w++) share[w] = n.of_window[w] / (n.elements / (double)N);
     mean = mean_of(share, N, &error);
     ck_assert_double_gt(mean, 0.005);
-    ck_assert_double_eq_tol(range->share.mean, mean, 1e-13);
+    ck_assert_double_eq_tol(range->share.value, mean, 1e-13);
     if (N == 1) ck_assert(isnan(range->share.stderr_));
     if (N > 1) ck_assert_double_eq_tol(range->share.stderr_, error, 1e-13);
     ck_assert_int_eq(range->layer, layer);
@@ -234,7 +234,7 @@ START_TEST(domains_are_told_apart) {
     for (int i = 0; i < 2; i++) {
         rig_open(&r, MOST_N, KVQ_AXIS_CHANNEL, i == 0 ? KVQ_KEYS_PRE_ROPE : KVQ_KEYS_POST_ROPE);
         kvq_validation v = validate(&r);
-        share[i] = v.range.share.mean;
+        share[i] = v.range.share.value;
         kvq_validation_free(&r.ctx, &v);
         rig_close(&r);
     }
@@ -254,7 +254,7 @@ START_TEST(a_recent_window_changes_nothing_of_the_first_layer) {
     kvq_validation v = validate(&r);
     ck_assert_int_eq(v.range.layer, 0);
     ck_assert_double_eq_tol(v.range.layer_share, n.of_layer[0] / (n.elements / L), 1e-13);
-    ck_assert_double_eq_tol(v.range.share.mean, n.of_layer[0] / n.elements, 1e-13);
+    ck_assert_double_eq_tol(v.range.share.value, n.of_layer[0] / n.elements, 1e-13);
     kvq_validation_free(&r.ctx, &v);
     rig_close(&r);
 }
@@ -276,7 +276,7 @@ START_TEST(exceeding_has_a_margin) {
     for (int64_t n = 1; n <= MOST_N; n += MOST_N - 1) {
         rig_open(&r, n, KVQ_AXIS_CHANNEL, KVQ_KEYS_PRE_ROPE);
         kvq_validation v = validate(&r);
-        double         least = v.range.share.mean - (n > 1 ? 2 * v.range.share.stderr_ : 0);
+        double         least = v.range.share.value - (n > 1 ? 2 * v.range.share.stderr_ : 0);
         kvq_validation_free(&r.ctx, &v);
         ck_assert_double_gt(least, 0);
         for (int i = 0; i < 2; i++) {
@@ -318,7 +318,7 @@ START_TEST(wide_ranges_are_never_left) {
     }
     kvq_validation v = validate(&r);
     ck_assert(v.has_range && !v.range.exceeds);
-    ck_assert(v.range.share.mean == 0 && v.range.share.stderr_ == 0);
+    ck_assert(v.range.share.value == 0 && v.range.share.stderr_ == 0);
     ck_assert(v.range.layer_share == 0 && v.range.channel_share == 0 && v.range.token_part == 0);
     kvq_validation_free(&r.ctx, &v);
     rig_close(&r);

@@ -2,109 +2,12 @@
 // KL of single tensors against one slow pass through the whole model for each of them. The suite has a copy of
 // sensitivity.c whose groups of states are small (KVQ_GROUP_BYTES), so that a model of three layers needs several.
 #include <math.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "counting_memory.h"
-#include "kvq_calib.h"
-#include "kvq_decoder.h"
-#include "kvq_make_model.h"
-#include "kvq_test.h"
 #include "limited_memory.h"
-
-enum { L = 3, DIM = 16, D = 2 * DIM, C = 64, V = KVQ_MAKE_N_TOKENS, MOST_N = 8, MOST_S = 600, MOST_T = 512 };
-
-typedef struct rig {
-    kvq_context             ctx;
-    kvq_backend            *be;
-    kvq_checkpoint         *checkpoint;
-    kvq_model              *model;
-    const kvq_model_config *c;
-    kvq_artifact           *artifact;
-    kvq_windows             windows;
-    int32_t                 ids[MOST_N * MOST_S];
-} rig;
-
-static void rig_open(rig *r, int64_t n_windows, int64_t seq_len) {
-    kvq_error        err = {0};
-    char             path[256];
-    kvq_make_options options = kvq_make_options_default();
-    memset(r, 0, sizeof *r);
-    r->ctx = kvq_test_context();
-    options.n_layers = L;
-    options.max_positions = 1024;
-    (void)snprintf(path, sizeof path, "%s/model", kvq_test_folder());
-    kvq_make_model_hf(&options, path);
-    kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, &err), &err);
-    kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
-    kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
-    r->c = kvq_model_describe(r->model);
-    ck_assert(r->c->hidden_size == C && r->c->vocab_size == V && r->c->n_kv_heads * r->c->head_dim == D);
-    r->windows = (kvq_windows){.n_windows = n_windows, .seq_len = seq_len, .ids = r->ids, .source = "test"};
-    for (int64_t i = 0; i < n_windows * seq_len; i++)
-        r->ids[i] = (int32_t)kvq_rng_below(8, KVQ_RNG_TEST, 80, (uint64_t)i, V);
-}
-
-static void rig_close(rig *r) {
-    kvq_artifact_destroy(&r->ctx, &r->artifact);
-    kvq_model_destroy(&r->ctx, &r->model);
-    kvq_checkpoint_close(&r->ctx, &r->checkpoint);
-    r->be->destroy(&r->be);
-}
-
-// ---------------------------------------------------------------- artifacts of this model
-
-enum { NUQ, ALLOC };
-
-// Of two short windows: what the artifact knows is of no importance here, and that it clips and errs is welcome.
-static kvq_windows few_windows(rig *r) {
-    return (kvq_windows){.n_windows = 2, .seq_len = 40, .ids = r->ids, .source = "test"};
-}
-
-static void make_nuq(rig *r, int bits, kvq_key_domain domain, const kvq_sweep_options *sweep) {
-    kvq_calib_options o = kvq_calib_options_default();
-    kvq_processes     alone = kvq_processes_single();
-    kvq_windows       w = bits < 8 ? few_windows(r) : r->windows;
-    kvq_error         err = {0};
-    if (bits == 8) o.fit.outlier_fraction = 0; // and nothing of these windows is cut off
-    o.measure.k_domain = domain;
-    o.measure.sink_tokens = 2;
-    o.fit.k_bits = o.fit.v_bits = bits;
-    o.fit.recent_tokens = 3; // which is not used
-    kvq_test_ok(kvq_calibrate(&r->ctx, r->be, r->model, &w, &o, sweep, &alone, &r->artifact, &err), &err);
-}
-
-static void make_alloc(rig *r, const kvq_sweep_options *sweep) {
-    kvq_measure_options  o = kvq_calib_options_default().measure;
-    kvq_alloc_options    reference = kvq_reference_allocation();
-    kvq_processes        alone = kvq_processes_single();
-    kvq_windows          w = few_windows(r);
-    kvq_measured_layers *layers = NULL;
-    kvq_artifact        *about = NULL;
-    kvq_error            err = {0};
-    kvq_measure_for_tiles(&o);
-    o.sink_tokens = 2;
-    kvq_test_ok(kvq_measure(&r->ctx, r->be, r->model, &w, &o, sweep, &alone, &about, &err), &err);
-    kvq_test_ok(kvq_measured_layers_open(&r->ctx, about, &o, sweep, &alone, &layers, &err), &err);
-    kvq_test_ok(kvq_fit_allocated(&r->ctx, layers, &reference, NULL, &r->artifact, NULL, &err), &err);
-    kvq_measured_layers_close(&r->ctx, &layers);
-    kvq_artifact_destroy(&r->ctx, &about);
-}
-
-static void make_artifact(rig *r, int scheme, int bits, kvq_key_domain domain) {
-    char          folder[256];
-    kvq_processes alone = kvq_processes_single();
-    kvq_error     err = {0};
-    (void)snprintf(folder, sizeof folder, "%s/work", kvq_test_folder());
-    kvq_sweep_options sweep = {.work_dir = folder, .restart = true, .stride = 1, .n_shards = 1};
-    if (scheme == NUQ) {
-        make_nuq(r, bits, domain, &sweep);
-    } else {
-        make_alloc(r, &sweep);
-    }
-    kvq_test_ok(kvq_sweep_forget(&r->ctx, &sweep, &alone, &err), &err);
-}
+#include "scored_model.h"
 
 // ---------------------------------------------------------------- the slow way
 
@@ -229,7 +132,7 @@ START_TEST(kl_is_that_of_one_tensor_alone) {
     double                  kl[2 * L], expected[2 * L], least = 1;
     kvq_error               err = {0};
     rig_open(&r, example->n_windows, example->seq_len);
-    make_artifact(&r, example->scheme, example->bits, example->domain);
+    make_artifact(&r, example->scheme, example->bits, example->domain, 3);
     kvq_sensitivity_cost plan = kvq_sensitivity_plan(r.model, example->seq_len, example->n_windows, example->n_tokens);
     ck_assert_int_eq(plan.n_windows, example->count);
     ck_assert_int_eq(plan.n_tokens, example->seq_len < 512 ? example->seq_len : 512);
@@ -251,10 +154,10 @@ START_TEST(fine_levels_are_hardly_felt) {
     double     fine[2 * L], coarse[2 * L];
     kvq_error  err = {0};
     rig_open(&r, 3, 60);
-    make_artifact(&r, NUQ, 8, KVQ_KEYS_PRE_ROPE);
+    make_artifact(&r, NUQ, 8, KVQ_KEYS_PRE_ROPE, 3);
     kvq_test_ok(kvq_measure_sensitivity(&r.ctx, r.be, r.model, r.artifact, &r.windows, 180, 0, L, fine, &err), &err);
     kvq_artifact_destroy(&r.ctx, &r.artifact);
-    make_artifact(&r, NUQ, 2, KVQ_KEYS_PRE_ROPE);
+    make_artifact(&r, NUQ, 2, KVQ_KEYS_PRE_ROPE, 3);
     kvq_test_ok(kvq_measure_sensitivity(&r.ctx, r.be, r.model, r.artifact, &r.windows, 180, 0, L, coarse, &err), &err);
     for (int i = 0; i < 2 * L; i++) ck_assert_double_lt(fabs(fine[i]), 1e-3 * coarse[i]); // steps are 85 times smaller
     rig_close(&r);
@@ -267,7 +170,7 @@ START_TEST(threads_change_nothing) {
     double     kl[2][2 * L];
     kvq_error  err = {0};
     rig_open(&r, 3, 50);
-    make_artifact(&r, ALLOC, 0, KVQ_KEYS_PRE_ROPE);
+    make_artifact(&r, ALLOC, 0, KVQ_KEYS_PRE_ROPE, 3);
     for (int i = 0; i < 2; i++) {
         r.ctx.n_threads = 1 + 2 * i;
         kvq_test_ok(kvq_measure_sensitivity(&r.ctx, r.be, r.model, r.artifact, &r.windows, 150, 0, L, kl[i], &err),
@@ -291,7 +194,7 @@ START_TEST(what_cannot_be_measured_is_refused) {
     double     kl[2 * L] = {7};
     kvq_error  err = {0};
     rig_open(&r, 3, 50);
-    make_artifact(&r, NUQ, 2, KVQ_KEYS_PRE_ROPE);
+    make_artifact(&r, NUQ, 2, KVQ_KEYS_PRE_ROPE, 3);
     r.windows.n_windows = 0;
     kvq_test_failed(kvq_measure_sensitivity(&r.ctx, r.be, r.model, r.artifact, &r.windows, 150, 0, L, kl, &err),
                     KVQ_ERR_INPUT, &err, "no token can be scored");
@@ -320,7 +223,7 @@ START_TEST(every_end_in_the_middle_is_survived) {
     double     kl[2 * L], expected[2 * L], before[2 * L];
     kvq_error  err = {0};
     rig_open(&r, 4, 40);
-    make_artifact(&r, _i == 0 ? NUQ : ALLOC, 2, KVQ_KEYS_PRE_ROPE);
+    make_artifact(&r, _i == 0 ? NUQ : ALLOC, 2, KVQ_KEYS_PRE_ROPE, 3);
     kvq_test_ok(kvq_measure_sensitivity(&r.ctx, r.be, r.model, r.artifact, &r.windows, 160, 0, L, expected, &err),
                 &err);
     kvq_context normal = r.ctx;
@@ -353,7 +256,7 @@ START_TEST(the_plan_has_room_for_all) {
     double     kl[2 * L];
     kvq_error  err = {0};
     rig_open(&r, 4, _i < 2 ? 300 : 40);
-    make_artifact(&r, _i % 2 == 0 ? NUQ : ALLOC, 3, KVQ_KEYS_PRE_ROPE);
+    make_artifact(&r, _i % 2 == 0 ? NUQ : ALLOC, 3, KVQ_KEYS_PRE_ROPE, 3);
     r.ctx.n_threads = 1; // the count is not made for several
     kvq_sensitivity_cost plan = kvq_sensitivity_plan(r.model, r.windows.seq_len, 4, 1200);
     kvq_context          normal = r.ctx;
