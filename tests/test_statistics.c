@@ -227,6 +227,15 @@ START_TEST(quantiles_scatter_at_least_as_independent_values) {
 }
 END_TEST
 
+// Zeros are 55, 60 and 65 of three blocks of 100, the rest is 1, 2, 3, .. 120. Not above the median, 0, are 0.55, 0.6
+// and 0.65: error 0.05 / sqrt(3), times 4.3027 is 0.12421; ranks 112.2 and 187.8: the 113th, a zero, and the 188th, 8.
+START_TEST(ties_with_a_quantile_are_not_above_it) {
+    float x[300], next = 1;
+    for (int i = 0; i < 300; i++) x[i] = i % 100 < 55 + i / 100 * 5 ? 0 : next++;
+    expect(quantile_of(x, 3, 100, 0.5), 0, NONE, 0, 8, CLOSE);
+}
+END_TEST
+
 START_TEST(quantiles_of_odd_data) {
     const double q[] = {0.5, 0.99};
     kvq_context  ctx = kvq_test_context();
@@ -314,6 +323,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(quantiles_are_nearest_ranks),
     KVQ_CASE(ends_of_quantiles_are_quantiles_at_the_ends),
     KVQ_CASE(quantiles_scatter_at_least_as_independent_values),
+    KVQ_CASE(ties_with_a_quantile_are_not_above_it),
     KVQ_CASE(quantiles_of_odd_data),
     KVQ_CASE(quantiles_without_memory_fail_cleanly),
     KVQ_CASE(regressions_are_paired),
