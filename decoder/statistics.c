@@ -66,7 +66,8 @@ static double resampled_t(const groups *g, int resample) {
     uint32_t words[4];
     for (int i = 0; i < g->n; i++) {
         if (i % 4 == 0)
-            kvq_rng_block(0, KVQ_RNG_BOOTSTRAP, (uint32_t)g->n, (uint64_t)(resample * (MAX_GROUPS / 4) + i / 4), words);
+            kvq_rng_block(0, KVQ_RNG_BOOTSTRAP, (uint32_t)g->n, (uint64_t)resample * (MAX_GROUPS / 4) + (uint64_t)i / 4,
+                          words);
         int    drawn = (int)((uint64_t)words[i % 4] * (uint64_t)g->n >> 32);
         double residual = g->residuals[drawn], count = g->counts[drawn];
         e += residual;
