@@ -19,11 +19,13 @@ typedef struct metric {
 static kvq_estimate exact(double x) { return (kvq_estimate){x, 0, x, x}; }
 static kvq_estimate unknown(void) { return exact((double)NAN); }
 
-// The layer whose outputs are hurt most.
+// The layer whose outputs are hurt most; one that is not known may be that.
 static kvq_estimate worst_layer(const kvq_validation *v) {
     kvq_estimate worst = unknown();
     for (int64_t l = 0; v->layers != NULL && l < v->n_layers; l++) {
-        if (!(v->layers[l].attention_error.value <= worst.value)) worst = v->layers[l].attention_error;
+        kvq_estimate error = v->layers[l].attention_error;
+        if (isnan(error.value)) return error;
+        if (!(error.value <= worst.value)) worst = error;
     }
     return worst;
 }
@@ -109,10 +111,19 @@ bool kvq_gate_needs_artifact(const kvq_gate *gate) { return strcmp(gate->metric,
 
 static bool within(const kvq_gate *gate, double x) { return gate->at_most ? x <= gate->limit : x >= gate->limit; }
 
-// How many times the tokens that were scored bring the end of the interval that lies beyond the limit back to it.
+// How many times the tokens bring the end of the interval that lies beyond the limit back to it.
 static double times_the_tokens(const kvq_gate *gate, const kvq_estimate *x) {
-    double end = x->value < gate->limit ? x->high : x->low, ratio = (end - x->value) / (gate->limit - x->value);
+    double end = x->value < gate->limit ? x->high : x->low;
+    if (isnan(end)) return end;
+    if (x->value == gate->limit) return (double)INFINITY; // where that end may be the value, too
+    double ratio = (end - x->value) / (gate->limit - x->value);
     return ratio * ratio;
+}
+
+// Scored tokens of the windows that the metric was measured on.
+static double tokens_of(const kvq_gate *gate, const kvq_validation *v) {
+    bool of_layers = strcmp(gate->metric, "layer.attn_err.max") == 0;
+    return (double)(of_layers ? v->options.layer_windows * v->n_scored : v->tokens_scored);
 }
 
 kvq_judgement kvq_gate_judge(const kvq_gate *gate, const kvq_validation *v, bool by_point) {
@@ -121,7 +132,7 @@ kvq_judgement kvq_gate_judge(const kvq_gate *gate, const kvq_validation *v, bool
         if (METRICS[i].name == gate->metric) j.measured = METRICS[i].of(v);
     }
     const kvq_estimate *x = &j.measured;
-    if (by_point || isnan(x->value)) {
+    if (by_point || !isfinite(x->value)) {                        // what overflowed has no interval
         j.verdict = within(gate, x->value) ? KVQ_PASS : KVQ_FAIL; // NaN is within nothing
     } else if (within(gate, x->low) && within(gate, x->high)) {
         j.verdict = KVQ_PASS;
@@ -129,7 +140,7 @@ kvq_judgement kvq_gate_judge(const kvq_gate *gate, const kvq_validation *v, bool
         j.verdict = KVQ_FAIL; // an end that is not within, and the other is not either
     } else {
         j.verdict = KVQ_INCONCLUSIVE;
-        j.tokens_to_decide = times_the_tokens(gate, x) * (double)v->tokens_scored;
+        j.tokens_to_decide = times_the_tokens(gate, x) * tokens_of(gate, v);
     }
     return j;
 }

@@ -129,7 +129,7 @@ static void set_buckets(const scores *s, kvq_validation *v) {
 static void set_distribution(const scores *s, kvq_validation *v) {
     for (int64_t i = 0; i < s->n_windows * s->n_scored; i++) {
         double kl = (double)v->position_kld[i], bin = kl > 0 ? floor(4 * (log10(kl) + 8)) : 0;
-        v->kld_max = kl > v->kld_max ? kl : v->kld_max;
+        v->kld_max = kl > v->kld_max || isnan(kl) ? kl : v->kld_max; // NaN stays, so that no gate passes on it
         v->kld_histogram[bin < 0 ? 0 : bin >= KVQ_KLD_BINS ? KVQ_KLD_BINS - 1 : (int)bin]++;
     }
 }
@@ -139,7 +139,6 @@ kvq_status scores_summarise(const kvq_context *ctx, const scores *s, kvq_validat
         [KVQ_KLD_MEDIAN] = 0.5, [KVQ_KLD_P90] = 0.9, [KVQ_KLD_P99] = 0.99, [KVQ_KLD_P999] = 0.999};
     double *const windows[] = {v->window_baseline_nll, v->window_quantized_nll, v->window_kld, v->window_top1};
     const int     sums[] = {SUM_BASELINE, SUM_QUANTIZED, SUM_KLD, SUM_TOP1};
-    kvq_status    status = KVQ_OK;
     for (int i = 0; i < 4; i++) {
         for (int64_t w = 0; w < s->n_windows; w++)
             windows[i][w] = sums_of(s, GROUP_ALL, sums[i])[w] / (double)s->n_scored;
@@ -160,10 +159,6 @@ kvq_status scores_summarise(const kvq_context *ctx, const scores *s, kvq_validat
     v->has_noise = !isnan(v->noise_kld.value);
     set_buckets(s, v);
     set_distribution(s, v);
-    for (int i = 0; i < KVQ_N_KLD_QUANTILES; i++)
-        KVQ_TRY(kvq_estimate_quantile(ctx, v->position_kld, s->n_windows, s->n_scored, QUANTILES[i],
-                                      &v->kld_quantiles[i], err));
-
-done:
-    return status;
+    return kvq_estimate_quantiles(ctx, v->position_kld, s->n_windows, s->n_scored, QUANTILES, KVQ_N_KLD_QUANTILES,
+                                  v->kld_quantiles, err);
 }
