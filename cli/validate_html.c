@@ -40,11 +40,12 @@ static const char STYLE[] =
     "tbody tr:last-child td{border-bottom:0}"
     "th{font-weight:600;font-size:13px;color:#64748b;background:#fafbfc}"
     "th:first-child,td:first-child,.left{text-align:left}"
-    ".dim{color:#64748b}"
+    ".dim,.unit{color:#64748b}.value{font-weight:550}td.unit{text-align:left;padding-left:0;width:3.5em}"
     ".plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:18px}"
     "figure{margin:0;background:#fff;border:1px solid #e2e8f0;border-radius:10px;padding:16px 16px 8px}"
     "figcaption p{color:#64748b;font-size:13px;margin:1px 0 6px}"
-    "svg{display:block;width:100%;height:auto}svg text{font-family:inherit}"
+    "svg{display:block;width:100%;height:auto}svg g,svg text{font-family:inherit}"
+    ".wide{grid-column:1/-1}"
     "details{margin-top:14px}summary{cursor:pointer;color:#334155;font-weight:600;margin-bottom:10px}"
     "pre{background:#fff;border:1px solid #e2e8f0;border-radius:10px;padding:14px 16px;margin:0;white-space:pre-wrap;"
     "overflow-wrap:anywhere;font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}"
@@ -93,18 +94,20 @@ static void add_chip(kvq_xml *xml, const char *verdict, const char *text) {
     add_class(xml, "span", class, text);
 }
 
-static void add_number_cell(kvq_xml *xml, const named_number *form, double x, const char *class) {
+static void add_number_cell(kvq_xml *xml, const named_number *form, double x, const char *class, const char *unknown) {
     char text[NUMBER_TEXT];
-    format_number(form, x, isinf(x) ? "?" : "", text);
-    open_class(xml, "td", class);
-    kvq_xml_text(xml, text);
-    kvq_xml_close(xml);
+    format_digits(form, x, unknown, text);
+    add_class(xml, "td", class, text);
 }
 
+// Units have a column of their own, so that points stand below each other. An end of an interval that the data cannot
+// give is infinite; where there is no interval the cells are empty.
 static void add_estimate_cells(kvq_xml *xml, const named_number *number) {
-    add_number_cell(xml, number, number->x.value, "value");
-    add_number_cell(xml, number, number->x.low, "dim");
-    add_number_cell(xml, number, number->x.high, "dim");
+    bool has_interval = !isnan(number->x.low) || !isnan(number->x.high);
+    add_number_cell(xml, number, number->x.value, "value", "–");
+    add_number_cell(xml, number, number->x.low, "dim", has_interval ? "?" : "");
+    add_number_cell(xml, number, number->x.high, "dim", has_interval ? "?" : "");
+    add_class(xml, "td", "unit", number_unit_name(number));
 }
 
 static void open_section(kvq_xml *xml, const char *title) {
@@ -142,7 +145,7 @@ static void add_top(kvq_xml *xml, const validate_report *r) {
 }
 
 static void add_gates(kvq_xml *xml, const validate_report *r) {
-    static const char *const TITLES[] = {"Gate", "Verdict", "Measured", "from", "to", NULL};
+    static const char *const TITLES[] = {"Gate", "Verdict", "Measured", "95 % from", "to", "", NULL};
     if (r->n_gates == 0) return;
     open_section(xml, "Gates");
     open_table(xml, TITLES, 2);
@@ -170,7 +173,7 @@ static void add_number_row(void *user, const named_number *number) {
 }
 
 static void add_numbers(kvq_xml *xml, const validate_report *r) {
-    static const char *const TITLES[] = {"Metric", "Value", "from", "to", NULL};
+    static const char *const TITLES[] = {"Metric", "Value", "95 % from", "to", "", NULL};
     open_section(xml, "Metrics");
     open_table(xml, TITLES, 1);
     visit_numbers(r, false, add_number_row, xml);
@@ -185,7 +188,7 @@ static plot_result draw(const report_plot *plot, const validate_report *r, char 
     size_t bytes = 0;
     FILE  *to = open_memstream(&commands, &bytes);
     if (to == NULL) return PLOT_FAILED;
-    begin_plot(to);
+    begin_plot(plot, to);
     plot->script(r, to);
     plot_result result = fclose(to) == 0 ? plot_run(commands, bytes, plot->title, svg) : PLOT_FAILED;
     free(commands);
@@ -193,7 +196,7 @@ static plot_result draw(const report_plot *plot, const validate_report *r, char 
 }
 
 static void add_figure(kvq_xml *xml, const report_plot *plot, const char *svg) {
-    kvq_xml_open(xml, "figure");
+    open_class(xml, "figure", plot->wide ? "wide" : "half");
     kvq_xml_open(xml, "figcaption");
     kvq_xml_element(xml, "h3", plot->title);
     kvq_xml_element(xml, "p", plot->caption);

@@ -194,15 +194,33 @@ int worst_layers(const validate_report *r, int64_t *layers, int n) {
 
 // ---------------------------------------------------------------- words
 
-void format_number(const named_number *number, double x, const char *unknown, char out[NUMBER_TEXT]) {
-    static const char *const UNITS[] = {
-        [UNIT_NONE] = "", [UNIT_NATS] = " nats", [UNIT_SHARE] = " %", [UNIT_BITS] = " bits", [UNIT_COUNT] = ""};
-    if (!isfinite(x)) {
-        (void)snprintf(out, NUMBER_TEXT, "%s", unknown);
-        return;
+const char *number_unit_name(const named_number *number) {
+    switch (number->unit) {
+    case UNIT_NATS:
+        return "nats";
+    case UNIT_SHARE:
+        return "%";
+    case UNIT_BITS:
+        return "bits";
+    case UNIT_NONE:
+    case UNIT_COUNT:
+        break;
     }
-    (void)snprintf(out, NUMBER_TEXT, "%.*f%s", number->digits, number->unit == UNIT_SHARE ? 100 * x : x,
-                   UNITS[number->unit]);
+    return "";
+}
+
+void format_digits(const named_number *number, double x, const char *unknown, char out[NUMBER_TEXT]) {
+    if (isfinite(x))
+        (void)snprintf(out, NUMBER_TEXT, "%.*f", number->digits, number->unit == UNIT_SHARE ? 100 * x : x);
+    else
+        (void)snprintf(out, NUMBER_TEXT, "%s", unknown);
+}
+
+void format_number(const named_number *number, double x, const char *unknown, char out[NUMBER_TEXT]) {
+    const char *unit = number_unit_name(number);
+    format_digits(number, x, unknown, out);
+    size_t length = strlen(out);
+    if (isfinite(x) && unit[0] != 0) (void)snprintf(out + length, NUMBER_TEXT - length, " %s", unit);
 }
 
 void report_headline(const validate_report *r, char *out, size_t n) {

@@ -44,7 +44,7 @@ static void add_ticks(FILE *to, const kvq_bucket *buckets, int n) {
 static void plot_perplexity(const validate_report *r, FILE *to) {
     const kvq_validation *v = &r->validation;
     add_ticks(to, v->positions, v->n_positions);
-    (void)fputs("set xlabel 'position in the window, from'\nset ylabel 'perplexity'\nset key top right\n$d << E\n", to);
+    (void)fputs("set xlabel 'position in the window, from'\nset ylabel 'perplexity'\nset key above right horizontal\n$d << E\n", to);
     for (int i = 0; i < v->n_positions; i++) {
         const double values[] = {exp(v->positions[i].baseline_nll), exp(v->positions[i].quantized_nll)};
         add_row(to, i, values, 2);
@@ -89,7 +89,7 @@ static void plot_layers(const validate_report *r, FILE *to) {
     const kvq_validation *v = &r->validation;
     (void)fprintf(to,
                   "set xrange [-0.5:%lld.5]\nset yrange [0:*]\nset xlabel 'layer'\n"
-                  "set ylabel 'error of the attention output, %%'\nset key top right\n$d << E\n",
+                  "set ylabel 'error of the attention output, %%'\nset key above right horizontal\n$d << E\n",
                   (long long)v->n_layers - 1);
     for (int64_t l = 0; l < v->n_layers; l++) {
         const kvq_layer_errors *e = &v->layers[l];
@@ -141,14 +141,15 @@ static void plot_histogram(const validate_report *r, FILE *to) {
 }
 
 static const report_plot PLOTS[] = {
-    {"Perplexity by position", "A cache that loses more the longer it grows would part the two lines to the right.",
+    {"Perplexity by position", "A cache that loses more the longer it grows would part the lines.", false,
      has_positions, plot_perplexity},
-    {"KL divergence by position", "With intervals of 95 % over windows.", has_positions, plot_kld_position},
-    {"Distribution of KL divergence", "Each token once; the means above hide the right end.", has_histogram,
+    {"KL divergence by position", "With intervals of 95 % over windows.", false, has_positions, plot_kld_position},
+    {"Distribution of KL divergence", "Each token once; means hide the right end.", false, has_histogram,
      plot_histogram},
-    {"KL divergence by confidence", "Where full precision is sure, a change of mind costs most.", has_confidences,
-     plot_kld_confidence},
-    {"Error of each layer", "Relative error of the attention output when its input is exact.", has_layers, plot_layers},
+    {"KL divergence by confidence", "By the probability that full precision gives its first choice.", false,
+     has_confidences, plot_kld_confidence},
+    {"Error of each layer", "Relative error of the attention output when the layer's input is exact.", true, has_layers,
+     plot_layers},
 };
 
 const report_plot *report_plots(int *n) {
@@ -157,9 +158,10 @@ const report_plot *report_plots(int *n) {
 }
 
 // What all of them begin with.
-void begin_plot(FILE *to) {
-    (void)fputs("set terminal svg size 560,320 font 'sans-serif,13' background 'white' linewidth 1\n"
-                "set encoding utf8\n"
+void begin_plot(const report_plot *plot, FILE *to) {
+    (void)fprintf(to, "set terminal svg size %d,280 font 'sans-serif,13' background 'white' linewidth 1\n",
+                  plot->wide ? 980 : 480);
+    (void)fputs("set encoding utf8\n"
                 "set border 3 lc rgb '#94a3b8'\n"
                 "set tics nomirror out scale 0.5 textcolor rgb '#475569'\n"
                 "set grid ytics lc rgb '#e2e8f0' lt 1 lw 1\n"

@@ -56,6 +56,9 @@ void visit_numbers(const validate_report *r, bool all, number_visitor *visit, vo
 #define NUMBER_TEXT 48
 // Any x in the form of a number: "0.61 %"; not known: the text `unknown`.
 void format_number(const named_number *number, double x, const char *unknown, char out[NUMBER_TEXT]);
+// The same without the unit, and the unit.
+void        format_digits(const named_number *number, double x, const char *unknown, char out[NUMBER_TEXT]);
+const char *number_unit_name(const named_number *number); // "%", "nats", "bits" or ""
 // Of a gate: its metric, unit and digits, with x as measured.
 named_number gate_number(const validate_report *r, int gate);
 
@@ -107,10 +110,11 @@ report_renderer    render_junit, render_markdown, render_csv, render_html, rende
 
 typedef struct report_plot {
     const char *title, *caption;
+    bool        wide; // takes the whole width of a page
     bool (*has_data)(const validate_report *r);
     void (*script)(const validate_report *r, FILE *to); // commands of gnuplot, behind those that all plots begin with
 } report_plot;
 const report_plot *report_plots(int *n);
-void               begin_plot(FILE *to); // those commands
+void               begin_plot(const report_plot *plot, FILE *to); // those commands
 
 #endif
