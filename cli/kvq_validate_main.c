@@ -134,7 +134,7 @@ static kvq_status check_options(const validate_options *o, kvq_error *err) {
         return kvq_fail(err, KVQ_ERR_USAGE, "add --baseline", "--max-regression: there is no report to compare with");
     if (o->baseline != NULL && o->artifact == NULL)
         return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--baseline: there is nothing quantised to compare");
-    return kvq_cli_source_check(&o->source, err);
+    return KVQ_OK;
 }
 
 static kvq_status check_outputs(kvq_cli *cli, const validate_options *o, kvq_error *err) {
@@ -293,6 +293,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
 
     KVQ_TRY(check_options(o, err));
     KVQ_TRY(parse_gates(o, gates, &r.n_gates, err));
+    KVQ_TRY(kvq_cli_source_check(&o->source, err));
     KVQ_TRY(check_outputs(cli, o, err));
     if (o->baseline != NULL) {
         KVQ_TRY(kvq_report_baseline_read(&cli->ctx, o->baseline, &r.earlier, err));
@@ -355,7 +356,8 @@ static const kvq_cli_program PROGRAM = {
     .n_options = CLI_COUNT_OF(OPTIONS),
     .notes =
         "gates: a metric, <= or >=, a limit; shares as 1% or 0.01. Metrics: dppl, ppl, kld.mean, kld.median, kld.p90,\n"
-        "  kld.p99, kld.p99.9, kld.max, top1, top5, dp.rms, layer.attn_err.max, effective_bits.\n"
+        "  kld.p99, kld.p99.9, kld.max, top1, top5, dp.rms, layer.attn_err.max, effective_bits; with --baseline\n"
+        "  regression.ppl, regression.kld.\n"
         "A gate passes when the whole interval of 95% is within its limit, fails when none of it is, and is "
         "inconclusive\n"
         "otherwise. exit code: 0 when every gate passes, 1 when one fails, 7 when one is inconclusive.\n\n"

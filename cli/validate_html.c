@@ -40,6 +40,7 @@ static const char STYLE[] =
     "tbody tr:last-child td{border-bottom:0}"
     "th{font-weight:600;font-size:13px;color:#64748b;background:#fafbfc}"
     "th:first-child,td:first-child,.left{text-align:left}"
+    ".dense th,.dense td{padding:4px 9px}.dense{font-size:13px}.dense th{font-size:12px}"
     ".dim,.unit{color:#64748b}.value{font-weight:550}td.unit{text-align:left;padding-left:0;width:3.5em}"
     ".plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:18px}"
     "figure{margin:0;background:#fff;border:1px solid #e2e8f0;border-radius:10px;padding:16px 16px 8px}"
@@ -67,8 +68,8 @@ static void add_class(kvq_xml *xml, const char *name, const char *class, const c
 }
 
 // titles: NULL at the end; those before n_left are words, not numbers.
-static void open_table(kvq_xml *xml, const char *const *titles, int n_left) {
-    open_class(xml, "div", "scroll");
+static void open_table(kvq_xml *xml, const char *const *titles, int n_left, const char *class) {
+    open_class(xml, "div", class);
     kvq_xml_open(xml, "table");
     kvq_xml_open(xml, "thead");
     kvq_xml_open(xml, "tr");
@@ -148,7 +149,7 @@ static void add_gates(kvq_xml *xml, const validate_report *r) {
     static const char *const TITLES[] = {"Gate", "Verdict", "Measured", "95 % from", "to", "", NULL};
     if (r->n_gates == 0) return;
     open_section(xml, "Gates");
-    open_table(xml, TITLES, 2);
+    open_table(xml, TITLES, 2, "scroll");
     for (int i = 0; i < r->n_gates; i++) {
         named_number number = gate_number(r, i);
         const char  *verdict = kvq_verdict_names[r->judgements[i].verdict];
@@ -175,7 +176,7 @@ static void add_number_row(void *user, const named_number *number) {
 static void add_numbers(kvq_xml *xml, const validate_report *r) {
     static const char *const TITLES[] = {"Metric", "Value", "95 % from", "to", "", NULL};
     open_section(xml, "Metrics");
-    open_table(xml, TITLES, 1);
+    open_table(xml, TITLES, 1, "scroll");
     visit_numbers(r, false, add_number_row, xml);
     close_table(xml);
     kvq_xml_close(xml);
@@ -271,7 +272,7 @@ static void add_buckets(kvq_xml *xml, const char *title, const kvq_bucket *bucke
     static const char *const TITLES[] = {"From",     "to below", "Tokens", "Perplexity",        "quantised",
                                          "KL, nats", "from",     "to",     "Same first choice", NULL};
     open_details(xml, title);
-    open_table(xml, TITLES, 1);
+    open_table(xml, TITLES, 1, "scroll dense");
     for (int i = 0; i < n; i++) {
         const kvq_bucket *b = &buckets[i];
         kvq_xml_open(xml, "tr");
@@ -305,7 +306,7 @@ static void add_layers(kvq_xml *xml, const validate_report *r) {
     const kvq_validation    *v = &r->validation;
     if (v->layers == NULL) return;
     open_details(xml, "Layers");
-    open_table(xml, TITLES, 1);
+    open_table(xml, TITLES, 1, "scroll dense");
     for (int64_t l = 0; l < v->n_layers; l++) {
         const kvq_layer_errors *e = &v->layers[l];
         kvq_xml_open(xml, "tr");

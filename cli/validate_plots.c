@@ -44,7 +44,9 @@ static void add_ticks(FILE *to, const kvq_bucket *buckets, int n) {
 static void plot_perplexity(const validate_report *r, FILE *to) {
     const kvq_validation *v = &r->validation;
     add_ticks(to, v->positions, v->n_positions);
-    (void)fputs("set xlabel 'position in the window, from'\nset ylabel 'perplexity'\nset key above right horizontal\n$d << E\n", to);
+    (void)fputs(
+        "set xlabel 'position in the window, from'\nset ylabel 'perplexity'\nset key above right horizontal\n$d << E\n",
+        to);
     for (int i = 0; i < v->n_positions; i++) {
         const double values[] = {exp(v->positions[i].baseline_nll), exp(v->positions[i].quantized_nll)};
         add_row(to, i, values, 2);
