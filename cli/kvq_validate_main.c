@@ -54,7 +54,7 @@ static const kvq_cli_option OPTIONS[] = {
      .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",
      .choices = kvq_cli_bos_names},
     {"protocol", 0, CLI_CHOICE, AT(protocol), "HOW",
-     .help = "prefill: every key and value is quantised; decode: the prompt is exact, later tokens see the cache",
+     .help = "prefill: all keys and values are quantised; decode: the prompt is exact, later tokens not",
      .choices = kvq_protocol_names},
     {"prompt", 0, CLI_COUNT, AT(prompt), "N", .help = "tokens of a window that are the prompt (decode; half of them)",
      .min = 1, .max = CLI_MAX_TOKENS},

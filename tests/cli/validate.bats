@@ -350,3 +350,29 @@ EOF
   exits 0 validate --baseline "$SHARED_DIR/base.json" --max-regression 7% --json
   [ "$(json gates 0 expression)" = 'regression.ppl<=7%' ]
 }
+
+# ---------------------------------------------------------------- the workflow of docs/ci
+
+# step NAME: its shell commands.
+step() {
+  python3 -c '
+import sys, yaml
+steps = yaml.safe_load(open(sys.argv[1]))["jobs"]["validate"]["steps"]
+print(next(s["run"] for s in steps if s.get("name") == sys.argv[2]))' "$SOURCE/docs/ci/kvq.yml" "$1"
+}
+
+@test "the workflow of docs/ci: its gates run, its summary and reports come" {
+  python3 -c 'import yaml' || skip "no python3-yaml"
+  mkdir -p kvq/build
+  ln -s "$KVQ_BUILD/bin" kvq/build/bin
+  step "Run the gates" >gates.sh
+  export MODEL=$SHARED_DIR/model ARTIFACT=$SHARED_DIR/a.kvq.h5 TEXT=$SHARED_DIR/held.txt WINDOWS=3 BASELINE=
+  GITHUB_STEP_SUMMARY=$PWD/summary.md exits 1 bash -e gates.sh # no limit for random weights
+  well_formed reports/kvq.xml reports/kvq.html
+  contains "$(cat summary.md)" "kvq-validate: FAIL"
+  [ "$(kvq_json_tool gates <reports/kvq.json)" = 3 ]
+  mv reports/kvq.json base.json
+  BASELINE=base.json GITHUB_STEP_SUMMARY=$PWD/summary.md exits 1 bash -e gates.sh
+  [ "$(kvq_json_tool gates 3 expression <reports/kvq.json)" = 'regression.ppl<=2%' ]
+  [ "$(grep -c '^### kvq-validate' summary.md)" -eq 2 ]
+}
