@@ -273,6 +273,24 @@ static void suggest_next(kvq_cli *cli, const validate_options *o, const validate
     }
 }
 
+// stdout first: it is there whatever becomes of the files.
+static kvq_status report(kvq_cli *cli, const validate_options *o, validate_report *r, int *exit_code, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    if (o->baseline != NULL) kvq_validation_compare(&r->validation, r->earlier.window_nll, r->earlier.window_kld);
+    judge(o, r);
+    if (o->json) {
+        KVQ_TRY(print_report_json(r, err));
+    } else {
+        print_report_text(r);
+    }
+    KVQ_TRY(write_report_files(cli, &o->outputs, r, err));
+    suggest_next(cli, o, r);
+    *exit_code = verdict_code(o, r);
+
+done:
+    return status;
+}
+
 static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
     kvq_status              status = KVQ_OK;
     const validate_options *o = options;
@@ -322,16 +340,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &how, &r.validation, err));
     kvq_cli_end_progress(cli);
     warn_of_ranges(cli, o, &r);
-    if (o->baseline != NULL) kvq_validation_compare(&r.validation, r.earlier.window_nll, r.earlier.window_kld);
-    judge(o, &r);
-    if (o->json) {
-        KVQ_TRY(print_report_json(&r, err));
-    } else {
-        print_report_text(&r);
-    }
-    KVQ_TRY(write_report_files(cli, &o->outputs, &r, err));
-    suggest_next(cli, o, &r);
-    *exit_code = verdict_code(o, &r);
+    KVQ_TRY(report(cli, o, &r, exit_code, err));
 
 done:
     free(command);

@@ -42,7 +42,7 @@ static const char STYLE[] =
     "th:first-child,td:first-child,.left{text-align:left}"
     ".dense th,.dense td{padding:4px 9px}.dense{font-size:13px}.dense th{font-size:12px}"
     ".dim,.unit{color:#64748b}.value{font-weight:550}td.unit{text-align:left;padding-left:0;width:3.5em}"
-    ".plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:18px}"
+    ".plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:18px}"
     "figure{margin:0;background:#fff;border:1px solid #e2e8f0;border-radius:10px;padding:16px 16px 8px}"
     "figcaption p{color:#64748b;font-size:13px;margin:1px 0 6px}"
     "svg{display:block;width:100%;height:auto}svg g,svg text{font-family:inherit}"
