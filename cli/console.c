@@ -111,7 +111,7 @@ static void on_log(void *user, kvq_log_level level, const char *text) {
 // ---------------------------------------------------------------- commands
 
 // A word as a shell would read it back: quoted when it holds anything but letters, digits and harmless signs.
-static void write_word(FILE *to, const char *word) {
+void kvq_cli_write_word(FILE *to, const char *word) {
     bool plain = word[0] != 0;
     for (const char *c = word; *c != 0; c++) {
         plain = plain && strchr("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_./:=,+@%", *c) != NULL;
@@ -133,7 +133,7 @@ static char *quote_command(const char *const *words, int n_words) {
     if (to == NULL) return NULL;
     for (int i = 0; i < n_words; i++) {
         if (i > 0) (void)fputc(' ', to);
-        write_word(to, words[i]);
+        kvq_cli_write_word(to, words[i]);
     }
     if (fclose(to) == 0) return text;
     free(text);

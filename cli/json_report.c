@@ -41,13 +41,12 @@ cJSON *kvq_json_array(kvq_json *json, cJSON *parent, const char *key) {
     return add(json, parent, key, cJSON_CreateArray());
 }
 
-// JSON is UTF-8, but a file name, or a message that was cut, need not be: each malformed byte becomes U+FFFD.
-static cJSON *create_text(const char *value) {
-    size_t n = strlen(value), valid = kvq_utf8_valid_prefix(value, n);
-    if (valid == n) return cJSON_CreateString(value);
-    char *repaired = malloc(3 * n + 1), *to = repaired;
+char *kvq_cli_valid_text(const char *value) {
+    size_t n = strlen(value);
+    char  *repaired = malloc(3 * n + 1), *to = repaired;
     if (repaired == NULL) return NULL;
     while (n > 0) {
+        size_t valid = kvq_utf8_valid_prefix(value, n);
         memcpy(to, value, valid);
         to += valid;
         if (valid < n) {
@@ -57,11 +56,15 @@ static cJSON *create_text(const char *value) {
         }
         value += valid;
         n -= valid;
-        valid = kvq_utf8_valid_prefix(value, n);
     }
     *to = 0;
-    cJSON *item = cJSON_CreateString(repaired);
-    free(repaired);
+    return repaired;
+}
+
+static cJSON *create_text(const char *value) {
+    char  *text = kvq_cli_valid_text(value);
+    cJSON *item = text != NULL ? cJSON_CreateString(text) : NULL;
+    free(text);
     return item;
 }
 
@@ -69,19 +72,24 @@ void kvq_json_text(kvq_json *json, cJSON *parent, const char *key, const char *v
     (void)add(json, parent, key, create_text(value));
 }
 
+void kvq_json_null(kvq_json *json, cJSON *parent, const char *key) { (void)add(json, parent, key, cJSON_CreateNull()); }
+
 void kvq_json_bool(kvq_json *json, cJSON *parent, const char *key, bool value) {
     (void)add(json, parent, key, cJSON_CreateBool(value));
 }
 
-void kvq_json_number(kvq_json *json, cJSON *parent, const char *key, double value) {
-    char text[32] = "null";
-    if (isfinite(value)) {
-        for (int digits = 15; digits <= 17; digits++) {
-            (void)snprintf(text, sizeof text, "%.*g", digits, value);
-            if (strtod(text, NULL) == value) break;
-        }
+void kvq_cli_format_exact(double x, char out[CLI_EXACT_NUMBER]) {
+    out[0] = 0;
+    for (int digits = 15; digits <= 17 && isfinite(x); digits++) {
+        (void)snprintf(out, CLI_EXACT_NUMBER, "%.*g", digits, x);
+        if (strtod(out, NULL) == x) return;
     }
-    (void)add(json, parent, key, cJSON_CreateRaw(text));
+}
+
+void kvq_json_number(kvq_json *json, cJSON *parent, const char *key, double value) {
+    char text[CLI_EXACT_NUMBER];
+    kvq_cli_format_exact(value, text);
+    (void)add(json, parent, key, cJSON_CreateRaw(text[0] != 0 ? text : "null"));
 }
 
 static void add_float(kvq_json *json, cJSON *parent, float value) {
@@ -130,10 +138,12 @@ static kvq_status render(const kvq_json *json, bool indented, char **out, kvq_er
 
 kvq_status kvq_json_line(const kvq_json *json, char **out, kvq_error *err) { return render(json, false, out, err); }
 
-kvq_status kvq_json_print(const kvq_json *json, kvq_error *err) {
+kvq_status kvq_json_print(const kvq_json *json, kvq_error *err) { return kvq_json_write(json, stdout, err); }
+
+kvq_status kvq_json_write(const kvq_json *json, FILE *out, kvq_error *err) {
     char      *text = NULL;
     kvq_status status = render(json, true, &text, err);
-    if (status == KVQ_OK) printf("%s\n", text);
+    if (status == KVQ_OK) (void)fprintf(out, "%s\n", text);
     free(text);
     return status;
 }

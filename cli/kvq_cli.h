@@ -9,6 +9,7 @@
 #define KVQ_CLI_H
 
 #include <stdatomic.h>
+#include <stdio.h>
 
 #include "kvq_calib.h"
 #include "kvq_core.h"
@@ -61,6 +62,8 @@ typedef struct kvq_cli_option {
     double             min, max; // CLI_COUNT, CLI_NUMBER, CLI_FRACTION, CLI_FRACTIONS
     const char *const *choices;  // CLI_CHOICE, ends with NULL
     bool               rare;     // shown by --help-all only
+    bool               path;     // names a file or folder; CLI_TEXT, CLI_LIST
+    bool               aside;    // where results go and how fast: no result depends on it
 } kvq_cli_option;
 
 typedef enum kvq_cli_progress {
@@ -103,6 +106,11 @@ typedef struct kvq_cli_program {
 // defaults on entry and starts with a kvq_cli_common.
 int kvq_cli_main(const kvq_cli_program *program, int argc, char **argv, void *options);
 
+// The command that asks for the same results again, to be shown in a report: the options whose value is not that of
+// `defaults`, without those that are `aside`, files under their names alone. Released with free(); NULL when out of
+// memory.
+char *kvq_cli_command(const kvq_cli_program *program, const void *options, const void *defaults); // command_line.c
+
 // The name nearest to `word` by edit distance, or NULL when none is similar.
 const char *kvq_cli_closest(const char *word, const char *const *names, int n_names);
 
@@ -130,6 +138,7 @@ struct kvq_cli {
 void kvq_cli_console_init(kvq_cli *cli, const char *program, const kvq_cli_common *common);
 void kvq_cli_say(kvq_cli *cli, const char *format, ...) KVQ_PRINTF(2, 3); // one line on stderr, unless quiet
 #define CLI_MAX_NEXT_WORDS 16
+void kvq_cli_write_word(FILE *to, const char *word);     // of a command, quoted for a shell where it must be
 void kvq_cli_next(kvq_cli *cli, const char *first, ...); // "next: ..." of words up to NULL, quoted for a shell
 void kvq_cli_end_progress(kvq_cli *cli);                 // leaves the line of a bar, if there is one
 // Three lines, also when quiet. KVQ_ERR_INTERRUPTED is no failure: two lines, the second with the command that
@@ -153,6 +162,10 @@ int64_t kvq_peak_memory(void);     // the most it ever was
 // and KVQ_ERR_DISK as kvq_output_begin. Nothing is left behind.
 kvq_status kvq_cli_check_output(kvq_cli *cli, const char *output, bool force, const char *const *inputs, int n_inputs,
                                 kvq_error *err);
+
+// The same for an output that another option than --output names.
+kvq_status kvq_cli_check_output_of(kvq_cli *cli, const char *option, const char *output, bool force,
+                                   const char *const *inputs, int n_inputs, kvq_error *err);
 
 // The work directory: `wanted`, or OUTPUT.work when that is NULL. KVQ_ERR_USAGE when the path is too long.
 #define CLI_MAX_PATH 4096
@@ -180,7 +193,7 @@ typedef struct kvq_cli_source {
 // Rows of an option table for the texts of a kvq_cli_source; AT(source.texts) must be what the table calls it.
 // clang-format off
 #define CLI_TEXT_ROWS                                                                                                  \
-    {"text", 0, CLI_LIST, AT(source.texts), "FILE",                                                                    \
+    {"text", 0, CLI_LIST, AT(source.texts), "FILE", .path = true,                                                      \
      .help = "text or jsonl, also .gz .zst .xz; repeatable; the word self: the model writes its own"},                 \
     {"mix", 0, CLI_TEXT, AT(source.mix), "A=W,B=W",                                                                    \
      .help = "share of each text by its file name (in proportion to tokens)", .rare = true},                           \
@@ -270,6 +283,12 @@ typedef struct kvq_json {
     bool   failed;
 } kvq_json;
 
+#define CLI_EXACT_NUMBER 32
+void kvq_cli_format_exact(double x, char out[CLI_EXACT_NUMBER]); // the shortest that reads back as x; NaN, Inf: empty
+// A copy in well-formed UTF-8, released with free(): a file name, or a message that was cut, need not be, so each
+// malformed byte becomes U+FFFD. NULL when out of memory.
+char *kvq_cli_valid_text(const char *text);
+
 // Where a value goes: `key` of an object, or with key NULL the end of an array.
 void   kvq_json_init(kvq_json *json); // the root is an object
 void   kvq_json_free(kvq_json *json);
@@ -283,8 +302,10 @@ void   kvq_json_count(kvq_json *json, cJSON *parent, const char *key, int64_t va
 void   kvq_json_seed(kvq_json *json, cJSON *parent, const char *key, uint64_t value); // beyond 2^53 a string
 void   kvq_json_doubles(kvq_json *json, cJSON *parent, const char *key, const double *values, int64_t n);
 void   kvq_json_floats(kvq_json *json, cJSON *parent, const char *key, const float *values, int64_t n); // NULL: null
-// The document as one line, released with free(); or the same on stdout, indented.
+void   kvq_json_null(kvq_json *json, cJSON *parent, const char *key);
+// The document as one line, released with free(); or the same, indented, to a file or on stdout.
 kvq_status kvq_json_line(const kvq_json *json, char **out, kvq_error *err);
+kvq_status kvq_json_write(const kvq_json *json, FILE *out, kvq_error *err);
 kvq_status kvq_json_print(const kvq_json *json, kvq_error *err);
 
 #endif

@@ -3,6 +3,7 @@
 // kvq-validate: what a model loses on a text when its KV cache goes through an artifact, and whether that passes.
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "kvq_cli.h"
@@ -11,19 +12,24 @@
 #define SELF_WINDOWS 4
 
 typedef struct validate_options {
-    kvq_cli_common common;
-    kvq_cli_source source;
-    const char    *model, *artifact;
-    int64_t        seq_len, windows; // 0 = not given
-    kvq_cli_seed   seed;
-    kvq_cli_list   gates;
-    int            compute;  // kvq_compute
-    int            protocol; // kvq_protocol
-    int64_t        prompt;   // 0 = not given
-    int64_t        layer_windows, noise_windows;
-    int            gate_mode, inconclusive; // of GATE_MODES, INCONCLUSIVE
-    bool           json, allow_other_weights;
+    kvq_cli_common   common;
+    kvq_cli_source   source;
+    const char      *model, *artifact;
+    int64_t          seq_len, windows; // 0 = not given
+    kvq_cli_seed     seed;
+    kvq_cli_list     gates;
+    int              compute;  // kvq_compute
+    int              protocol; // kvq_protocol
+    int64_t          prompt;   // 0 = not given
+    int64_t          layer_windows, noise_windows;
+    int              gate_mode, inconclusive; // of GATE_MODES, INCONCLUSIVE
+    bool             json, allow_other_weights;
+    const char      *baseline;       // an earlier report, or NULL
+    double           max_regression; // NOT_LIMITED = not given
+    validate_outputs outputs;
 } validate_options;
+
+#define NOT_LIMITED (-1.0)
 
 enum { GATES_BY_INTERVAL, GATES_BY_POINT };
 enum { INCONCLUSIVE_CODE, INCONCLUSIVE_PASSES, INCONCLUSIVE_FAILS };
@@ -32,11 +38,13 @@ static const char *const GATE_MODES[] = {"interval", "point", NULL}, *const INCO
 
 #define AT(field) offsetof(validate_options, field)
 static const kvq_cli_option OPTIONS[] = {
-    {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file"},
+    {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file",
+     .path = true},
     {"artifact", 0, CLI_TEXT, AT(artifact), "FILE",
-     .help = "artifact of this model; without it only the baseline is measured"},
+     .help = "artifact of this model; without it only the baseline is measured", .path = true},
     CLI_TEXT_ROWS,
-    {"tokens", 0, CLI_TEXT, AT(source.tokens), "FILE.npy", .help = "token ids instead of --text; no tokenizer is used"},
+    {"tokens", 0, CLI_TEXT, AT(source.tokens), "FILE.npy", .help = "token ids instead of --text; no tokenizer is used",
+     .path = true},
     {"seq-len", 0, CLI_COUNT, AT(seq_len), "S", .help = "tokens per window (the artifact's, or 2048)", .min = 2,
      .max = CLI_MAX_TOKENS},
     {"windows", 0, CLI_COUNT, AT(windows), "N", .help = "windows from the start of the text (all; 4 with self)",
@@ -46,7 +54,7 @@ static const kvq_cli_option OPTIONS[] = {
      .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",
      .choices = kvq_cli_bos_names},
     {"protocol", 0, CLI_CHOICE, AT(protocol), "HOW",
-     .help = "prefill: every key and value is quantised; decode: the prompt is exact, later tokens see the cache",
+     .help = "prefill: all keys and values are quantised; decode: the prompt is exact, later tokens not",
      .choices = kvq_protocol_names},
     {"prompt", 0, CLI_COUNT, AT(prompt), "N", .help = "tokens of a window that are the prompt (decode; half of them)",
      .min = 1, .max = CLI_MAX_TOKENS},
@@ -67,14 +75,51 @@ static const kvq_cli_option OPTIONS[] = {
      .help = "type of the factors in linear layers: f32 (default), or bf16 where the processor has it",
      .choices = kvq_compute_names},
     {"threads", 0, CLI_COUNT, AT(common.n_threads), "N", .help = "changes speed, never a result (one per core)",
-     .min = 1, .max = KVQ_MAX_THREADS},
-    {"json", 0, CLI_FLAG, AT(json), NULL, .help = "one JSON document on stdout (kvq.validate/1)"},
+     .min = 1, .max = KVQ_MAX_THREADS, .aside = true},
+    {"baseline", 0, CLI_TEXT, AT(baseline), "FILE.json",
+     .help = "an earlier report (--json) of the same text to compare with", .path = true},
+    {"max-regression", 0, CLI_FRACTION, AT(max_regression), "X",
+     .help = "a gate: perplexity may exceed that of --baseline by this share, as 2%", .min = 0, .max = 100},
+    {"json", 0, CLI_FLAG, AT(json), NULL, .help = "one JSON document on stdout (kvq.validate/1)", .aside = true},
+    VALIDATE_OUTPUT_ROWS,
 };
 #undef AT
 
+static const validate_options DEFAULTS = {.layer_windows = 4, .noise_windows = 2, .max_regression = NOT_LIMITED};
+static const kvq_cli_program  PROGRAM; // at the end of this file
+
 // ---------------------------------------------------------------- options
 
-static kvq_status check_options(const validate_options *o, kvq_gate *gates, kvq_error *err) {
+static kvq_status parse_gate(const validate_options *o, const char *expression, kvq_gate *gate, kvq_error *err) {
+    kvq_status status = kvq_gate_parse(expression, gate, err);
+    if (status != KVQ_OK) return status;
+    if (o->artifact == NULL && kvq_gate_needs_artifact(gate)) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--gate '%s': %s is only measured with an artifact",
+                        gate->expression, gate->metric);
+    }
+    if (o->baseline == NULL && strncmp(gate->metric, "regression.", strlen("regression.")) == 0) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "add --baseline", "--gate '%s': there is no earlier report to compare with",
+                        gate->expression);
+    }
+    return KVQ_OK;
+}
+
+// The gates of the command line, and the one that --max-regression is another word for.
+static kvq_status parse_gates(const validate_options *o, kvq_gate *gates, int *n, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    char       regression[64];
+    *n = o->gates.count;
+    for (int i = 0; i < *n; i++) KVQ_TRY(parse_gate(o, o->gates.items[i], &gates[i], err));
+    if (o->max_regression >= 0) {
+        (void)snprintf(regression, sizeof regression, "regression.ppl<=%.12g%%", 100 * o->max_regression);
+        KVQ_TRY(parse_gate(o, regression, &gates[(*n)++], err));
+    }
+
+done:
+    return status;
+}
+
+static kvq_status check_options(const validate_options *o, kvq_error *err) {
     if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--model is missing");
     if (o->seed.given && !kvq_cli_is_self(&o->source)) {
         return kvq_fail(err, KVQ_ERR_USAGE, "leave --seed out",
@@ -85,15 +130,34 @@ static kvq_status check_options(const validate_options *o, kvq_gate *gates, kvq_
     }
     if (o->protocol == KVQ_PROTOCOL_DECODE && o->artifact == NULL)
         return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--protocol: there is no cache to decode with");
-    for (int i = 0; i < o->gates.count; i++) {
-        kvq_status status = kvq_gate_parse(o->gates.items[i], &gates[i], err);
-        if (status != KVQ_OK) return status;
-        if (o->artifact == NULL && kvq_gate_needs_artifact(&gates[i])) {
-            return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--gate '%s': %s is only measured with an artifact",
-                            gates[i].expression, gates[i].metric);
-        }
-    }
-    return kvq_cli_source_check(&o->source, err);
+    if (o->max_regression >= 0 && o->baseline == NULL)
+        return kvq_fail(err, KVQ_ERR_USAGE, "add --baseline", "--max-regression: there is no report to compare with");
+    if (o->baseline != NULL && o->artifact == NULL)
+        return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--baseline: there is nothing quantised to compare");
+    return KVQ_OK;
+}
+
+static kvq_status check_outputs(kvq_cli *cli, const validate_options *o, kvq_error *err) {
+    const char *inputs[CLI_SOURCE_FILES + 3];
+    kvq_cli_source_files(&o->source, inputs);
+    inputs[CLI_SOURCE_FILES] = o->model;
+    inputs[CLI_SOURCE_FILES + 1] = o->artifact;
+    inputs[CLI_SOURCE_FILES + 2] = o->baseline;
+    return check_report_files(cli, &o->outputs, o->artifact != NULL && o->layer_windows > 0, inputs,
+                              CLI_COUNT_OF(inputs), err);
+}
+
+// ---------------------------------------------------------------- the earlier report
+
+// Before anything is computed: reports that cannot be compared are found out at once.
+static kvq_status check_baseline(const validate_options *o, const validate_report *r, int64_t n_prompt,
+                                 kvq_error *err) {
+    kvq_report_terms now = {.seq_len = r->windows.seq_len, .n_windows = r->windows.n_windows};
+    if (o->baseline == NULL) return KVQ_OK;
+    now.n_prompt = o->protocol == KVQ_PROTOCOL_DECODE ? n_prompt : 0;
+    (void)snprintf(now.protocol, sizeof now.protocol, "%s", kvq_protocol_names[o->protocol]);
+    (void)snprintf(now.ids_sha256, sizeof now.ids_sha256, "%s", r->windows.ids_sha256);
+    return kvq_report_baseline_matches(&r->earlier, o->baseline, &now, err);
 }
 
 // A model that is judged on the very text its artifact was fitted to looks better than it is.
@@ -209,10 +273,29 @@ static void suggest_next(kvq_cli *cli, const validate_options *o, const validate
     }
 }
 
+// stdout first: it is there whatever becomes of the files.
+static kvq_status report(kvq_cli *cli, const validate_options *o, validate_report *r, int *exit_code, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    if (o->baseline != NULL) kvq_validation_compare(&r->validation, r->earlier.window_nll, r->earlier.window_kld);
+    judge(o, r);
+    if (o->json) {
+        KVQ_TRY(print_report_json(r, err));
+    } else {
+        print_report_text(r);
+    }
+    KVQ_TRY(write_report_files(cli, &o->outputs, r, err));
+    suggest_next(cli, o, r);
+    *exit_code = verdict_code(o, r);
+
+done:
+    return status;
+}
+
 static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
     kvq_status              status = KVQ_OK;
     const validate_options *o = options;
-    kvq_gate                gates[CLI_MAX_LIST];
+    kvq_gate                gates[VALIDATE_MAX_GATES];
+    char                   *command = kvq_cli_command(&PROGRAM, o, &DEFAULTS);
     kvq_checkpoint         *checkpoint = NULL;
     kvq_artifact           *artifact = NULL;
     kvq_backend            *be = NULL;
@@ -221,11 +304,19 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
                                  .bos = o->source.bos,
                                  .compute = o->compute,
                                  .gates = gates,
-                                 .n_gates = o->gates.count,
+                                 .open_fails = o->inconclusive == INCONCLUSIVE_FAILS,
+                                 .command = command,
                                  .weights_checked = !o->allow_other_weights};
     kvq_cli_window_request  request = {.n_windows = o->windows};
 
-    KVQ_TRY(check_options(o, gates, err));
+    KVQ_TRY(check_options(o, err));
+    KVQ_TRY(parse_gates(o, gates, &r.n_gates, err));
+    KVQ_TRY(kvq_cli_source_check(&o->source, err));
+    KVQ_TRY(check_outputs(cli, o, err));
+    if (o->baseline != NULL) {
+        KVQ_TRY(kvq_report_baseline_read(&cli->ctx, o->baseline, &r.earlier, err));
+        r.earlier_name = kvq_file_name(o->baseline);
+    }
     KVQ_TRY(open_pair(cli, o, &r, &checkpoint, &artifact, err));
     r.config = kvq_checkpoint_config(checkpoint);
     cli->n_layers = r.config->n_layers;
@@ -238,25 +329,22 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &be, err));
     KVQ_TRY(kvq_cli_windows(cli, be, checkpoint, o->model, &o->source, &request, &r.windows, &r.tokenizer, err));
     print_plan(cli, o, be, &r);
+    int64_t n_prompt = o->prompt > 0 ? o->prompt : request.seq_len / 2;
+    KVQ_TRY(check_baseline(o, &r, n_prompt, err));
     warn(cli, &r);
     KVQ_TRY(kvq_model_create(&cli->ctx, be, checkpoint, false, &model, err));
     const kvq_validate_options how = {.protocol = (kvq_protocol)o->protocol,
-                                      .n_prompt = o->prompt > 0 ? o->prompt : request.seq_len / 2,
+                                      .n_prompt = n_prompt,
                                       .layer_windows = o->layer_windows,
                                       .noise_windows = o->noise_windows};
     KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &how, &r.validation, err));
     kvq_cli_end_progress(cli);
     warn_of_ranges(cli, o, &r);
-    judge(o, &r);
-    if (o->json) {
-        KVQ_TRY(print_report_json(&r, err));
-    } else {
-        print_report_text(&r);
-    }
-    suggest_next(cli, o, &r);
-    *exit_code = verdict_code(o, &r);
+    KVQ_TRY(report(cli, o, &r, exit_code, err));
 
 done:
+    free(command);
+    kvq_report_baseline_free(&cli->ctx, &r.earlier);
     kvq_validation_free(&cli->ctx, &r.validation);
     kvq_windows_free(&cli->ctx, &r.windows);
     kvq_model_destroy(&cli->ctx, &model);
@@ -272,12 +360,13 @@ static const kvq_cli_program PROGRAM = {
         "Measures perplexity, KL divergence and top-1 agreement of a model with and without a quantised KV cache.",
     .synopsis = "--model PATH [--artifact OUT.kvq.h5] --text FILE|self... [--seq-len S]\n"
                 "    [--windows N] [--bos auto|always|never] [--gate EXPR]...\n"
-                "    [--protocol prefill|decode] [--compute f32|bf16] [--json]\n",
+                "    [--protocol prefill|decode] [--baseline FILE.json] [--json] [--html FILE]\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
     .notes =
         "gates: a metric, <= or >=, a limit; shares as 1% or 0.01. Metrics: dppl, ppl, kld.mean, kld.median, kld.p90,\n"
-        "  kld.p99, kld.p99.9, kld.max, top1, top5, dp.rms, layer.attn_err.max, effective_bits.\n"
+        "  kld.p99, kld.p99.9, kld.max, top1, top5, dp.rms, layer.attn_err.max, effective_bits; with --baseline\n"
+        "  regression.ppl, regression.kld.\n"
         "A gate passes when the whole interval of 95% is within its limit, fails when none of it is, and is "
         "inconclusive\n"
         "otherwise. exit code: 0 when every gate passes, 1 when one fails, 7 when one is inconclusive.\n\n"
@@ -288,6 +377,6 @@ static const kvq_cli_program PROGRAM = {
 };
 
 int main(int argc, char **argv) {
-    validate_options options = {.layer_windows = 4, .noise_windows = 2};
+    validate_options options = DEFAULTS;
     return kvq_cli_main(&PROGRAM, argc, argv, &options);
 }

@@ -29,23 +29,28 @@ static bool is_part_of(const char *output, const struct stat *input) {
     return stat(folder, &info) == 0 && same_file(&info, input);
 }
 
-kvq_status kvq_cli_check_output(kvq_cli *cli, const char *output, bool force, const char *const *inputs, int n_inputs,
-                                kvq_error *err) {
+kvq_status kvq_cli_check_output_of(kvq_cli *cli, const char *option, const char *output, bool force,
+                                   const char *const *inputs, int n_inputs, kvq_error *err) {
     struct stat at, input;
     kvq_output  trial;
     if (strcmp(output, "-") == 0) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "give a file name", "--output -: results are not written to a pipe");
+        return kvq_fail(err, KVQ_ERR_USAGE, "give a file name", "%s -: results are not written to a pipe", option);
     }
     for (int i = 0; i < n_inputs && stat(output, &at) == 0; i++) {
         if (inputs[i] == NULL || stat(inputs[i], &input) != 0) continue;
         if (!same_file(&at, &input) && !is_part_of(output, &input)) continue;
-        return kvq_fail(err, KVQ_ERR_USAGE, "choose another name",
-                        "--output %s: this file is an input, or belongs to %s", output, inputs[i]);
+        return kvq_fail(err, KVQ_ERR_USAGE, "choose another name", "%s %s: this file is an input, or belongs to %s",
+                        option, output, inputs[i]);
     }
     // tried before hours are spent on it
     kvq_status status = kvq_output_begin(&cli->ctx, output, force, &trial, err);
     if (status == KVQ_OK) kvq_output_discard(&cli->ctx, &trial);
     return status;
+}
+
+kvq_status kvq_cli_check_output(kvq_cli *cli, const char *output, bool force, const char *const *inputs, int n_inputs,
+                                kvq_error *err) {
+    return kvq_cli_check_output_of(cli, "--output", output, force, inputs, n_inputs, err);
 }
 
 kvq_status kvq_cli_work_dir(const char *wanted, const char *output, char out[CLI_MAX_PATH], kvq_error *err) {

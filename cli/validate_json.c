@@ -174,6 +174,8 @@ static void add_quantized(kvq_json *json, const validate_report *r) {
     if (v->has_range) add_range(json, &v->range);
     if (v->has_regression) {
         cJSON *regression = kvq_json_object(json, json->root, "regression");
+        kvq_json_text(json, regression, "baseline", r->earlier_name);
+        kvq_json_text(json, regression, "kvq_version", r->earlier.kvq_version);
         add_estimate(json, regression, "ppl", v->regression_ppl);
         add_estimate(json, regression, "kld", v->regression_kld);
     }

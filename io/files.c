@@ -200,3 +200,12 @@ kvq_status kvq_write_file(const kvq_context *ctx, const char *path, bool force, 
     kvq_output_discard(ctx, &output);
     return status;
 }
+
+kvq_status kvq_append_file(const char *path, const void *data, size_t bytes, kvq_error *err) {
+    int fd = open(path, O_WRONLY | O_APPEND | O_CREAT | O_CLOEXEC, 0666);
+    if (fd < 0) return kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: cannot be appended to: %s", path, strerror(errno));
+    kvq_status status = write_all(fd, path, data, bytes, err);
+    if (close(fd) != 0 && status == KVQ_OK)
+        status = kvq_fail(err, KVQ_ERR_DISK, DISK_ADVICE, "%s: cannot be closed: %s", path, strerror(errno));
+    return status;
+}

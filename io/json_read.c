@@ -114,3 +114,34 @@ kvq_status json_get_string(const cJSON *object, const char *key, const char *wha
     *out = item->valuestring;
     return KVQ_OK;
 }
+
+kvq_status json_get_object(const cJSON *object, const char *key, const char *what, bool optional, const cJSON **out,
+                           kvq_error *err) {
+    const cJSON *item = NULL;
+    kvq_status   status = find(object, key, what, optional, &item, err);
+    if (status != KVQ_OK || item == NULL) return status;
+    if (!cJSON_IsObject(item)) return wrong_kind(key, what, "an object", err);
+    *out = item;
+    return KVQ_OK;
+}
+
+kvq_status json_get_doubles(const cJSON *object, const char *key, const char *what, int64_t n, double *out,
+                            kvq_error *err) {
+    const cJSON *array = NULL, *item;
+    int64_t      i = 0;
+    kvq_status   status = find(object, key, what, false, &array, err);
+    if (status != KVQ_OK) return status;
+    if (!cJSON_IsArray(array)) return wrong_kind(key, what, "an array", err);
+    if (cJSON_GetArraySize(array) != n) {
+        return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: field '%s' has %d numbers, must have %lld", what, key,
+                        cJSON_GetArraySize(array), (long long)n);
+    }
+    cJSON_ArrayForEach(item, array) {
+        if (!cJSON_IsNumber(item) || !isfinite(item->valuedouble)) {
+            return kvq_fail(err, KVQ_ERR_INPUT, NULL, "%s: field '%s' has no finite number at %lld", what, key,
+                            (long long)i);
+        }
+        out[i++] = item->valuedouble;
+    }
+    return KVQ_OK;
+}

@@ -28,5 +28,10 @@ kvq_status json_get_bool(const cJSON *object, const char *key, const char *what,
 // A string; *out points into the tree. JSON null counts as missing in all of these.
 kvq_status json_get_string(const cJSON *object, const char *key, const char *what, bool optional, const char **out,
                            kvq_error *err);
+kvq_status json_get_object(const cJSON *object, const char *key, const char *what, bool optional, const cJSON **out,
+                           kvq_error *err);
+// Exactly n finite numbers.
+kvq_status json_get_doubles(const cJSON *object, const char *key, const char *what, int64_t n, double *out,
+                            kvq_error *err);
 
 #endif

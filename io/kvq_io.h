@@ -42,6 +42,10 @@ kvq_status kvq_output_write(const kvq_output *output, const void *data, size_t b
 kvq_status kvq_write_file(const kvq_context *ctx, const char *path, bool force, const void *data, size_t bytes,
                           kvq_error *err);
 
+// Adds to the end of a file, which is made when it does not exist. For logs that several programs share; a file of our
+// own is written whole. KVQ_ERR_DISK.
+kvq_status kvq_append_file(const char *path, const void *data, size_t bytes, kvq_error *err);
+
 const char *kvq_file_name(const char *path); // the part after the last slash; trailing slashes are ignored by callers
 
 // What an HDF5 file of kvq says it is: "kvq.artifact", "kvq.measurement", "kvq.capture", "kvq.partial", or a kind that
@@ -431,6 +435,31 @@ kvq_status kvq_artifact_pack(const kvq_context *ctx, const kvq_artifact *artifac
                              kvq_error *err);
 kvq_status kvq_artifact_unpack(const kvq_context *ctx, const uint8_t *data, size_t bytes, kvq_artifact **out,
                                kvq_error *err);
+
+// ---------------------------------------------------------------- earlier reports
+
+// What two reports of kvq-validate must have in common before their windows can be compared one by one.
+typedef struct kvq_report_terms {
+    char    ids_sha256[KVQ_SHA256_HEX]; // of the token ids
+    int64_t seq_len, n_windows;
+    char    protocol[16];
+    int64_t n_prompt;
+} kvq_report_terms;
+
+typedef struct kvq_report_baseline {
+    char             kvq_version[32]; // of the program that measured it
+    kvq_report_terms terms;
+    double          *window_nll, *window_kld; // [terms.n_windows] of the quantised model, nats per token
+} kvq_report_baseline;
+
+// Reads what a comparison needs from a kvq.validate/1 document. KVQ_ERR_NOT_FOUND; KVQ_ERR_INTEGRITY when it is no
+// JSON; KVQ_ERR_INPUT when it is no such report, nothing quantised was measured, or a number is missing (it is named);
+// KVQ_ERR_VERSION for a later schema.
+kvq_status kvq_report_baseline_read(const kvq_context *ctx, const char *path, kvq_report_baseline *out, kvq_error *err);
+void       kvq_report_baseline_free(const kvq_context *ctx, kvq_report_baseline *baseline);
+// KVQ_ERR_MISMATCH names the first of the terms that differs; path is for the message.
+kvq_status kvq_report_baseline_matches(const kvq_report_baseline *baseline, const char *path,
+                                       const kvq_report_terms *now, kvq_error *err);
 
 // ---------------------------------------------------------------- exports
 
