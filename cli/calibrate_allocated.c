@@ -191,14 +191,15 @@ done:
 }
 
 // Bits are dealt for whole tiles, and an open tile is said apart; what is named and recorded is what was dealt for.
-void set_target_tokens(calibration *c) {
+void set_by_shape(calibration *c, int64_t head_dim) {
     int64_t given = c->o->allocated.target_tokens, n = given > 0 ? given : c->seq_len;
     c->alloc.n_tokens = (n + KVQ_TILE_TOKENS - 1) / KVQ_TILE_TOKENS * KVQ_TILE_TOKENS;
+    c->alloc.group = kvq_alloc_group(&c->alloc, (int)head_dim);
 }
 
-void complete_allocated_options(calibration *c) {
+void complete_allocated_options(calibration *c, int64_t head_dim) {
     if (c->allocated || c->o->allocated.measure) kvq_measure_for_tiles(&c->measured);
-    set_target_tokens(c);
+    set_by_shape(c, head_dim);
 }
 
 void list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n) {

@@ -105,7 +105,7 @@ kvq_status run_from(kvq_cli *cli, calibration *c, kvq_error *err) {
     c->measured = *kvq_measurement_options(c->measurement);
     c->seq_len = about->dataset.seq_len;
     cli->n_layers = about->model.n_layers;
-    set_target_tokens(c);
+    set_by_shape(c, about->model.head_dim);
     kvq_cli_say(cli, "measured   %s  %s  %lld layers  %lld KV heads x %lld  %s  %lld x %lld tokens",
                 kvq_file_name(o->from), about->model.name, (long long)about->model.n_layers,
                 (long long)about->model.n_kv_heads, (long long)about->model.head_dim, about->dataset.source,

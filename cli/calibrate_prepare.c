@@ -108,7 +108,7 @@ kvq_status open_model(kvq_cli *cli, calibration *c, kvq_error *err) {
     const kvq_model_config *config = kvq_checkpoint_config(c->checkpoint);
     cli->n_layers = config->n_layers;
     KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, CLI_DEFAULT_SEQ_LEN, &c->seq_len, err));
-    complete_allocated_options(c);
+    complete_allocated_options(c, config->head_dim);
     KVQ_TRY(kvq_measure_options_check(&c->measured, config, c->seq_len, err));
     if (c->allocated && o->allocated.widths_from == NULL)
         KVQ_TRY(kvq_fit_allocated_check(&cli->ctx, config, &c->measured, &c->alloc, err));

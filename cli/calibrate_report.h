@@ -120,9 +120,9 @@ kvq_status check_allocated_options(const calibrate_options *o, kvq_error *err);
 kvq_status resolve_allocated_options(calibration *c, kvq_error *err);
 // Reads the artifact of --widths-from, if it is given; what does not fit should be known before a run.
 kvq_status open_widths(kvq_cli *cli, calibration *c, kvq_error *err);
-// Called when the length of windows is known.
-void       complete_allocated_options(calibration *c);
-void       set_target_tokens(calibration *c); // c->seq_len is known
+// Called when c->seq_len is known.
+void       complete_allocated_options(calibration *c, int64_t head_dim);
+void       set_by_shape(calibration *c, int64_t head_dim); // what depends on windows and heads
 void       print_allocated(kvq_cli *cli, const calibration *c);
 void       print_allocated_size(kvq_cli *cli, const calibration *c);
 void       list_allocated(const calibration *c, setting list[MAX_SETTINGS], int *n);

@@ -24,6 +24,8 @@
 #define MAX_TOKENS     (INT64_C(1) << 24)
 #define MAX_SEQUENCES  (INT64_C(1) << 10)
 #define QUARTER_OF_BIT (STEPS_PER_BIT / 4)
+#define LARGEST_GROUP  8
+#define LEAST_GROUPS   8 // of a head
 
 // ---------------------------------------------------------------- options
 
@@ -34,7 +36,6 @@ kvq_alloc_options kvq_alloc_options_default(void) {
                                .n_sequences = 8,
                                .k_widths = (2u << KVQ_MAX_KEY_WIDTH) - 1,
                                .v_rates = 1u << 4 | 1u << 5 | 1u << 6 | 1u << 7 | 1u << 8,
-                               .group = 8,
                                .scope = KVQ_BUDGET_MODEL,
                                .tables = KVQ_TABLE_CHANNEL,
                                .v_dim = 2};
@@ -46,8 +47,16 @@ kvq_alloc_options kvq_reference_allocation(void) {
     o.k_bits = 2;
     o.v_bits = 3;
     o.v_rates = 1u << 6;
+    o.group = 8; // of any head: what was measured stays valid
     o.scope = KVQ_BUDGET_LAYER;
     return o;
+}
+
+int kvq_alloc_group(const kvq_alloc_options *o, int head_dim) {
+    int group = LARGEST_GROUP;
+    if (o->group > 0) return o->group;
+    while (group > 1 && head_dim < LEAST_GROUPS * group) group /= 2;
+    return group;
 }
 
 static int lowest_bit(unsigned set) {
@@ -112,7 +121,7 @@ kvq_status kvq_alloc_options_check(const kvq_alloc_options *o, int head_dim, kvq
         return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--v-rates: %s of values have 1 to %d bits",
                         o->v_dim == 2 ? "pairs" : "channels", KVQ_TILE_MAX_WIDTH);
     }
-    if (o->group < 1 || o->group > KVQ_TILE_MAX_HEAD_DIM) {
+    if (o->group < 0 || o->group > KVQ_TILE_MAX_HEAD_DIM) {
         return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--width-group %d; 1 to %d channels can share a width", o->group,
                         KVQ_TILE_MAX_HEAD_DIM);
     }
@@ -317,7 +326,8 @@ static void make_key_unit(const request *r, const ranked_channel *members, int64
 // is in a unit.
 static kvq_status make_keys(const request *r, hulls *h, ranked_channel *members, kvq_error *err) {
     const int64_t SCOPES[KVQ_N_BUDGET_SCOPES] = {1, r->n_layers, r->n_layers * r->n_heads};
-    int64_t       group = r->options->group, per_head = (r->D + group - 1) / group, d = r->n_heads * r->D;
+    int64_t       group = kvq_alloc_group(r->options, (int)r->D), d = r->n_heads * r->D;
+    int64_t       per_head = (r->D + group - 1) / group;
     unit         *u;
     kvq_status    status = KVQ_OK;
     KVQ_TRY(hulls_create(r->ctx, h, r->n_layers * r->n_heads * per_head, SCOPES[r->options->scope], err));

@@ -613,14 +613,17 @@ typedef struct kvq_alloc_options {
     double           k_bits, v_bits; // > 0: mean code bits per element of keys, and of values, instead of target_bits
     unsigned         k_widths;       // allowed widths as bits 1 << width
     unsigned         v_rates;        // allowed bits of a column of values as bits 1 << bits
-    int              group; // channels of a head that share a width, sorted by D_c(2) (ties: the lower channel)
+    int              group;          // channels of a head that share a width, 0: kvq_alloc_group decides
     kvq_budget_scope scope;
     kvq_table_kind   tables;
     int              v_dim;          // 1, or 2: pairs
     bool             gradients_only; // do not scale errors by measured KL
 } kvq_alloc_options;
 kvq_alloc_options kvq_alloc_options_default(void); // 0.25 %, 3 bits of 8 sequences of 2048 tokens, widths 0 .. 5,
-                                                   // groups of 8, model, channel, pairs of 2 to 4 bits per element
+                                                   // group 0, model, channel, pairs of 2 to 4 bits per element
+// How many channels of a head share a width, sorted by D_c(2) (ties: the lower channel). What options->group says, or
+// the largest power of two up to 8 that leaves a head at least 8 groups: 8 from 64 channels on, 4 from 32, 2 from 16.
+int kvq_alloc_group(const kvq_alloc_options *options, int head_dim);
 // KVQ_ERR_USAGE, naming the option as kvq-calibrate spells it.
 kvq_status kvq_alloc_options_check(const kvq_alloc_options *options, int head_dim, kvq_error *err);
 

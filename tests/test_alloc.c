@@ -212,6 +212,29 @@ START_TEST(groups_are_sorted_by_two_bits) {
 }
 END_TEST
 
+// Nothing said: heads have at least 8 groups where they can. The reference stays what measurements were made at.
+START_TEST(groups_by_the_head) {
+    enum { H = 2, D = 48, N = 11 };
+    const int    dims[N] = {2, 8, 15, 16, 31, 32, 48, 63, 64, 80, 256}, sizes[N] = {1, 1, 1, 2, 2, 4, 4, 4, 8, 8, 8};
+    kvq_artifact a = shape(1, H, D);
+    kvq_layer_curves *curves = make_curves(1, H * D, 55, 0.5);
+    kvq_alloc_options o = by_means(2.5, ALL_WIDTHS, 0, KVQ_BUDGET_MODEL), reference = kvq_reference_allocation();
+    ck_assert_int_eq(kvq_alloc_options_default().group, 0);
+    for (int i = 0; i < N; i++) {
+        ck_assert_int_eq(kvq_alloc_group(&o, dims[i]), sizes[i]);
+        ck_assert_int_eq(kvq_alloc_group(&reference, dims[i]), 8);
+    }
+    kvq_allocation usual = allocate(&a, curves, &o);
+    o.group = 4;
+    kvq_allocation given = allocate(&a, curves, &o);
+    ck_assert_int_eq(kvq_alloc_group(&o, 256), 4);
+    ck_assert_mem_eq(usual.widths, given.widths, H * D);
+    drop_allocation(&usual);
+    drop_allocation(&given);
+    drop_curves(curves, 1);
+}
+END_TEST
+
 // Where KL was measured a layer's predicted loss at the reference allocation is that KL; other layers are taken as they
 // are.
 START_TEST(measured_kl_scales_a_layer) {
@@ -285,7 +308,8 @@ START_TEST(targets_are_met_to_the_step) {
         kvq_allocation found = allocate(a, curves, &o);
         choose(a, &found);
         kvq_cache_size size = kvq_artifact_cache_size(a, T);
-        double         left = (o.target_bits - kvq_cache_bits_per_element(size, o.n_sequences)) * (double)(size.n_elements * o.n_sequences);
+        double         left = (o.target_bits - kvq_cache_bits_per_element(size, o.n_sequences)) *
+                      (double)(size.n_elements * o.n_sequences);
         ck_assert(left >= -1e-6);
         int64_t cheapest = INT64_MAX;
         for (int i = 0; i < L * H * D; i++) {
@@ -418,9 +442,9 @@ END_TEST
 START_TEST(options_are_checked) {
     enum { N_BAD = 12 };
     kvq_alloc_options bad[N_BAD];
-    const char       *fragments[N_BAD] = {"--outliers", "--k-widths", "--k-widths", "--v-dim",
-                                          "--v-dim",    "--v-rates",  "--v-rates",  "--width-group",
-                                          "--k-mean-bits",   "--k-mean-bits 6", "--v-mean-bits",   "--target-bits"};
+    const char       *fragments[N_BAD] = {"--outliers",    "--k-widths",      "--k-widths",    "--v-dim",
+                                          "--v-dim",       "--v-rates",       "--v-rates",     "--width-group",
+                                          "--k-mean-bits", "--k-mean-bits 6", "--v-mean-bits", "--target-bits"};
     kvq_error         err = {0};
     for (int i = 0; i < N_BAD; i++) bad[i] = kvq_alloc_options_default();
     bad[0].outlier_fraction = 1;
@@ -430,7 +454,7 @@ START_TEST(options_are_checked) {
     bad[4].v_dim = 2; // of an odd head
     bad[5].v_rates = 0;
     bad[6].v_rates = 1;
-    bad[7].group = 0;
+    bad[7].group = -1;
     bad[8].k_bits = 2; // alone
     bad[9].k_bits = 6, bad[9].v_bits = 3;
     bad[10].k_bits = 2, bad[10].v_bits = 4.5;
@@ -465,8 +489,7 @@ START_TEST(a_cache_by_hand) {
     int64_t thresholds = 2 * 4 * 2, levels = (1 + 2 + 8 + 32) * 2, pairs = 32 * 2 * 2;
     ck_assert_int_eq(size.tables_bytes, thresholds + levels + 4 + pairs);
     a->layers[0].k.table_kind = KVQ_TABLE_AFFINE;
-    ck_assert_int_eq(kvq_artifact_cache_size(a, 300).tables_bytes,
-                     thresholds + 63 * 2 + 2 * 4 * 2 + 4 + pairs);
+    ck_assert_int_eq(kvq_artifact_cache_size(a, 300).tables_bytes, thresholds + 63 * 2 + 2 * 4 * 2 + 4 + pairs);
     kvq_context ctx = kvq_test_context(); // a rotation that cannot be made again belongs to the tables
     kvq_test_ok(kvq_artifact_set_text(&ctx, &a->quantizer.rotation_kind, "random", NULL), NULL);
     ck_assert_int_eq(kvq_artifact_cache_size(a, 300).tables_bytes,
@@ -559,6 +582,7 @@ static const kvq_test_case CASES[] = {
     KVQ_CASE(ties_go_to_the_lower_layer_then_the_lower_channel),
     KVQ_CASE(scopes_get_equal_shares),
     KVQ_CASE(groups_are_sorted_by_two_bits),
+    KVQ_CASE(groups_by_the_head),
     KVQ_CASE(measured_kl_scales_a_layer),
     KVQ_CASE(targets_are_met_to_the_step),
     KVQ_CASE(the_split_is_the_best),

@@ -38,8 +38,8 @@ mean() {
   awk "BEGIN { print ($a + $b) / 2 }"
 }
 
-# spends ARTIFACT TARGET: the cache has at most these bits per element, and nearly as many. A step of this tiny model is
-# an eighth of a bit: 8 of its 64 channels of K by one bit, of half of all elements.
+# spends ARTIFACT TARGET: the cache has at most these bits per element, and nearly as many. The largest step of this tiny
+# model is an eighth of a bit: values of one of its two layers by half a bit, of half of all elements.
 spends() {
   local inspected validated
   inspected=$(inspect "$1" bits_per_element)
@@ -290,11 +290,16 @@ widths() {
   spends out.kvq.h5 3
   for width in 0 3 5; do [ "$(of_first k width_counts $width)" = 0 ]; done
   [[ $(of_first v bits) == [57] ]]
-  # channels that share a width come in groups of 8, unless they are alone
-  refit --target-bits 3 -f -o out.kvq.h5
+  # channels that share a width come in groups, of 2 in heads of 16, unless they are alone
+  refit --target-bits 3 --width-group 8 -f -o out.kvq.h5
   for width in 0 1 2 3 4 5; do [ $(($(of_first k width_counts $width) % 8)) -eq 0 ]; done
+  refit --target-bits 3 -f -o out.kvq.h5
+  [ "$(recorded out.kvq.h5 width_group)" = 2 ]
+  for width in 0 1 2 3 4 5; do of_first k width_counts $width; done |
+    awk '{ odd += $1 % 2; other += $1 % 8 != 0 } END { exit !(odd == 0 && other) }'
+  pairs=$(widths out.kvq.h5)
   refit --target-bits 3 --width-group 1 -f -o out.kvq.h5
-  for width in 0 1 2 3 4 5; do of_first k width_counts $width; done | awk '{ odd += $1 % 8 != 0 } END { exit !odd }'
+  [ "$(widths out.kvq.h5)" != "$pairs" ]
 }
 
 @test "without the KL of single tensors, the same run chooses by gradients alone" {
@@ -313,7 +318,7 @@ widths() {
 @test "what was chosen is said, with its neighbours, and what the cache takes" {
   succeeds calibrate --target-bits 3 -o out.kvq.h5
   contains "$stderr" "quantizer  channel-allocated  3 bits for 8 sequences of 256 tokens, everything counted" \
-    "K tables per channel, widths in groups of 8, budget by model, outliers 0.25%" "sink tokens 1" \
+    "K tables per channel, widths in groups of 2, budget by model, outliers 0.25%" "sink tokens 1" \
     "worst layers by weighted error" "next: kvq-validate"
   contains "$output" "wrote out.kvq.h5" "content sha256"
   chosen=$(grep '^chosen ' <<<"$stderr")
