@@ -59,6 +59,31 @@ int64_t kvq_packed_layer_bytes(const kvq_packed_layer *cache); // stored for the
 // Allocated for tokens: pages, also those that a reset left empty, and the room for sinks and for f16 tokens.
 int64_t kvq_packed_layer_held_bytes(const kvq_packed_layer *cache);
 
+// A cache as bytes that do not depend on its capacity nor on the machine (docs/packed-cache.md draws them): out
+// [saved_bytes]. KVQ_ERR_MEMORY, and `out` is then useless.
+int64_t    kvq_packed_layer_saved_bytes(const kvq_packed_layer *cache);
+kvq_status kvq_packed_layer_save(const kvq_packed_layer *cache, uint8_t *out, kvq_error *err);
+// A cache of the given capacity that goes on where the saved one was; `data` is borrowed for the call. Any bytes are
+// safe to try. KVQ_ERR_INTEGRITY: truncated, damaged, or not such bytes at all; KVQ_ERR_VERSION: of another version;
+// KVQ_ERR_MISMATCH: of another layer or model, or coded with other tables or settings; KVQ_ERR_USAGE: no such layer, or
+// more tokens than the capacity; KVQ_ERR_MEMORY.
+kvq_status kvq_packed_layer_load(const kvq_context *ctx, const kvq_artifact *artifact, int64_t layer, int64_t capacity,
+                                 const uint8_t *data, int64_t bytes, kvq_packed_layer **out, kvq_error *err);
+
+// K and V of all layers of a model for several sequences of at most `capacity` tokens each.
+typedef struct kvq_packed_cache kvq_packed_cache;
+kvq_status kvq_packed_cache_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t n_sequences,
+                                   int64_t capacity, kvq_packed_cache **out, kvq_error *err); // KVQ_ERR_MEMORY, _USAGE
+void       kvq_packed_cache_destroy(const kvq_context *ctx, kvq_packed_cache **cache);
+// One layer of one sequence, borrowed from the cache; NULL when there is none such.
+kvq_packed_layer *kvq_packed_cache_layer(const kvq_packed_cache *cache, int64_t sequence, int64_t layer);
+// Length 0 for all layers of a sequence; KVQ_ERR_USAGE when there is none such.
+kvq_status kvq_packed_cache_reset(kvq_packed_cache *cache, int64_t sequence, kvq_error *err);
+// Makes sequence `to` an independent copy of sequence `from`: all layers, or none after KVQ_ERR_MEMORY or _USAGE.
+kvq_status kvq_packed_cache_copy(kvq_packed_cache *cache, int64_t from, int64_t to, kvq_error *err);
+int64_t    kvq_packed_cache_bytes(const kvq_packed_cache *cache); // sums over layers and sequences
+int64_t    kvq_packed_cache_held_bytes(const kvq_packed_cache *cache);
+
 // ---------------------------------------------------------------- held-out errors
 
 // Fills the held-out reports of every layer: the windows pass through the model in full precision, and beside it each

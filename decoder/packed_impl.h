@@ -87,10 +87,13 @@ void    packed_round_to_half(const kvq_backend *be, float *x, int64_t n);
 // "a number does not fit into f16", naming layer, tensor and position
 kvq_status packed_does_not_fit(const kvq_packed_layer *cache, int tensor, int64_t position, kvq_error *err);
 
-// Makes `to` (same artifact, layer and capacity) hold what `from` holds. `prepare` does all that can fail and leaves
-// what `to` holds alone, `commit` the rest.
-kvq_status packed_layer_prepare_copy(kvq_packed_layer *to, const kvq_packed_layer *from, kvq_error *err);
-void       packed_layer_commit_copy(kvq_packed_layer *to, const kvq_packed_layer *from);
+// A copy into `to` (same artifact, layer and capacity) in two steps: `reserve_like` makes room for what `of` holds,
+// which may be the cache itself, and leaves what `to` holds alone; `assign` cannot fail.
+kvq_status packed_layer_reserve_like(kvq_packed_layer *to, const kvq_packed_layer *of, kvq_error *err);
+void       packed_layer_assign(kvq_packed_layer *to, const kvq_packed_layer *from);
+
+// Which model and tables the bytes of a cache belong to (packed_identity.c). KVQ_ERR_MEMORY.
+kvq_status packed_identity(const kvq_packed_layer *cache, char hex[KVQ_SHA256_HEX], kvq_error *err);
 
 // ---------------------------------------------------------------- rows and tiles
 

@@ -110,16 +110,16 @@ static int64_t used_pages(const kvq_packed_layer *cache) {
     return cache->tiled ? cache->length / KVQ_TILE_TOKENS : packed_pages_for(cache->rows.n_rows);
 }
 
-kvq_status packed_layer_prepare_copy(kvq_packed_layer *to, const kvq_packed_layer *from, kvq_error *err) {
+kvq_status packed_layer_reserve_like(kvq_packed_layer *to, const kvq_packed_layer *of, kvq_error *err) {
     kvq_status status = KVQ_OK;
-    for (int i = 0; i < 2; i++) KVQ_TRY(packed_pages_reserve(to->ctx, &to->pages[i], used_pages(from), err));
-    if (from->tiles.flushed) KVQ_TRY(packed_tiles_reserve_closed(to, err));
+    for (int i = 0; i < 2; i++) KVQ_TRY(packed_pages_reserve(to->ctx, &to->pages[i], used_pages(of), err));
+    if (of->tiles.flushed) KVQ_TRY(packed_tiles_reserve_closed(to, err));
 
 done:
     return status;
 }
 
-void packed_layer_commit_copy(kvq_packed_layer *to, const kvq_packed_layer *from) {
+void packed_layer_assign(kvq_packed_layer *to, const kvq_packed_layer *from) {
     to->length = from->length;
     for (int i = 0; i < 2; i++) {
         int64_t bytes = used_pages(from) * from->pages[i].page_bytes;
@@ -140,8 +140,8 @@ kvq_status kvq_packed_layer_copy(const kvq_context *ctx, const kvq_packed_layer 
     kvq_packed_layer *copy = NULL;
     kvq_status        status = KVQ_OK;
     KVQ_TRY(kvq_packed_layer_create(ctx, cache->artifact, cache->layer, cache->capacity, &copy, err));
-    KVQ_TRY(packed_layer_prepare_copy(copy, cache, err));
-    packed_layer_commit_copy(copy, cache);
+    KVQ_TRY(packed_layer_reserve_like(copy, cache, err));
+    packed_layer_assign(copy, cache);
     *out = copy;
     copy = NULL;
 
