@@ -242,6 +242,11 @@ static inline int64_t coded_of(const rig *r, int64_t n) {
     return r->with.tiled ? n / TILE * TILE : rows > 0 ? rows : 0;
 }
 
+// The same right after a flush.
+static inline int64_t flushed_of(const rig *r, int64_t n) {
+    return r->with.tiled ? n : n > r->with.sinks ? n - r->with.sinks : 0;
+}
+
 // release with free
 static inline uint8_t *saved(const kvq_packed_layer *cache, int64_t *n) {
     kvq_error err = {0};

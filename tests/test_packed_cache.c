@@ -32,11 +32,6 @@ static void flush(const rig *r, kvq_packed_layer *cache) {
     kvq_test_ok(kvq_packed_layer_flush(r->be, cache, &err), &err);
 }
 
-// What is coded of n tokens right after a flush.
-static int64_t flushed_of(const rig *r, int64_t n) {
-    return r->with.tiled ? n : n > r->with.sinks ? n - r->with.sinks : 0;
-}
-
 static void open_tokens(rig *r, const setup *with, float *x[2], int64_t n) {
     rig_open(r, *with);
     for (uint32_t i = 0; i < 2; i++) x[i] = randoms(n * r->d, 1 + i);
