@@ -5,7 +5,7 @@
 // with suspicion, so that a cache which was loaded is safe to use whatever its bytes say.
 //
 // The bytes do not depend on the capacity of the cache nor on how its tokens came: recent tokens are in the order of
-// their positions, not of the ring, and the f16 copies of sinks in the open tile are left out.
+// their positions, not of the ring, and sinks are not repeated in the open tile, where no codec looks at them.
 #include <string.h>
 
 #include "packed_impl.h"
@@ -19,7 +19,7 @@ static const char *const NUMBER_NAMES[N_NUMBERS] = {"version",     "scheme",    
 
 #define LAYOUT_VERSION 1
 #define HASH_BYTES     (KVQ_SHA256_HEX - 1)
-#define IDENTITY_AT    ((int64_t)sizeof MAGIC + 8 * N_NUMBERS)
+#define IDENTITY_AT    ((int64_t)sizeof MAGIC + (int64_t)8 * N_NUMBERS)
 #define HEADER_BYTES   (IDENTITY_AT + HASH_BYTES)
 
 static void describe(const kvq_packed_layer *cache, int64_t numbers[N_NUMBERS]) {
@@ -222,8 +222,6 @@ static kvq_status get_tensor(kvq_packed_layer *cache, int tensor, const uint8_t 
     KVQ_TRY(check_tiles(cache, tensor, err));
     for (int64_t p = first_waiting(cache); p < cache->length; p++, *from += 2 * d)
         KVQ_TRY(get_token(cache, tensor, p, *from, waiting_token(cache, tensor, p), err));
-    for (int64_t p = cache->length / KVQ_TILE_TOKENS * KVQ_TILE_TOKENS; cache->tiled && p < n_sinks; p++)
-        memcpy(waiting_token(cache, tensor, p), cache->sinks[tensor] + p * d, (size_t)packed_half_bytes(cache, 1));
 
 done:
     return status;
