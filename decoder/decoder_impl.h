@@ -39,6 +39,18 @@ typedef struct kvq_row_counts {
 // window).
 kvq_row_counts kvq_packed_layer_count(const kvq_packed_layer *cache, int tensor, const float *host_x);
 
+// How often each code was used: n[width][code] of columns of that many bits. A pair of value channels that is coded
+// together is one column.
+typedef struct kvq_code_counts {
+    int64_t n[9][256];
+} kvq_code_counts;
+// Adds the codes of a tensor, 0 = K, 1 = V: those of all tokens that are stored as rows, in whole tiles, or in a tile
+// that a flush closed; sinks are none of them.
+void kvq_packed_layer_count_codes(const kvq_packed_layer *cache, int tensor, kvq_code_counts *counts);
+// The share of their bits that codes make use of: sum over widths w of N_w H_w / sum of N_w w, N_w codes of w bits with
+// an entropy of H_w bits. 1: all codes of a width are equally frequent. NaN when no code has any bits.
+double kvq_code_use(const kvq_code_counts *counts);
+
 // ---------------------------------------------------------------- keys beyond their ranges (range_watch.c)
 
 // Watches the keys of windows of one length, as they are stored. *out = NULL when the artifact has no ranges of

@@ -21,18 +21,28 @@ extern "C" {
 // that window. Of an artifact of scheme "alloc" the rest is in tiles of kvq_tile_hd.h by absolute position; the tokens
 // of the last, incomplete tile are in f16 and are encoded when it is full. Keys are given and stored before or after
 // RoPE, as the artifact's key domain says.
+//
+// Rows and tiles are in pages of 128 tokens, which are allocated when tokens arrive: beside them a cache holds room for
+// sinks and for the recent window or the open tile. Nothing that was stored moves. `ctx` and `artifact` are borrowed
+// for the life of a cache, which is used by one thread at a time.
 typedef struct kvq_packed_layer kvq_packed_layer;
+// An empty cache of one layer for at most `capacity` tokens (0 or more); before tokens come a page costs its entry
+// in a table. KVQ_ERR_USAGE when there is no such layer, KVQ_ERR_MEMORY.
 kvq_status kvq_packed_layer_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t layer,
                                    int64_t capacity, kvq_packed_layer **out, kvq_error *err);
 void       kvq_packed_layer_destroy(const kvq_context *ctx, kvq_packed_layer **cache);
-void       kvq_packed_layer_reset(kvq_packed_layer *cache); // length 0; the memory is kept
+void       kvq_packed_layer_reset(kvq_packed_layer *cache); // length 0; the pages are kept
+// An independent copy, of the same capacity: what is appended to one does not show in the other. KVQ_ERR_MEMORY.
+kvq_status kvq_packed_layer_copy(const kvq_context *ctx, const kvq_packed_layer *cache, kvq_packed_layer **out,
+                                 kvq_error *err);
 // Appends n tokens; k, v [n, d] in backend memory. KVQ_ERR_USAGE beyond the capacity, KVQ_ERR_NUMERICAL when a number
-// does not fit into f16 (layer, tensor, position are named); the cache is then as before. Any pieces give the same
-// bytes.
+// does not fit into f16 (layer, tensor, position are named), KVQ_ERR_MEMORY; the cache then holds what it held before.
+// Any pieces give the same bytes.
 kvq_status kvq_packed_layer_append(const kvq_backend *be, kvq_packed_layer *cache, const float *k, const float *v,
                                    int64_t n, kvq_error *err);
 // Encodes what is in the recent window before its time; the tokens that follow fill a new one. In tiles: encodes the
-// open tile as far as it is; an append opens it again, with what it held.
+// open tile as far as it is; an append opens it again, with what it held. KVQ_ERR_NUMERICAL and KVQ_ERR_MEMORY as
+// above.
 kvq_status kvq_packed_layer_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err);
 // All that the queries of a window see when its n tokens come one by one, at once: k, v [n, d] go through the empty
 // cache, which is flushed, and become what it gives back; k_recent, v_recent [n, d] (NULL = not wanted) become what was
@@ -46,6 +56,33 @@ kvq_status kvq_packed_layer_prefill(const kvq_backend *be, kvq_packed_layer *cac
 void    kvq_packed_layer_decode(const kvq_backend *be, const kvq_packed_layer *cache, float *k, float *v);
 int64_t kvq_packed_layer_length(const kvq_packed_layer *cache);
 int64_t kvq_packed_layer_bytes(const kvq_packed_layer *cache); // stored for the current length, tables excluded
+// Allocated for tokens: pages, also those that a reset left empty, and the room for sinks and for f16 tokens.
+int64_t kvq_packed_layer_held_bytes(const kvq_packed_layer *cache);
+
+// A cache as bytes that do not depend on its capacity nor on the machine (docs/packed-cache.md draws them): out
+// [saved_bytes]. KVQ_ERR_MEMORY, and `out` is then useless.
+int64_t    kvq_packed_layer_saved_bytes(const kvq_packed_layer *cache);
+kvq_status kvq_packed_layer_save(const kvq_packed_layer *cache, uint8_t *out, kvq_error *err);
+// A cache of the given capacity that goes on where the saved one was; `data` is borrowed for the call. Any bytes are
+// safe to try. KVQ_ERR_INTEGRITY: truncated, damaged, or not such bytes at all; KVQ_ERR_VERSION: of another version;
+// KVQ_ERR_MISMATCH: of another layer or model, or coded with other tables or settings; KVQ_ERR_USAGE: no such layer, or
+// more tokens than the capacity; KVQ_ERR_MEMORY.
+kvq_status kvq_packed_layer_load(const kvq_context *ctx, const kvq_artifact *artifact, int64_t layer, int64_t capacity,
+                                 const uint8_t *data, int64_t bytes, kvq_packed_layer **out, kvq_error *err);
+
+// K and V of all layers of a model for several sequences of at most `capacity` tokens each.
+typedef struct kvq_packed_cache kvq_packed_cache;
+kvq_status kvq_packed_cache_create(const kvq_context *ctx, const kvq_artifact *artifact, int64_t n_sequences,
+                                   int64_t capacity, kvq_packed_cache **out, kvq_error *err); // KVQ_ERR_MEMORY, _USAGE
+void       kvq_packed_cache_destroy(const kvq_context *ctx, kvq_packed_cache **cache);
+// One layer of one sequence, borrowed from the cache; NULL when there is none such.
+kvq_packed_layer *kvq_packed_cache_layer(const kvq_packed_cache *cache, int64_t sequence, int64_t layer);
+// Length 0 for all layers of a sequence; KVQ_ERR_USAGE when there is none such.
+kvq_status kvq_packed_cache_reset(kvq_packed_cache *cache, int64_t sequence, kvq_error *err);
+// Makes sequence `to` an independent copy of sequence `from`: all layers, or none after KVQ_ERR_MEMORY or _USAGE.
+kvq_status kvq_packed_cache_copy(kvq_packed_cache *cache, int64_t from, int64_t to, kvq_error *err);
+int64_t    kvq_packed_cache_bytes(const kvq_packed_cache *cache); // sums over layers and sequences
+int64_t    kvq_packed_cache_held_bytes(const kvq_packed_cache *cache);
 
 // ---------------------------------------------------------------- held-out errors
 

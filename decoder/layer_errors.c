@@ -11,8 +11,9 @@
 enum { TENSOR_K, TENSOR_V, N_TENSORS, JOINT = N_TENSORS, N_VARIANTS }; // variants of attention: K alone, V alone, both
 
 typedef struct tensor_sums {
-    double         error, energy; // of elements behind the sinks
-    kvq_row_counts counts;
+    double          error, energy; // of elements behind the sinks
+    kvq_row_counts  counts;
+    kvq_code_counts codes;
 } tensor_sums;
 
 typedef struct layer_sums {
@@ -133,6 +134,7 @@ static void add_elements(layer_errors *e, tensor_sums *sums, int tensor, int64_t
     sums->counts.n_elements += counts.n_elements;
     sums->counts.n_outliers += counts.n_outliers;
     sums->counts.n_clipped += counts.n_clipped;
+    kvq_packed_layer_count_codes(e->cache, tensor, &sums->codes);
 }
 
 // exact, coded and recent hold rotated keys by now.
@@ -214,6 +216,8 @@ kvq_layer_errors layer_errors_report(const layer_errors *e, int64_t layer) {
     return (kvq_layer_errors){
         .k = tensor_report(sums, TENSOR_K),
         .v = tensor_report(sums, TENSOR_V),
+        .k_code_use = kvq_code_use(&sums->tensors[TENSOR_K].codes),
+        .v_code_use = kvq_code_use(&sums->tensors[TENSOR_V].codes),
         .attention_error = estimate_root(squared),
     };
 }

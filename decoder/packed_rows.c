@@ -2,6 +2,8 @@
 //
 // Tokens behind the sinks as rows, and the last of them in full precision. Rows are fixed in length and in place, so an
 // append moves nothing.
+#include <string.h>
+
 #include "packed_impl.h"
 
 #define STAGED_TOKENS 1024 // encoded together when they leave the window
@@ -18,7 +20,8 @@ kvq_status packed_rows_create(kvq_packed_layer *cache, const kvq_artifact *artif
         KVQ_TRY(KVQ_NEW(cache->ctx, 3 * (int64_t)cache->d, "offsets and ranges", &r->ranges[i], err));
         r->specs[i] = kvq_tensor_block_spec(quants[i], cache->d, n_side[i], r->ranges[i]);
         KVQ_TRY(KVQ_NEW(cache->ctx, r->n_recent * cache->d, "recent tokens", &r->recent[i], err));
-        KVQ_TRY(KVQ_NEW(cache->ctx, n_behind * kvq_block_row_bytes(&r->specs[i]), "packed rows", &r->rows[i], err));
+        KVQ_TRY(packed_pages_create(cache->ctx, KVQ_TILE_TOKENS * (int64_t)kvq_block_row_bytes(&r->specs[i]),
+                                    packed_pages_for(n_behind), &cache->pages[i], err));
     }
 
 done:
@@ -29,7 +32,6 @@ void packed_rows_destroy(kvq_packed_layer *cache) {
     for (int i = 0; i < 2; i++) {
         kvq_free(cache->ctx, cache->rows.ranges[i]);
         kvq_free(cache->ctx, cache->rows.recent[i]);
-        kvq_free(cache->ctx, cache->rows.rows[i]);
     }
 }
 
@@ -40,15 +42,26 @@ static int64_t behind_sinks(const kvq_packed_layer *cache, int64_t length) {
     return length > cache->n_sinks ? length - cache->n_sinks : 0;
 }
 
-static uint16_t *ring_place(const kvq_packed_layer *cache, int tensor, int64_t token) {
+uint16_t *packed_rows_recent(const kvq_packed_layer *cache, int tensor, int64_t token) {
     return cache->rows.recent[tensor] + token % cache->rows.n_recent * cache->d;
+}
+
+// Rows [first, first + *n) that lie in one piece, *n up to n_wanted.
+static uint8_t *rows_at(const kvq_packed_layer *cache, int tensor, int64_t first, int64_t n_wanted, int64_t *n) {
+    int64_t  row_bytes = kvq_block_row_bytes(&cache->rows.specs[tensor]), run;
+    uint8_t *rows = packed_pages_at(&cache->pages[tensor], first * row_bytes, n_wanted * row_bytes, &run);
+    *n = run / row_bytes; // pages hold whole rows
+    return rows;
 }
 
 static kvq_status encode(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x,
                          int64_t first, int64_t n, kvq_error *err) {
-    const kvq_block_spec *spec = &cache->rows.specs[tensor];
-    int64_t bad = be->encode(be, spec, x, n, cache->rows.rows[tensor] + first * kvq_block_row_bytes(spec));
-    return bad < 0 ? KVQ_OK : packed_does_not_fit(cache, tensor, cache->n_sinks + first + bad, err);
+    for (int64_t done = 0, run; done < n; done += run) {
+        uint8_t *rows = rows_at(cache, tensor, first + done, n - done, &run);
+        int64_t  bad = be->encode(be, &cache->rows.specs[tensor], x + done * cache->d, run, rows);
+        if (bad >= 0) return packed_does_not_fit(cache, tensor, cache->n_sinks + first + done + bad, err);
+    }
+    return KVQ_OK;
 }
 
 // Encodes the tokens [n_rows, end) from their f16 values. From token first_new on they are in x and not in the window
@@ -64,7 +77,7 @@ static kvq_status encode_leaving(const kvq_backend *be, const kvq_packed_layer *
         n = packed_smaller(end - first, STAGED_TOKENS);
         for (int64_t i = 0; i < n; i++) {
             if (first + i < first_new)
-                packed_load_halves(be, ring_place(cache, tensor, first + i), d, staged + i * d);
+                packed_load_halves(be, packed_rows_recent(cache, tensor, first + i), d, staged + i * d);
             else
                 be->copy(be, staged + i * d, x + (first + i - first_new) * d, d);
         }
@@ -91,6 +104,19 @@ static arrival arrival_of(const kvq_packed_layer *cache, int64_t n) {
     return a;
 }
 
+static kvq_status reserve(kvq_packed_layer *cache, int64_t n_rows, kvq_error *err) {
+    kvq_status status = KVQ_OK;
+    for (int i = 0; i < 2; i++)
+        KVQ_TRY(packed_pages_reserve(cache->ctx, &cache->pages[i], packed_pages_for(n_rows), err));
+
+done:
+    return status;
+}
+
+kvq_status packed_rows_reserve(kvq_packed_layer *cache, int64_t n, kvq_error *err) {
+    return reserve(cache, arrival_of(cache, n).n_rows, err);
+}
+
 kvq_status packed_rows_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x,
                                int64_t n, kvq_error *err) {
     arrival      a = arrival_of(cache, n);
@@ -107,7 +133,7 @@ void packed_rows_commit(const kvq_backend *be, kvq_packed_layer *cache, int tens
     arrival a = arrival_of(cache, n);
     int64_t d = cache->d;
     for (int64_t token = a.old > a.n_rows ? a.old : a.n_rows; token < a.old + n - a.n_sinks; token++)
-        (void)packed_store_halves(be, x + (a.n_sinks + token - a.old) * d, d, ring_place(cache, tensor, token));
+        (void)packed_store_halves(be, x + (a.n_sinks + token - a.old) * d, d, packed_rows_recent(cache, tensor, token));
 }
 
 void packed_rows_advance(kvq_packed_layer *cache, int64_t n) { cache->rows.n_rows = arrival_of(cache, n).n_rows; }
@@ -115,11 +141,18 @@ void packed_rows_advance(kvq_packed_layer *cache, int64_t n) { cache->rows.n_row
 kvq_status packed_rows_flush(const kvq_backend *be, kvq_packed_layer *cache, kvq_error *err) {
     int64_t    end = behind_sinks(cache, cache->length);
     kvq_status status = KVQ_OK;
+    KVQ_TRY(reserve(cache, end, err));
     for (int tensor = 0; tensor < 2; tensor++) KVQ_TRY(encode_leaving(be, cache, tensor, end, end, NULL, err));
     cache->rows.n_rows = end;
 
 done:
     return status;
+}
+
+void packed_rows_copied(kvq_packed_layer *to, const kvq_packed_layer *from) {
+    for (int i = 0; i < 2; i++)
+        memcpy(to->rows.recent[i], from->rows.recent[i], (size_t)packed_half_bytes(to, to->rows.n_recent));
+    to->rows.n_rows = from->rows.n_rows;
 }
 
 // ---------------------------------------------------------------- read
@@ -128,25 +161,28 @@ void packed_rows_decode(const kvq_backend *be, const kvq_packed_layer *cache, in
     const packed_rows *r = &cache->rows;
     int64_t n_sinks = packed_smaller(cache->length, cache->n_sinks), end = behind_sinks(cache, cache->length);
     int64_t d = cache->d;
-    be->decode(be, &r->specs[tensor], r->rows[tensor], r->n_rows, x + n_sinks * d);
+    for (int64_t first = 0, run; first < r->n_rows; first += run) {
+        const uint8_t *rows = rows_at(cache, tensor, first, r->n_rows - first, &run);
+        be->decode(be, &r->specs[tensor], rows, run, x + (n_sinks + first) * d);
+    }
     for (int64_t token = r->n_rows; token < end; token++)
-        packed_load_halves(be, ring_place(cache, tensor, token), d, x + (n_sinks + token) * d);
+        packed_load_halves(be, packed_rows_recent(cache, tensor, token), d, x + (n_sinks + token) * d);
 }
 
 int64_t packed_rows_bytes(const kvq_packed_layer *cache) {
     const packed_rows *r = &cache->rows;
     int64_t            per_row = kvq_block_row_bytes(&r->specs[0]) + kvq_block_row_bytes(&r->specs[1]);
     int64_t            n_recent = behind_sinks(cache, cache->length) - r->n_rows;
-    return n_recent * 2 * cache->d * (int64_t)sizeof(uint16_t) + r->n_rows * per_row;
+    return 2 * packed_half_bytes(cache, n_recent) + r->n_rows * per_row;
 }
 
 kvq_row_counts packed_rows_count(const kvq_packed_layer *cache, int tensor, const float *host_x) {
     const packed_rows    *r = &cache->rows;
     const kvq_block_spec *spec = &r->specs[tensor];
     kvq_row_counts        counts = {.n_elements = r->n_rows * cache->d};
-    for (int64_t token = 0; token < r->n_rows; token++) {
+    for (int64_t token = 0, run; token < r->n_rows; token++) {
         const float *x = host_x + (packed_smaller(cache->length, cache->n_sinks) + token) * cache->d;
-        int          n_outliers = kvq_block_count_outliers(spec, r->rows[tensor] + token * kvq_block_row_bytes(spec));
+        int          n_outliers = kvq_block_count_outliers(spec, rows_at(cache, tensor, token, 1, &run));
         counts.n_outliers += n_outliers;
         if (spec->r != NULL) counts.n_clipped += kvq_block_count_beyond(spec, x) - n_outliers;
     }

@@ -507,8 +507,7 @@ KVQ_HD void kvq_tile_decode(const kvq_tile_spec *s, const uint8_t *tile, int fir
     for (int head = 0; head < s->d / s->head_dim; head++) kvq_tile_decode_values(s, tile, head, first, n_tokens, x);
 }
 
-// Outliers that a tile holds; elements of tokens [first, n_tokens) beyond the range of their channel (values have
-// none).
+// Outliers that a tile holds (values have none).
 KVQ_HD int kvq_tile_count_outliers(const kvq_tile_spec *s, const uint8_t *tile) {
     const uint8_t *counts = tile + kvq_tile_code_bytes(s);
     int            n = 0;
@@ -517,6 +516,16 @@ KVQ_HD int kvq_tile_count_outliers(const kvq_tile_spec *s, const uint8_t *tile) 
     return n;
 }
 
+// Whether counts and entries of outliers name elements of the tile, which decoding relies on: 1 for what
+// kvq_tile_encode wrote, 0 for bytes that would be read or written out of bounds.
+KVQ_HD int kvq_tile_outliers_fit(const kvq_tile_spec *s, const uint8_t *tile) {
+    const uint8_t *entry = tile + kvq_tile_code_bytes(s) + kvq_tile_count_bytes(s);
+    int            n = kvq_tile_count_outliers(s, tile), fit = n <= s->n_slots;
+    for (int i = 0; i < n && fit; i++) fit = (kvq_block_load_half(entry + 4 * i) & 511) < s->head_dim;
+    return fit;
+}
+
+// Elements of tokens [first, n_tokens) beyond the range of their channel (values have none).
 KVQ_HD int kvq_tile_count_beyond(const kvq_tile_spec *s, const float *x, int first, int n_tokens) {
     kvq_block_spec token = kvq_tile_token_spec(s);
     int            n = 0;
