@@ -287,4 +287,9 @@ void   kvq_json_floats(kvq_json *json, cJSON *parent, const char *key, const flo
 kvq_status kvq_json_line(const kvq_json *json, char **out, kvq_error *err);
 kvq_status kvq_json_print(const kvq_json *json, kvq_error *err);
 
+// ---------------------------------------------------------------- memory of long contexts (memory_table.c)
+
+void kvq_cli_print_memory(const kvq_artifact *artifact);               // a table on stdout
+void kvq_cli_add_memory(kvq_json *json, const kvq_artifact *artifact); // an array "memory" in the root
+
 #endif

@@ -13,6 +13,7 @@
 typedef struct validate_options {
     kvq_cli_common common;
     kvq_cli_source source;
+    passkey_wanted passkey; // instead of source
     const char    *model, *artifact;
     int64_t        seq_len, windows; // 0 = not given
     kvq_cli_seed   seed;
@@ -41,7 +42,9 @@ static const kvq_cli_option OPTIONS[] = {
      .max = CLI_MAX_TOKENS},
     {"windows", 0, CLI_COUNT, AT(windows), "N", .help = "windows from the start of the text (all; 4 with self)",
      .min = 1, .max = CLI_MAX_TOKENS},
-    {"seed", 0, CLI_SEED, AT(seed), "X", .help = "of --text self (one more than the artifact's, or 0)"},
+    {"seed", 0, CLI_SEED, AT(seed), "X",
+     .help = "of --text self (one more than the artifact's, or 0) or --passkey (0)"},
+    PASSKEY_ROWS,
     {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW",
      .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",
      .choices = kvq_cli_bos_names},
@@ -74,11 +77,44 @@ static const kvq_cli_option OPTIONS[] = {
 
 // ---------------------------------------------------------------- options
 
-static kvq_status check_options(const validate_options *o, kvq_gate *gates, kvq_error *err) {
+// A test of pass keys makes its windows itself, decodes through a cache, and measures nothing else.
+static kvq_status check_passkey(const validate_options *o, const kvq_gate *gates, passkey_report *plan,
+                                kvq_error *err) {
+    const kvq_cli_source *s = &o->source;
+    bool of_texts = s->mix != NULL || s->field != NULL || s->format != 0 || s->documents != 0 || s->newlines != 0;
+    if (s->texts.count > 0 || s->tokens != NULL || of_texts || o->seq_len > 0 || o->windows > 0 || o->prompt > 0) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "run it twice, once for the text",
+                        "--passkey %s: it makes its own windows, so nothing else says what is read",
+                        o->passkey.lengths);
+    }
+    if (o->artifact == NULL)
+        return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--passkey: there is no cache to decode with");
+    for (int i = 0; i < o->gates.count; i++) {
+        if (strcmp(gates[i].metric, "passkey") == 0) continue;
+        return kvq_fail(err, KVQ_ERR_USAGE, "gate passkey, or measure a text",
+                        "--gate '%s': --passkey does not measure it", gates[i].expression);
+    }
+    return passkey_plan(&o->passkey, plan, err);
+}
+
+static kvq_status check_text(const validate_options *o, const kvq_gate *gates, kvq_error *err) {
+    if (o->passkey.depths.count > 0 || o->passkey.trials > 0) {
+        return kvq_fail(err, KVQ_ERR_USAGE, "add --passkey 1k,2k", "--%s: belongs to --passkey",
+                        o->passkey.depths.count > 0 ? "depths" : "passkey-trials");
+    }
+    for (int i = 0; i < o->gates.count; i++) {
+        if (strcmp(gates[i].metric, "passkey") == 0)
+            return kvq_fail(err, KVQ_ERR_USAGE, "measure it with --passkey 1k,2k",
+                            "--gate '%s': a text has no pass keys", gates[i].expression);
+    }
+    return kvq_cli_source_check(&o->source, err);
+}
+
+static kvq_status check_options(const validate_options *o, kvq_gate *gates, passkey_report *plan, kvq_error *err) {
     if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--model is missing");
-    if (o->seed.given && !kvq_cli_is_self(&o->source)) {
+    if (o->seed.given && o->passkey.lengths == NULL && !kvq_cli_is_self(&o->source)) {
         return kvq_fail(err, KVQ_ERR_USAGE, "leave --seed out",
-                        "--seed: only text that the model writes (--text self) has a seed");
+                        "--seed: only text that the model writes (--text self) and pass keys (--passkey) have a seed");
     }
     if (o->prompt > 0 && o->protocol != KVQ_PROTOCOL_DECODE) {
         return kvq_fail(err, KVQ_ERR_USAGE, "add --protocol decode", "--prompt: only the protocol decode has a prompt");
@@ -93,13 +129,13 @@ static kvq_status check_options(const validate_options *o, kvq_gate *gates, kvq_
                             gates[i].expression, gates[i].metric);
         }
     }
-    return kvq_cli_source_check(&o->source, err);
+    return o->passkey.lengths != NULL ? check_passkey(o, gates, plan, err) : check_text(o, gates, err);
 }
 
 // A model that is judged on the very text its artifact was fitted to looks better than it is.
 static kvq_status resolve_seed(const validate_options *o, const kvq_artifact *a, uint64_t *seed, kvq_error *err) {
     bool fitted_to_self = a != NULL && strcmp(a->dataset.source, "self") == 0 && a->dataset.source_sha256[0] == 0;
-    *seed = o->seed.given ? o->seed.value : fitted_to_self ? a->dataset.seed + 1 : 0;
+    *seed = o->seed.given ? o->seed.value : fitted_to_self && o->passkey.lengths == NULL ? a->dataset.seed + 1 : 0;
     if (fitted_to_self && kvq_cli_is_self(&o->source) && *seed == a->dataset.seed) {
         return kvq_fail(err, KVQ_ERR_USAGE, "choose another seed, or leave --seed out",
                         "--seed %llu: the artifact was calibrated on the text of this seed", (unsigned long long)*seed);
@@ -180,10 +216,13 @@ static void print_plan(kvq_cli *cli, const validate_options *o, const kvq_backen
                 (long long)r->config->n_layers, r->config->n_kv_heads, r->config->head_dim);
     if (r->artifact != NULL)
         kvq_cli_say(cli, "artifact   %s  content sha256 %s", kvq_file_name(o->artifact), r->artifact_sha256);
-    kvq_cli_say(cli, "text       %s  %lld tokens read  %lld windows of %lld  BOS %s", r->windows.source,
-                (long long)r->windows.n_available, (long long)r->windows.n_windows, (long long)r->windows.seq_len,
-                r->windows.bos_added ? "added" : "not added");
-    if (r->self) kvq_cli_say(cli, "seed       %llu", (unsigned long long)r->seed);
+    if (r->passkey.n_lengths > 0)
+        passkey_say(cli, &r->passkey);
+    else
+        kvq_cli_say(cli, "text       %s  %lld tokens read  %lld windows of %lld  BOS %s", r->windows.source,
+                    (long long)r->windows.n_available, (long long)r->windows.n_windows, (long long)r->windows.seq_len,
+                    r->windows.bos_added ? "added" : "not added");
+    if (r->self || r->passkey.n_lengths > 0) kvq_cli_say(cli, "seed       %llu", (unsigned long long)r->seed);
     kvq_cli_say(cli, "compute    %d %s threads with %s", cli->ctx.n_threads, be->name, be->matmul);
 }
 
@@ -209,6 +248,41 @@ static void suggest_next(kvq_cli *cli, const validate_options *o, const validate
     }
 }
 
+static kvq_status take_windows(kvq_cli *cli, const validate_options *o, const kvq_backend *be,
+                               const kvq_checkpoint *checkpoint, validate_report *r, kvq_error *err) {
+    kvq_cli_window_request request = {.n_windows = o->windows, .seed = r->seed};
+    kvq_status             status = KVQ_OK;
+    if (r->passkey.n_lengths > 0) {
+        KVQ_TRY(passkey_prepare(cli, r->config, o->model, o->source.bos, r->seed, &r->passkey, &r->tokenizer, err));
+        r->windows.bos_added = r->passkey.windows[0].windows.bos_added; // warn compares it with the artifact's
+        return KVQ_OK;
+    }
+    int64_t usual = r->artifact != NULL ? r->artifact->dataset.seq_len : CLI_DEFAULT_SEQ_LEN;
+    KVQ_TRY(kvq_cli_seq_len(cli, r->config, o->seq_len, usual, &request.seq_len, err));
+    if (r->self && request.n_windows == 0) request.n_windows = SELF_WINDOWS;
+    KVQ_TRY(kvq_cli_windows(cli, be, checkpoint, o->model, &o->source, &request, &r->windows, &r->tokenizer, err));
+
+done:
+    return status;
+}
+
+static kvq_status measure(kvq_cli *cli, const validate_options *o, const kvq_backend *be, kvq_model *model,
+                          validate_report *r, kvq_error *err) {
+    const kvq_validate_options how = {.protocol = (kvq_protocol)o->protocol,
+                                      .n_prompt = o->prompt > 0 ? o->prompt : r->windows.seq_len / 2,
+                                      .layer_windows = o->layer_windows,
+                                      .noise_windows = o->noise_windows};
+    if (r->passkey.n_lengths == 0)
+        return kvq_validate(&cli->ctx, be, model, r->artifact, &r->windows, &how, &r->validation, err);
+    kvq_status status = passkey_run(cli, be, model, r->artifact, &r->passkey, err);
+    r->validation = (kvq_validation){.has_artifact = true,
+                                     .options = {.protocol = KVQ_PROTOCOL_DECODE},
+                                     .tokens_scored = r->passkey.all.baseline, // what its share is a share of
+                                     .has_passkey = status == KVQ_OK,
+                                     .passkey = r->passkey.kept};
+    return status;
+}
+
 static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
     kvq_status              status = KVQ_OK;
     const validate_options *o = options;
@@ -223,28 +297,19 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
                                  .gates = gates,
                                  .n_gates = o->gates.count,
                                  .weights_checked = !o->allow_other_weights};
-    kvq_cli_window_request  request = {.n_windows = o->windows};
 
-    KVQ_TRY(check_options(o, gates, err));
+    KVQ_TRY(check_options(o, gates, &r.passkey, err));
     KVQ_TRY(open_pair(cli, o, &r, &checkpoint, &artifact, err));
     r.config = kvq_checkpoint_config(checkpoint);
     cli->n_layers = r.config->n_layers;
     r.artifact = artifact;
     r.artifact_name = o->artifact != NULL ? kvq_file_name(o->artifact) : NULL;
-    int64_t usual = artifact != NULL ? artifact->dataset.seq_len : CLI_DEFAULT_SEQ_LEN;
-    KVQ_TRY(kvq_cli_seq_len(cli, r.config, o->seq_len, usual, &request.seq_len, err));
-    if (r.self && request.n_windows == 0) request.n_windows = SELF_WINDOWS;
-    request.seed = r.seed;
     KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &be, err));
-    KVQ_TRY(kvq_cli_windows(cli, be, checkpoint, o->model, &o->source, &request, &r.windows, &r.tokenizer, err));
+    KVQ_TRY(take_windows(cli, o, be, checkpoint, &r, err));
     print_plan(cli, o, be, &r);
     warn(cli, &r);
     KVQ_TRY(kvq_model_create(&cli->ctx, be, checkpoint, false, &model, err));
-    const kvq_validate_options how = {.protocol = (kvq_protocol)o->protocol,
-                                      .n_prompt = o->prompt > 0 ? o->prompt : request.seq_len / 2,
-                                      .layer_windows = o->layer_windows,
-                                      .noise_windows = o->noise_windows};
-    KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &how, &r.validation, err));
+    KVQ_TRY(measure(cli, o, be, model, &r, err));
     kvq_cli_end_progress(cli);
     warn_of_ranges(cli, o, &r);
     judge(o, &r);
@@ -258,6 +323,7 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
 
 done:
     kvq_validation_free(&cli->ctx, &r.validation);
+    passkey_free(cli, &r.passkey);
     kvq_windows_free(&cli->ctx, &r.windows);
     kvq_model_destroy(&cli->ctx, &model);
     if (be != NULL) be->destroy(&be);
@@ -272,18 +338,22 @@ static const kvq_cli_program PROGRAM = {
         "Measures perplexity, KL divergence and top-1 agreement of a model with and without a quantised KV cache.",
     .synopsis = "--model PATH [--artifact OUT.kvq.h5] --text FILE|self... [--seq-len S]\n"
                 "    [--windows N] [--bos auto|always|never] [--gate EXPR]...\n"
-                "    [--protocol prefill|decode] [--compute f32|bf16] [--json]\n",
+                "    [--protocol prefill|decode] [--compute f32|bf16] [--json]\n"
+                "--model PATH --artifact OUT.kvq.h5 --passkey S,S... [--depths F,F...] [--passkey-trials N]\n"
+                "    [--seed X] [--bos auto|always|never] [--gate 'passkey>=SHARE'] [--json]\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
     .notes =
         "gates: a metric, <= or >=, a limit; shares as 1% or 0.01. Metrics: dppl, ppl, kld.mean, kld.median, kld.p90,\n"
-        "  kld.p99, kld.p99.9, kld.max, top1, top5, dp.rms, layer.attn_err.max, effective_bits.\n"
+        "  kld.p99, kld.p99.9, kld.max, top1, top5, dp.rms, layer.attn_err.max, effective_bits;\n"
+        "  with --passkey: passkey, the share kept of the keys that the baseline retrieves.\n"
         "A gate passes when the whole interval of 95% is within its limit, fails when none of it is, and is "
         "inconclusive\n"
         "otherwise. exit code: 0 when every gate passes, 1 when one fails, 7 when one is inconclusive.\n\n"
         "examples:\n"
         "  kvq-validate --model llama-3.1-8b --artifact l31.kvq.h5 --text wiki.test.raw\n"
-        "  kvq-validate --model m.gguf --artifact m.kvq.h5 --text self --gate 'dppl<=1%' --json > report.json\n",
+        "  kvq-validate --model m.gguf --artifact m.kvq.h5 --text self --gate 'dppl<=1%' --json > report.json\n"
+        "  kvq-validate --model m.gguf --artifact m.kvq.h5 --passkey 1k,4k --gate 'passkey>=90%'\n",
     .run = run,
 };
 

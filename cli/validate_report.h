@@ -5,6 +5,7 @@
 #define KVQ_VALIDATE_REPORT_H
 
 #include "kvq_cli.h"
+#include "validate_passkey.h"
 
 typedef struct validate_report {
     const kvq_model_config *config;   // borrowed, as are artifact and gates
@@ -16,8 +17,9 @@ typedef struct validate_report {
     kvq_cli_tokenizer       tokenizer;
     int                     bos, compute; // kvq_bos_policy, kvq_compute
     bool                    self, weights_checked;
-    uint64_t                seed; // of self text
-    kvq_validation          validation;
+    uint64_t                seed; // of self text, of pass keys
+    passkey_report          passkey;
+    kvq_validation          validation; // with pass keys only has_artifact, options and passkey are set
     const kvq_gate         *gates;
     int                     n_gates;
     kvq_judgement           judgements[CLI_MAX_LIST]; // of the gates
