@@ -63,6 +63,8 @@ static void print_header(const kvq_artifact *a, const char *path, const char *co
     if (n_sequences > 1) (void)snprintf(sequences, sizeof sequences, " for %lld sequences", (long long)n_sequences);
     printf("cache      %.3f bits per element%s at %lld tokens, everything counted\n\n",
            kvq_cache_bits_per_element(size, n_sequences), sequences, (long long)n_tokens);
+    kvq_cli_print_memory(a);
+    printf("\n");
 }
 
 // Whether errors of decoded elements are known: not in files of format 1.0, nor with an integer zero point, whose
@@ -264,6 +266,7 @@ static kvq_status print_json(const kvq_artifact *a, const inspect_options *o, co
     kvq_json_number(
         &json, json.root, "bits_per_element",
         kvq_cache_bits_per_element(kvq_artifact_cache_size(a, inspect_budget_tokens(a)), inspect_budget_sequences(a)));
+    kvq_cli_add_memory(&json, a);
     add_layers(&json, a, o);
     kvq_status status = kvq_json_print(&json, err);
     kvq_json_free(&json);

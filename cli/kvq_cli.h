@@ -308,4 +308,9 @@ kvq_status kvq_json_line(const kvq_json *json, char **out, kvq_error *err);
 kvq_status kvq_json_write(const kvq_json *json, FILE *out, kvq_error *err);
 kvq_status kvq_json_print(const kvq_json *json, kvq_error *err);
 
+// ---------------------------------------------------------------- memory of long contexts (memory_table.c)
+
+void kvq_cli_print_memory(const kvq_artifact *artifact);               // a table on stdout
+void kvq_cli_add_memory(kvq_json *json, const kvq_artifact *artifact); // an array "memory" in the root
+
 #endif

@@ -6,172 +6,22 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "kvq_cli.h"
-#include "validate_report.h"
+#include "validate_options.h"
 
 #define SELF_WINDOWS 4
 
-typedef struct validate_options {
-    kvq_cli_common   common;
-    kvq_cli_source   source;
-    const char      *model, *artifact;
-    int64_t          seq_len, windows; // 0 = not given
-    kvq_cli_seed     seed;
-    kvq_cli_list     gates;
-    int              compute;  // kvq_compute
-    int              protocol; // kvq_protocol
-    int64_t          prompt;   // 0 = not given
-    int64_t          layer_windows, noise_windows;
-    int              gate_mode, inconclusive; // of GATE_MODES, INCONCLUSIVE
-    bool             json, allow_other_weights;
-    const char      *baseline;       // an earlier report, or NULL
-    double           max_regression; // NOT_LIMITED = not given
-    validate_outputs outputs;
-} validate_options;
-
-#define NOT_LIMITED (-1.0)
-
-enum { GATES_BY_INTERVAL, GATES_BY_POINT };
-enum { INCONCLUSIVE_CODE, INCONCLUSIVE_PASSES, INCONCLUSIVE_FAILS };
-static const char *const GATE_MODES[] = {"interval", "point", NULL}, *const INCONCLUSIVE[] = {"code", "pass", "fail",
-                                                                                              NULL};
-
-#define AT(field) offsetof(validate_options, field)
-static const kvq_cli_option OPTIONS[] = {
-    {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "Hugging Face directory (safetensors) or one GGUF file",
-     .path = true},
-    {"artifact", 0, CLI_TEXT, AT(artifact), "FILE",
-     .help = "artifact of this model; without it only the baseline is measured", .path = true},
-    CLI_TEXT_ROWS,
-    {"tokens", 0, CLI_TEXT, AT(source.tokens), "FILE.npy", .help = "token ids instead of --text; no tokenizer is used",
-     .path = true},
-    {"seq-len", 0, CLI_COUNT, AT(seq_len), "S", .help = "tokens per window (the artifact's, or 2048)", .min = 2,
-     .max = CLI_MAX_TOKENS},
-    {"windows", 0, CLI_COUNT, AT(windows), "N", .help = "windows from the start of the text (all; 4 with self)",
-     .min = 1, .max = CLI_MAX_TOKENS},
-    {"seed", 0, CLI_SEED, AT(seed), "X", .help = "of --text self (one more than the artifact's, or 0)"},
-    {"bos", 0, CLI_CHOICE, AT(source.bos), "HOW",
-     .help = "BOS token in front of a window: auto (as the tokenizer does), always, never",
-     .choices = kvq_cli_bos_names},
-    {"protocol", 0, CLI_CHOICE, AT(protocol), "HOW",
-     .help = "prefill: all keys and values are quantised; decode: the prompt is exact, later tokens not",
-     .choices = kvq_protocol_names},
-    {"prompt", 0, CLI_COUNT, AT(prompt), "N", .help = "tokens of a window that are the prompt (decode; half of them)",
-     .min = 1, .max = CLI_MAX_TOKENS},
-    {"layer-windows", 0, CLI_COUNT, AT(layer_windows), "N",
-     .help = "windows on which each layer's errors are measured (4)", .min = 0, .max = CLI_MAX_TOKENS, .rare = true},
-    {"noise-windows", 0, CLI_COUNT, AT(noise_windows), "N",
-     .help = "windows on which the reference's own noise is measured (2)", .min = 0, .max = CLI_MAX_TOKENS,
-     .rare = true},
-    {"gate", 0, CLI_LIST, AT(gates), "EXPR", .help = "a limit such as 'dppl<=1%'; repeatable, all must hold"},
-    {"gate-mode", 0, CLI_CHOICE, AT(gate_mode), "HOW",
-     .help = "judge by the interval of 95%, or by the measured point alone", .choices = GATE_MODES, .rare = true},
-    {"inconclusive", 0, CLI_CHOICE, AT(inconclusive), "HOW",
-     .help = "what an interval across the limit means: exit code 7, pass, or fail", .choices = INCONCLUSIVE,
-     .rare = true},
-    {"allow-other-weights", 0, CLI_FLAG, AT(allow_other_weights), NULL,
-     .help = "accept a model of equal shape with other weights"},
-    {"compute", 0, CLI_CHOICE, AT(compute), "TYPE",
-     .help = "type of the factors in linear layers: f32 (default), or bf16 where the processor has it",
-     .choices = kvq_compute_names},
-    {"threads", 0, CLI_COUNT, AT(common.n_threads), "N", .help = "changes speed, never a result (one per core)",
-     .min = 1, .max = KVQ_MAX_THREADS, .aside = true},
-    {"baseline", 0, CLI_TEXT, AT(baseline), "FILE.json",
-     .help = "an earlier report (--json) of the same text to compare with", .path = true},
-    {"max-regression", 0, CLI_FRACTION, AT(max_regression), "X",
-     .help = "a gate: perplexity may exceed that of --baseline by this share, as 2%", .min = 0, .max = 100},
-    {"json", 0, CLI_FLAG, AT(json), NULL, .help = "one JSON document on stdout (kvq.validate/1)", .aside = true},
-    VALIDATE_OUTPUT_ROWS,
-};
-#undef AT
-
-static const validate_options DEFAULTS = {.layer_windows = 4, .noise_windows = 2, .max_regression = NOT_LIMITED};
-static const kvq_cli_program  PROGRAM; // at the end of this file
-
-// ---------------------------------------------------------------- options
-
-static kvq_status parse_gate(const validate_options *o, const char *expression, kvq_gate *gate, kvq_error *err) {
-    kvq_status status = kvq_gate_parse(expression, gate, err);
-    if (status != KVQ_OK) return status;
-    if (o->artifact == NULL && kvq_gate_needs_artifact(gate)) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--gate '%s': %s is only measured with an artifact",
-                        gate->expression, gate->metric);
-    }
-    if (o->baseline == NULL && strncmp(gate->metric, "regression.", strlen("regression.")) == 0) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "add --baseline", "--gate '%s': there is no earlier report to compare with",
-                        gate->expression);
-    }
-    return KVQ_OK;
-}
-
-// The gates of the command line, and the one that --max-regression is another word for.
-static kvq_status parse_gates(const validate_options *o, kvq_gate *gates, int *n, kvq_error *err) {
-    kvq_status status = KVQ_OK;
-    char       regression[64];
-    *n = o->gates.count;
-    for (int i = 0; i < *n; i++) KVQ_TRY(parse_gate(o, o->gates.items[i], &gates[i], err));
-    if (o->max_regression >= 0) {
-        (void)snprintf(regression, sizeof regression, "regression.ppl<=%.12g%%", 100 * o->max_regression);
-        KVQ_TRY(parse_gate(o, regression, &gates[(*n)++], err));
-    }
-
-done:
-    return status;
-}
-
-static kvq_status check_options(const validate_options *o, kvq_error *err) {
-    if (o->model == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "--model is missing");
-    if (o->seed.given && !kvq_cli_is_self(&o->source)) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "leave --seed out",
-                        "--seed: only text that the model writes (--text self) has a seed");
-    }
-    if (o->prompt > 0 && o->protocol != KVQ_PROTOCOL_DECODE) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "add --protocol decode", "--prompt: only the protocol decode has a prompt");
-    }
-    if (o->protocol == KVQ_PROTOCOL_DECODE && o->artifact == NULL)
-        return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--protocol: there is no cache to decode with");
-    if (o->max_regression >= 0 && o->baseline == NULL)
-        return kvq_fail(err, KVQ_ERR_USAGE, "add --baseline", "--max-regression: there is no report to compare with");
-    if (o->baseline != NULL && o->artifact == NULL)
-        return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--baseline: there is nothing quantised to compare");
-    return KVQ_OK;
-}
-
-static kvq_status check_outputs(kvq_cli *cli, const validate_options *o, kvq_error *err) {
-    const char *inputs[CLI_SOURCE_FILES + 3];
-    kvq_cli_source_files(&o->source, inputs);
-    inputs[CLI_SOURCE_FILES] = o->model;
-    inputs[CLI_SOURCE_FILES + 1] = o->artifact;
-    inputs[CLI_SOURCE_FILES + 2] = o->baseline;
-    return check_report_files(cli, &o->outputs, o->artifact != NULL && o->layer_windows > 0, inputs,
-                              CLI_COUNT_OF(inputs), err);
-}
-
-// ---------------------------------------------------------------- the earlier report
-
-// Before anything is computed: reports that cannot be compared are found out at once.
-static kvq_status check_baseline(const validate_options *o, const validate_report *r, int64_t n_prompt,
-                                 kvq_error *err) {
-    kvq_report_terms now = {.seq_len = r->windows.seq_len, .n_windows = r->windows.n_windows};
-    if (o->baseline == NULL) return KVQ_OK;
-    now.n_prompt = o->protocol == KVQ_PROTOCOL_DECODE ? n_prompt : 0;
-    (void)snprintf(now.protocol, sizeof now.protocol, "%s", kvq_protocol_names[o->protocol]);
-    (void)snprintf(now.ids_sha256, sizeof now.ids_sha256, "%s", r->windows.ids_sha256);
-    return kvq_report_baseline_matches(&r->earlier, o->baseline, &now, err);
-}
+// ---------------------------------------------------------------- before a run
 
 // A model that is judged on the very text its artifact was fitted to looks better than it is.
 static kvq_status resolve_seed(const validate_options *o, const kvq_artifact *a, uint64_t *seed, kvq_error *err) {
     bool fitted_to_self = a != NULL && strcmp(a->dataset.source, "self") == 0 && a->dataset.source_sha256[0] == 0;
-    *seed = o->seed.given ? o->seed.value : fitted_to_self ? a->dataset.seed + 1 : 0;
+    *seed = o->seed.given ? o->seed.value : fitted_to_self && o->passkey.lengths == NULL ? a->dataset.seed + 1 : 0;
     if (fitted_to_self && kvq_cli_is_self(&o->source) && *seed == a->dataset.seed) {
         return kvq_fail(err, KVQ_ERR_USAGE, "choose another seed, or leave --seed out",
                         "--seed %llu: the artifact was calibrated on the text of this seed", (unsigned long long)*seed);
     }
     return KVQ_OK;
 }
-
-// ---------------------------------------------------------------- one run
 
 static kvq_status open_pair(kvq_cli *cli, const validate_options *o, validate_report *r, kvq_checkpoint **checkpoint,
                             kvq_artifact **artifact, kvq_error *err) {
@@ -187,6 +37,20 @@ static kvq_status open_pair(kvq_cli *cli, const validate_options *o, validate_re
 
 done:
     return status;
+}
+
+static int64_t prompt_of(const validate_options *o, const validate_report *r) {
+    return o->prompt > 0 ? o->prompt : r->windows.seq_len / 2;
+}
+
+// Before anything is computed: reports that cannot be compared are found out at once.
+static kvq_status check_baseline(const validate_options *o, const validate_report *r, kvq_error *err) {
+    kvq_report_terms now = {.seq_len = r->windows.seq_len, .n_windows = r->windows.n_windows};
+    if (o->baseline == NULL) return KVQ_OK;
+    now.n_prompt = o->protocol == KVQ_PROTOCOL_DECODE ? prompt_of(o, r) : 0;
+    (void)snprintf(now.protocol, sizeof now.protocol, "%s", kvq_protocol_names[o->protocol]);
+    (void)snprintf(now.ids_sha256, sizeof now.ids_sha256, "%s", r->windows.ids_sha256);
+    return kvq_report_baseline_matches(&r->earlier, o->baseline, &now, err);
 }
 
 static void check_tokenizer(kvq_cli *cli, const validate_report *r) {
@@ -244,22 +108,62 @@ static void print_plan(kvq_cli *cli, const validate_options *o, const kvq_backen
                 (long long)r->config->n_layers, r->config->n_kv_heads, r->config->head_dim);
     if (r->artifact != NULL)
         kvq_cli_say(cli, "artifact   %s  content sha256 %s", kvq_file_name(o->artifact), r->artifact_sha256);
-    kvq_cli_say(cli, "text       %s  %lld tokens read  %lld windows of %lld  BOS %s", r->windows.source,
-                (long long)r->windows.n_available, (long long)r->windows.n_windows, (long long)r->windows.seq_len,
-                r->windows.bos_added ? "added" : "not added");
-    if (r->self) kvq_cli_say(cli, "seed       %llu", (unsigned long long)r->seed);
+    if (r->passkey.n_lengths > 0)
+        passkey_say(cli, &r->passkey);
+    else
+        kvq_cli_say(cli, "text       %s  %lld tokens read  %lld windows of %lld  BOS %s", r->windows.source,
+                    (long long)r->windows.n_available, (long long)r->windows.n_windows, (long long)r->windows.seq_len,
+                    r->windows.bos_added ? "added" : "not added");
+    if (r->self || r->passkey.n_lengths > 0) kvq_cli_say(cli, "seed       %llu", (unsigned long long)r->seed);
     kvq_cli_say(cli, "compute    %d %s threads with %s", cli->ctx.n_threads, be->name, be->matmul);
+}
+
+static kvq_status take_windows(kvq_cli *cli, const validate_options *o, const kvq_backend *be,
+                               const kvq_checkpoint *checkpoint, validate_report *r, kvq_error *err) {
+    kvq_cli_window_request request = {.n_windows = o->windows, .seed = r->seed};
+    kvq_status             status = KVQ_OK;
+    if (r->passkey.n_lengths > 0) {
+        KVQ_TRY(passkey_prepare(cli, r->config, o->model, o->source.bos, r->seed, &r->passkey, &r->tokenizer, err));
+        r->windows.bos_added = r->passkey.windows[0].windows.bos_added; // warn compares it with the artifact's
+        return KVQ_OK;
+    }
+    int64_t usual = r->artifact != NULL ? r->artifact->dataset.seq_len : CLI_DEFAULT_SEQ_LEN;
+    KVQ_TRY(kvq_cli_seq_len(cli, r->config, o->seq_len, usual, &request.seq_len, err));
+    if (r->self && request.n_windows == 0) request.n_windows = SELF_WINDOWS;
+    KVQ_TRY(kvq_cli_windows(cli, be, checkpoint, o->model, &o->source, &request, &r->windows, &r->tokenizer, err));
+
+done:
+    return status;
+}
+
+// ---------------------------------------------------------------- a run
+
+static kvq_status measure(kvq_cli *cli, const validate_options *o, const kvq_backend *be, kvq_model *model,
+                          validate_report *r, kvq_error *err) {
+    const kvq_validate_options how = {.protocol = (kvq_protocol)o->protocol,
+                                      .n_prompt = prompt_of(o, r),
+                                      .layer_windows = o->layer_windows,
+                                      .noise_windows = o->noise_windows};
+    if (r->passkey.n_lengths == 0)
+        return kvq_validate(&cli->ctx, be, model, r->artifact, &r->windows, &how, &r->validation, err);
+    kvq_status status = passkey_run(cli, be, model, r->artifact, &r->passkey, err);
+    r->validation = (kvq_validation){.has_artifact = true,
+                                     .options = {.protocol = KVQ_PROTOCOL_DECODE},
+                                     .tokens_scored = r->passkey.all.baseline, // what its share is a share of
+                                     .has_passkey = status == KVQ_OK,
+                                     .passkey = r->passkey.kept};
+    return status;
 }
 
 static void judge(const validate_options *o, validate_report *r) {
     for (int i = 0; i < r->n_gates; i++)
-        r->judgements[i] = kvq_gate_judge(&r->gates[i], &r->validation, o->gate_mode == GATES_BY_POINT);
+        r->judgements[i] = kvq_gate_judge(&r->gates[i], &r->validation, o->gate_mode == VALIDATE_BY_POINT);
 }
 
 static int verdict_code(const validate_options *o, const validate_report *r) {
     bool open = count_gates(r, KVQ_INCONCLUSIVE) > 0;
-    if (count_gates(r, KVQ_FAIL) > 0 || (open && o->inconclusive == INCONCLUSIVE_FAILS)) return CLI_VERDICT_NEGATIVE;
-    return open && o->inconclusive == INCONCLUSIVE_CODE ? CLI_VERDICT_OPEN : 0;
+    if (count_gates(r, KVQ_FAIL) > 0 || (open && o->inconclusive == VALIDATE_OPEN_FAILS)) return CLI_VERDICT_NEGATIVE;
+    return open && o->inconclusive == VALIDATE_OPEN_IS_A_CODE ? CLI_VERDICT_OPEN : 0;
 }
 
 static void suggest_next(kvq_cli *cli, const validate_options *o, const validate_report *r) {
@@ -291,11 +195,11 @@ done:
     return status;
 }
 
-static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
+kvq_status validate_run(kvq_cli *cli, void *options, int *exit_code, kvq_error *err) {
     kvq_status              status = KVQ_OK;
     const validate_options *o = options;
     kvq_gate                gates[VALIDATE_MAX_GATES];
-    char                   *command = kvq_cli_command(&PROGRAM, o, &DEFAULTS);
+    char                   *command = kvq_cli_command(&validate_program, o, &validate_defaults);
     kvq_checkpoint         *checkpoint = NULL;
     kvq_artifact           *artifact = NULL;
     kvq_backend            *be = NULL;
@@ -304,15 +208,11 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
                                  .bos = o->source.bos,
                                  .compute = o->compute,
                                  .gates = gates,
-                                 .open_fails = o->inconclusive == INCONCLUSIVE_FAILS,
+                                 .open_fails = o->inconclusive == VALIDATE_OPEN_FAILS,
                                  .command = command,
                                  .weights_checked = !o->allow_other_weights};
-    kvq_cli_window_request  request = {.n_windows = o->windows};
 
-    KVQ_TRY(check_options(o, err));
-    KVQ_TRY(parse_gates(o, gates, &r.n_gates, err));
-    KVQ_TRY(kvq_cli_source_check(&o->source, err));
-    KVQ_TRY(check_outputs(cli, o, err));
+    KVQ_TRY(validate_check_options(cli, o, gates, &r.n_gates, &r.passkey, err));
     if (o->baseline != NULL) {
         KVQ_TRY(kvq_report_baseline_read(&cli->ctx, o->baseline, &r.earlier, err));
         r.earlier_name = kvq_file_name(o->baseline);
@@ -322,22 +222,13 @@ static kvq_status run(kvq_cli *cli, void *options, int *exit_code, kvq_error *er
     cli->n_layers = r.config->n_layers;
     r.artifact = artifact;
     r.artifact_name = o->artifact != NULL ? kvq_file_name(o->artifact) : NULL;
-    int64_t usual = artifact != NULL ? artifact->dataset.seq_len : CLI_DEFAULT_SEQ_LEN;
-    KVQ_TRY(kvq_cli_seq_len(cli, r.config, o->seq_len, usual, &request.seq_len, err));
-    if (r.self && request.n_windows == 0) request.n_windows = SELF_WINDOWS;
-    request.seed = r.seed;
     KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &be, err));
-    KVQ_TRY(kvq_cli_windows(cli, be, checkpoint, o->model, &o->source, &request, &r.windows, &r.tokenizer, err));
+    KVQ_TRY(take_windows(cli, o, be, checkpoint, &r, err));
     print_plan(cli, o, be, &r);
-    int64_t n_prompt = o->prompt > 0 ? o->prompt : request.seq_len / 2;
-    KVQ_TRY(check_baseline(o, &r, n_prompt, err));
+    KVQ_TRY(check_baseline(o, &r, err));
     warn(cli, &r);
     KVQ_TRY(kvq_model_create(&cli->ctx, be, checkpoint, false, &model, err));
-    const kvq_validate_options how = {.protocol = (kvq_protocol)o->protocol,
-                                      .n_prompt = n_prompt,
-                                      .layer_windows = o->layer_windows,
-                                      .noise_windows = o->noise_windows};
-    KVQ_TRY(kvq_validate(&cli->ctx, be, model, artifact, &r.windows, &how, &r.validation, err));
+    KVQ_TRY(measure(cli, o, be, model, &r, err));
     kvq_cli_end_progress(cli);
     warn_of_ranges(cli, o, &r);
     KVQ_TRY(report(cli, o, &r, exit_code, err));
@@ -346,6 +237,7 @@ done:
     free(command);
     kvq_report_baseline_free(&cli->ctx, &r.earlier);
     kvq_validation_free(&cli->ctx, &r.validation);
+    passkey_free(cli, &r.passkey);
     kvq_windows_free(&cli->ctx, &r.windows);
     kvq_model_destroy(&cli->ctx, &model);
     if (be != NULL) be->destroy(&be);
@@ -354,29 +246,7 @@ done:
     return status;
 }
 
-static const kvq_cli_program PROGRAM = {
-    .name = "kvq-validate",
-    .summary =
-        "Measures perplexity, KL divergence and top-1 agreement of a model with and without a quantised KV cache.",
-    .synopsis = "--model PATH [--artifact OUT.kvq.h5] --text FILE|self... [--seq-len S]\n"
-                "    [--windows N] [--bos auto|always|never] [--gate EXPR]...\n"
-                "    [--protocol prefill|decode] [--baseline FILE.json] [--json] [--html FILE]\n",
-    .options = OPTIONS,
-    .n_options = CLI_COUNT_OF(OPTIONS),
-    .notes =
-        "gates: a metric, <= or >=, a limit; shares as 1% or 0.01. Metrics: dppl, ppl, kld.mean, kld.median, kld.p90,\n"
-        "  kld.p99, kld.p99.9, kld.max, top1, top5, dp.rms, layer.attn_err.max, effective_bits; with --baseline\n"
-        "  regression.ppl, regression.kld.\n"
-        "A gate passes when the whole interval of 95% is within its limit, fails when none of it is, and is "
-        "inconclusive\n"
-        "otherwise. exit code: 0 when every gate passes, 1 when one fails, 7 when one is inconclusive.\n\n"
-        "examples:\n"
-        "  kvq-validate --model llama-3.1-8b --artifact l31.kvq.h5 --text wiki.test.raw\n"
-        "  kvq-validate --model m.gguf --artifact m.kvq.h5 --text self --gate 'dppl<=1%' --json > report.json\n",
-    .run = run,
-};
-
 int main(int argc, char **argv) {
-    validate_options options = DEFAULTS;
-    return kvq_cli_main(&PROGRAM, argc, argv, &options);
+    validate_options options = validate_defaults;
+    return kvq_cli_main(&validate_program, argc, argv, &options);
 }

@@ -181,22 +181,32 @@ static void add_quantized(kvq_json *json, const validate_report *r) {
     }
 }
 
+static void add_measured(kvq_json *json, const validate_report *r) {
+    const kvq_validation *v = &r->validation;
+    kvq_json_count(json, json->root, "prompt", v->options.n_prompt);
+    kvq_json_count(json, json->root, "windows", v->n_windows);
+    kvq_json_count(json, json->root, "seq_len", v->seq_len);
+    kvq_json_count(json, json->root, "tokens_scored", v->tokens_scored);
+    add_side(json, "baseline", v->baseline_ppl, v->baseline_nll, v->window_baseline_nll, v->n_windows);
+    if (r->artifact != NULL) add_quantized(json, r);
+}
+
 kvq_status print_report_json(const validate_report *r, kvq_error *err) {
     const kvq_validation *v = &r->validation;
+    bool                  passkey = r->passkey.n_lengths > 0;
     kvq_json              json;
     kvq_json_init(&json);
     kvq_json_text(&json, json.root, "schema", "kvq.validate/1");
     kvq_json_text(&json, json.root, "kvq_version", KVQ_VERSION);
     add_model(&json, r);
-    add_text(&json, r);
+    if (!passkey) add_text(&json, r);
     kvq_json_text(&json, json.root, "compute", kvq_compute_names[r->compute]);
     kvq_json_text(&json, json.root, "protocol", kvq_protocol_names[v->options.protocol]);
-    kvq_json_count(&json, json.root, "prompt", v->options.n_prompt);
-    kvq_json_count(&json, json.root, "windows", v->n_windows);
-    kvq_json_count(&json, json.root, "seq_len", v->seq_len);
-    kvq_json_count(&json, json.root, "tokens_scored", v->tokens_scored);
-    add_side(&json, "baseline", v->baseline_ppl, v->baseline_nll, v->window_baseline_nll, v->n_windows);
-    if (r->artifact != NULL) add_quantized(&json, r);
+    if (passkey)
+        passkey_add(&json, &r->passkey, r->seed, r->bos, &r->tokenizer);
+    else
+        add_measured(&json, r);
+    if (r->artifact != NULL) kvq_cli_add_memory(&json, r->artifact);
     add_gates(&json, r);
     kvq_status status = kvq_json_print(&json, err);
     kvq_json_free(&json);

@@ -27,6 +27,13 @@ static const char *file_of(const validate_outputs *outputs, int kind) {
     return *(const char *const *)((const char *)outputs + KINDS[kind].at);
 }
 
+bool wants_report_files(const validate_outputs *outputs) {
+    for (int i = 0; i < N_KINDS; i++) {
+        if (file_of(outputs, i) != NULL) return true;
+    }
+    return false;
+}
+
 // `--markdown auto` adds to the summary of a job, which others write to as well.
 static bool is_shared(const validate_outputs *outputs, const char *file) {
     return file == outputs->markdown && strcmp(file, "auto") == 0;

@@ -105,14 +105,16 @@ static void print_gate(const validate_report *r, int i) {
     char                     text[96];
     format_estimate(j->measured, percent ? 100 : 1, percent ? 3 : 5, percent ? "%" : "", text, sizeof text);
     printf("gate             %s  %s  measured %s", WORDS[j->verdict], gate->expression, text);
-    if (j->verdict == KVQ_INCONCLUSIVE && isfinite(j->tokens_to_decide))
+    if (j->verdict == KVQ_INCONCLUSIVE && isfinite(j->tokens_to_decide) && r->passkey.n_lengths == 0)
         printf("; about %.0f scored tokens would decide", j->tokens_to_decide);
     else if (j->verdict == KVQ_INCONCLUSIVE)
-        printf("; %s", r->validation.n_windows == 1 ? "one window decides nothing" : "take more windows");
+        printf("; %s", r->passkey.n_lengths > 0       ? "take more trials"
+                       : r->validation.n_windows == 1 ? "one window decides nothing"
+                                                      : "take more windows");
     printf("\n");
 }
 
-void print_report_text(const validate_report *r) {
+static void print_measured(const validate_report *r) {
     const kvq_validation *v = &r->validation;
     printf("%s  seq_len %lld  %lld windows  %lld tokens scored", r->windows.source, (long long)v->seq_len,
            (long long)v->n_windows, (long long)v->tokens_scored);
@@ -123,6 +125,14 @@ void print_report_text(const validate_report *r) {
         print_row("PPL", v->baseline_ppl, 1, 4, "", "");
     else
         print_quantized(r);
+}
+
+void print_report_text(const validate_report *r) {
+    if (r->passkey.n_lengths > 0)
+        passkey_print(&r->passkey);
+    else
+        print_measured(r);
+    if (r->artifact != NULL) kvq_cli_print_memory(r->artifact);
     for (int i = 0; i < r->n_gates; i++) print_gate(r, i);
     if (r->n_gates == 0) return;
     int failed = count_gates(r, KVQ_FAIL), open = count_gates(r, KVQ_INCONCLUSIVE);

@@ -6,6 +6,7 @@
 #define KVQ_VALIDATE_REPORT_H
 
 #include "kvq_cli.h"
+#include "validate_passkey.h"
 
 #define VALIDATE_MAX_GATES (CLI_MAX_LIST + 1) // those of --gate, and the one that --max-regression stands for
 
@@ -19,8 +20,9 @@ typedef struct validate_report {
     kvq_cli_tokenizer       tokenizer;
     int                     bos, compute; // kvq_bos_policy, kvq_compute
     bool                    self, weights_checked;
-    uint64_t                seed; // of self text
-    kvq_validation          validation;
+    uint64_t                seed; // of self text, of pass keys
+    passkey_report          passkey;
+    kvq_validation          validation; // with pass keys only has_artifact, options and passkey are set
     const kvq_gate         *gates;
     int                     n_gates;
     kvq_judgement           judgements[VALIDATE_MAX_GATES]; // of the gates
@@ -95,6 +97,7 @@ typedef struct validate_outputs {
     {"force", 'f', CLI_FLAG, AT(outputs.force), NULL, .help = "replace existing reports", .aside = true}
 // clang-format on
 
+bool wants_report_files(const validate_outputs *outputs);
 // Before a run: everything that can be wrong about the files, so that no result is lost. inputs: a path or NULL each.
 // has_layers: errors of layers will be measured.
 kvq_status check_report_files(kvq_cli *cli, const validate_outputs *outputs, bool has_layers, const char *const *inputs,

@@ -691,6 +691,26 @@ kvq_cache_size kvq_artifact_cache_size(const kvq_artifact *artifact, int64_t n_t
 // Bits per element of a cache that holds n_sequences such sequences: all bytes * 8 / elements, the tables once.
 double kvq_cache_bits_per_element(kvq_cache_size size, int64_t n_sequences);
 
+// What a sequence of some length needs: in f16, through the artifact with every byte counted, and by the formula of the
+// KVQuant paper, which its published sizes follow. For elements of b bits, the mean over K and V, and d channels:
+//   bits per element = b + 16/d + (with an outlier fraction f > 0) 32 f + 16/d
+// that is two f16 per token for V, a 16-bit value and a 16-bit index per outlier, a 32-bit pointer per token of one of
+// K and V; tables, thresholds, sinks and outlier slots that stay empty are not counted. The formula is about keys with
+// ranges per channel and values with ranges per token; for anything else, formula_bytes is 0.
+typedef struct kvq_memory {
+    int64_t n_tokens;
+    double  fp16_bytes, bytes, formula_bytes;
+} kvq_memory;
+kvq_memory kvq_artifact_memory(const kvq_artifact *artifact, int64_t n_tokens);
+
+// The lengths that are usually published: "32K", "128K" and "1M" are powers of two, "10M" is 10^7.
+#define KVQ_N_MEMORY_LENGTHS 4
+typedef struct kvq_memory_length {
+    const char *name;
+    int64_t     n_tokens;
+} kvq_memory_length;
+extern const kvq_memory_length kvq_memory_lengths[KVQ_N_MEMORY_LENGTHS];
+
 #ifdef __cplusplus
 }
 #endif

@@ -164,6 +164,7 @@ typedef enum kvq_rng_purpose {
     KVQ_RNG_BENCH = 4,
     KVQ_RNG_ROTATION = 5,
     KVQ_RNG_BOOTSTRAP = 6,
+    KVQ_RNG_PASSKEY = 7,
     KVQ_RNG_TEST = 99
 } kvq_rng_purpose;
 

@@ -153,6 +153,45 @@ typedef kvq_status (*kvq_next_token_fn)(void *user, int64_t n_seqs, const int32_
 kvq_status kvq_windows_self(const kvq_context *ctx, int64_t seq_len, int64_t n_windows, uint64_t seed, int64_t bos_id,
                             int64_t eos_id, kvq_next_token_fn step, void *user, kvq_windows *out, kvq_error *err);
 
+// ---------------------------------------------------------------- retrieval
+
+// Windows that hide a pass key of five digits, to see whether a model finds it again:
+//   [BOS] introduction, filler, needle ("The pass key is 12345. ..."), filler, question, answer (" 12345"), room
+// in English that stands in passkey.c. Filler are sentences in random order; the first of them is cut off at its
+// beginning, so that a window has exactly S tokens.
+typedef struct kvq_passkey_rule {
+    int64_t       seq_len; // S
+    const double *depths;  // [n_depths] in [0, 1]: the share of the filler in front of the needle
+    int           n_depths;
+    int64_t       n_trials; // windows of each depth, 1 .. KVQ_MAX_PASSKEY_TRIALS
+    uint64_t      seed;
+    int64_t       bos_id; // -1 = none
+    int64_t       vocab_size;
+} kvq_passkey_rule;
+#define KVQ_MAX_PASSKEY_TRIALS 65536
+// The last tokens of every window, from answer_at on: the answer, and behind a shorter one filler that nothing of it
+// sees. So that answers of all windows begin at one position, however many tokens a tokenizer makes of a number.
+#define KVQ_PASSKEY_ROOM 8
+
+typedef struct kvq_passkeys {
+    kvq_windows windows; // [n_depths * n_trials, S]; number depth * n_trials + trial; source "passkey"
+    int         n_depths;
+    int64_t     n_trials;
+    double     *depths;    // [n_depths]
+    int64_t     answer_at; // S - KVQ_PASSKEY_ROOM
+    int32_t    *keys;      // [N] 10000 .. 99999
+    int32_t    *n_answer;  // [N] tokens of the answer, 1 .. KVQ_PASSKEY_ROOM
+    int64_t    *needle_at; // [N] position of the needle: before the whole sentence, or at the end, nearest to the depth
+} kvq_passkeys;
+// Key and filler depend on (seed, S, depth in parts of 10000, trial) alone, not on what else is asked for. Texts are
+// tokenized as they stand, a part with the sentence end before it in view, never joined from text of other tokens; so
+// the answer is what the tokenizer makes of it behind the question. KVQ_ERR_USAGE when S is too short to have filler,
+// naming the least possible; KVQ_ERR_UNSUPPORTED when an answer has more than KVQ_PASSKEY_ROOM tokens;
+// KVQ_ERR_MISMATCH for an id that is not in the vocabulary.
+kvq_status kvq_passkeys_make(const kvq_context *ctx, const kvq_tokenizer *tokenizer, const kvq_passkey_rule *rule,
+                             kvq_passkeys *out, kvq_error *err);
+void       kvq_passkeys_free(const kvq_context *ctx, kvq_passkeys *keys);
+
 #ifdef __cplusplus
 }
 #endif

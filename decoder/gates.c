@@ -44,10 +44,11 @@ static kvq_estimate dp_rms(const kvq_validation *v) { return v->dp_rms; }
 static kvq_estimate bits(const kvq_validation *v) { return exact(v->effective_bits); }
 static kvq_estimate more_ppl(const kvq_validation *v) { return v->has_regression ? v->regression_ppl : unknown(); }
 static kvq_estimate more_kld(const kvq_validation *v) { return v->has_regression ? v->regression_kld : unknown(); }
+static kvq_estimate passkey(const kvq_validation *v) { return v->has_passkey ? v->passkey : unknown(); }
 
 #define METRIC_NAMES                                                                                                   \
     "dppl, ppl, kld.mean, kld.median, kld.p90, kld.p99, kld.p99.9, kld.max, top1, top5, dp.rms, layer.attn_err.max, "  \
-    "effective_bits, regression.ppl, regression.kld"
+    "effective_bits, regression.ppl, regression.kld, passkey"
 static const metric METRICS[] = {
     {"dppl", true, dppl},
     {"ppl", false, ppl},
@@ -64,6 +65,7 @@ static const metric METRICS[] = {
     {"effective_bits", false, bits},
     {"regression.ppl", true, more_ppl},
     {"regression.kld", true, more_kld},
+    {"passkey", true, passkey},
 };
 #define N_METRICS (sizeof METRICS / sizeof *METRICS)
 

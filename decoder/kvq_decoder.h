@@ -226,6 +226,8 @@ typedef struct kvq_validation {
     double            effective_bits; // of a cache that holds the windows as sequences; these share the tables
     bool              has_regression; // kvq_validation_compare was called
     kvq_estimate      regression_ppl, regression_kld; // relative change against an earlier report
+    bool              has_passkey; // set by who ran kvq_validate_passkey; everything else is then unknown
+    kvq_estimate      passkey;     // kvq_passkey_kept
     double           *window_baseline_nll, *window_quantized_nll, *window_kld, *window_top1; // [N], means over n_scored
     float            *position_kld;                                                          // [N, n_scored]
     uint8_t          *position_hits;                                                         // [N, n_scored]
@@ -243,6 +245,26 @@ kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model
 // Sets the regression of a validation against an earlier one of the same windows, given by its window means [N].
 // Paired.
 void kvq_validation_compare(kvq_validation *validation, const double *earlier_quantized_nll, const double *earlier_kld);
+
+// ---------------------------------------------------------------- retrieval
+
+// Of the windows that hide a pass key at one depth: those whose key is retrieved, that is every token of the answer is
+// the first choice behind those before it.
+typedef struct kvq_passkey_cell {
+    int64_t seq_len;
+    double  depth;
+    int64_t n_trials, baseline, quantized,
+        both; // retrieved with the full-precision, with the quantised cache, with both
+} kvq_passkey_cell;
+// cells [keys->n_depths]. Protocol decode: all but the last token of the question are the prompt, so the first token of
+// the answer is predicted by the first step that sees the cache. As kvq_validate, which it calls.
+kvq_status kvq_validate_passkey(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
+                                const kvq_artifact *artifact, const kvq_passkeys *keys, kvq_passkey_cell *cells,
+                                kvq_error *err);
+// The share of what the baseline retrieves that is retrieved with the quantised cache as well, over all cells. Trials
+// are independent, so the interval is that of a share (Wilson 1927), which has a width even where all are retrieved.
+// NaN when the baseline retrieves none.
+kvq_estimate kvq_passkey_kept(const kvq_passkey_cell *cells, int64_t n_cells);
 
 // KVQ_ERR_MISMATCH when the artifact was made for another model; names the first field that differs.
 kvq_status kvq_artifact_matches(const kvq_artifact *artifact, const kvq_model_config *config,

@@ -68,6 +68,87 @@ START_TEST(outlier_rows_have_the_published_size) {
 }
 END_TEST
 
+// The formula of the paper gives every size that is published, to the printed digit: GiB at 128K tokens.
+START_TEST(the_formula_gives_the_published_sizes) {
+    static const struct {
+        int64_t n_layers, d;
+        double  fp16, gib[6]; // 4, 4-1%, 3, 3-1%, 2, 2-1%
+    } MODELS[] = {
+        {32, 4096, 64.0, {16.0, 17.3, 12.0, 13.3, 8.0, 9.3}},    // LLaMA-7B
+        {40, 5120, 100.0, {25.0, 27.0, 18.8, 20.8, 12.5, 14.5}}, // LLaMA-13B
+        {60, 6656, 195.0, {48.8, 52.7, 36.6, 40.5, 24.4, 28.3}}, // LLaMA-30B
+        {80, 8192, 320.0, {80.0, 86.5, 60.0, 66.5, 40.0, 46.5}}, // LLaMA-65B
+        {80, 1024, 40.0, {10.0, 10.9, 7.5, 8.4, 5.0, 5.9}},      // Llama-2-70B
+        {32, 1024, 16.0, {4.0, 4.4, 3.0, 3.4, 2.0, 2.4}},        // Llama-3-8B
+    };
+    kvq_context ctx = kvq_test_context();
+    for (size_t i = 0; i < sizeof MODELS / sizeof *MODELS; i++) {
+        for (int j = 0; j < 6; j++) {
+            kvq_artifact *a = uniform_artifact(&ctx, MODELS[i].n_layers, MODELS[i].d, 4 - j / 2, j % 2 == 0 ? 0 : 0.01);
+            kvq_memory    m = kvq_artifact_memory(a, 131072);
+            ck_assert(m.fp16_bytes == MODELS[i].fp16 * 0x1p30);
+            ck_assert_double_eq_tol(m.formula_bytes / 0x1p30, MODELS[i].gib[j], 0.0501); // printed with one decimal
+            kvq_artifact_destroy(&ctx, &a);
+        }
+    }
+    kvq_artifact *a = uniform_artifact(&ctx, 32, 4096, 2, 0);
+    ck_assert_double_eq_tol(kvq_artifact_memory(a, 10000000).formula_bytes / 0x1p30, 611.5, 0.0501);
+    ck_assert(kvq_artifact_memory(a, 1 << 20).fp16_bytes == 512 * 0x1p30);
+    kvq_artifact_destroy(&ctx, &a);
+}
+END_TEST
+
+// Average bits with 1 % outliers as published, three decimals, and what another fraction and unequal widths make of it.
+START_TEST(the_formula_gives_the_published_bits) {
+    static const struct {
+        int64_t d;
+        double  bits[3]; // 4, 3, 2
+    } ROWS[] = {{1024, {4.351, 3.351, 2.351}},
+                {4096, {4.328, 3.328, 2.328}},
+                {5120, {4.326, 3.326, 2.326}},
+                {6656, {4.325, 3.325, 2.325}},
+                {8192, {4.324, 3.324, 2.324}}};
+    kvq_context ctx = kvq_test_context();
+    for (size_t i = 0; i < sizeof ROWS / sizeof *ROWS; i++) {
+        for (int j = 0; j < 3; j++) {
+            kvq_artifact *a = uniform_artifact(&ctx, 2, ROWS[i].d, 4 - j, 0.01);
+            kvq_memory    m = kvq_artifact_memory(a, 1000);
+            ck_assert_double_eq_tol(16 * m.formula_bytes / m.fp16_bytes, ROWS[i].bits[j], 0.0005001);
+            kvq_artifact_destroy(&ctx, &a);
+        }
+    }
+    kvq_artifact *a = uniform_artifact(&ctx, 1, 4096, 3, 0.0025);
+    a->layers[0].v.bits = 4;
+    kvq_memory m = kvq_artifact_memory(a, 1);
+    ck_assert_double_eq_tol(16 * m.formula_bytes / m.fp16_bytes, 3.5 + 0.08 + 32.0 / 4096, 1e-12);
+    kvq_artifact_destroy(&ctx, &a);
+}
+END_TEST
+
+// What the artifact really needs is all of its size; and where the paper says nothing, nothing is made up.
+START_TEST(memory_counts_what_a_cache_holds) {
+    kvq_context   ctx = kvq_test_context();
+    kvq_artifact *a = uniform_artifact(&ctx, 3, 1024, 3, 0.01);
+    a->quantizer.sink_tokens = 4;
+    kvq_cache_size size = kvq_artifact_cache_size(a, 5000);
+    kvq_memory     m = kvq_artifact_memory(a, 5000);
+    ck_assert(size.exact_bytes > 0 && size.tables_bytes > 0 && m.n_tokens == 5000);
+    ck_assert(m.bytes == (double)(size.row_bytes + size.exact_bytes + size.tables_bytes));
+    ck_assert(m.fp16_bytes == 5000.0 * 2 * 3 * 1024 * 2);
+    ck_assert(m.formula_bytes > 0);
+    a->layers[2].k.axis = KVQ_AXIS_TOKEN;
+    ck_assert(kvq_artifact_memory(a, 5000).formula_bytes == 0);
+    a->layers[2].k.axis = KVQ_AXIS_CHANNEL;
+    a->layers[1].v.axis = KVQ_AXIS_CHANNEL;
+    ck_assert(kvq_artifact_memory(a, 5000).formula_bytes == 0);
+    kvq_artifact_destroy(&ctx, &a);
+    ck_assert_int_eq(kvq_memory_lengths[0].n_tokens, 32768);
+    ck_assert_int_eq(kvq_memory_lengths[1].n_tokens, 131072);
+    ck_assert_int_eq(kvq_memory_lengths[2].n_tokens, 1048576);
+    ck_assert_int_eq(kvq_memory_lengths[3].n_tokens, 10000000);
+}
+END_TEST
+
 // A kernel that rotates on the fly takes, for a stored key k at position p and a query q that is rotated already,
 //     sum_i k_i (cos(p t_i) q_i + s_i sin(p t_i) q_partner(i)),  s = +1 in the lower half and -1 in the upper one;
 // that is the product of the rotated key and the rotated query. Everything here in f64 from f32 tables: the angles
@@ -136,9 +217,9 @@ START_TEST(outliers_are_restored_to_half_precision) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    KVQ_CASE(dense_caches_have_the_published_size),
-    KVQ_CASE(outlier_rows_have_the_published_size),
-    KVQ_CASE(a_key_rotated_on_the_fly_scores_the_same),
+    KVQ_CASE(dense_caches_have_the_published_size),    KVQ_CASE(outlier_rows_have_the_published_size),
+    KVQ_CASE(the_formula_gives_the_published_sizes),   KVQ_CASE(the_formula_gives_the_published_bits),
+    KVQ_CASE(memory_counts_what_a_cache_holds),        KVQ_CASE(a_key_rotated_on_the_fly_scores_the_same),
     KVQ_CASE(outliers_are_restored_to_half_precision),
 };
 KVQ_TEST_MAIN("method", CASES)

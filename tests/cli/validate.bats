@@ -74,7 +74,9 @@ EOF
   validate --baseline "$SHARED_DIR/base.json" --json >compared.json
   kvq-validate --model "$SHARED_DIR/model" --artifact "$SHARED_DIR/a.kvq.h5" --text self --seed 18446744073709551615 \
     --windows 2 --threads 1 --json >self.json
-  conforms alone.json gates.json one.json decode.json little.json compared.json self.json "$SHARED_DIR/base.json"
+  kvq-validate --model "$SHARED_DIR/model" --artifact "$SHARED_DIR/a.kvq.h5" --passkey 400 --gate 'passkey>=0' \
+    --inconclusive pass --threads 1 --json >passkey.json || true # it retrieves nothing, and fails
+  conforms passkey.json alone.json gates.json one.json decode.json little.json compared.json self.json "$SHARED_DIR/base.json"
 }
 
 @test "a key that the schema does not know is found" {
