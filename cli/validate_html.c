@@ -320,6 +320,27 @@ static void add_layers(kvq_xml *xml, const validate_report *r) {
     kvq_xml_close(xml);
 }
 
+static void add_memory(kvq_xml *xml, const validate_report *r) {
+    static const char *const TITLES[] = {
+        "Tokens", "GiB in f16", "with this artifact", "times smaller", "bytes per token", "GiB by the paper's formula",
+        NULL};
+    open_details(xml, "Memory of one sequence");
+    open_table(xml, TITLES, 1, "scroll dense");
+    for (int i = 0; i < KVQ_N_MEMORY_LENGTHS; i++) {
+        kvq_memory m = kvq_artifact_memory(r->artifact, kvq_memory_lengths[i].n_tokens);
+        kvq_xml_open(xml, "tr");
+        kvq_xml_element(xml, "td", kvq_memory_lengths[i].name);
+        add_cell(xml, CELL_FINE, m.fp16_bytes / 0x1p30);
+        add_cell(xml, CELL_FINE, m.bytes / 0x1p30);
+        add_cell(xml, CELL_FINE, m.fp16_bytes / m.bytes);
+        add_cell(xml, CELL_COUNT, m.bytes / (double)m.n_tokens);
+        add_cell(xml, CELL_FINE, m.formula_bytes > 0 ? m.formula_bytes / 0x1p30 : (double)NAN);
+        kvq_xml_close(xml);
+    }
+    close_table(xml);
+    kvq_xml_close(xml);
+}
+
 static void add_details(kvq_xml *xml, const validate_report *r) {
     const kvq_validation *v = &r->validation;
     if (r->artifact == NULL) return;
@@ -327,6 +348,7 @@ static void add_details(kvq_xml *xml, const validate_report *r) {
     add_buckets(xml, "By position in the window", v->positions, v->n_positions);
     add_buckets(xml, "By the probability of the first choice in full precision", v->confidences, v->n_confidences);
     add_layers(xml, r);
+    add_memory(xml, r);
     kvq_xml_close(xml);
 }
 

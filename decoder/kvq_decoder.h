@@ -197,7 +197,8 @@ enum { KVQ_KLD_MEDIAN, KVQ_KLD_P90, KVQ_KLD_P99, KVQ_KLD_P999, KVQ_N_KLD_QUANTIL
 enum { KVQ_BASELINE_HIT = 1, KVQ_QUANTIZED_HIT = 2 }; // bits of a position whose first choice is the token that follows
 
 // nll = -log p(token | tokens before) in nats; perplexity = exp(mean nll). Every estimate is over windows, differences
-// are paired: of the same token with the full-precision and with the quantised cache.
+// are paired: of the same token with the full-precision and with the quantised cache; where an interval
+// reaches beyond what a number can be, a share beyond 1, it ends there.
 typedef struct kvq_validation {
     bool                 has_artifact; // false: only the baseline's fields are set
     kvq_validate_options options;

@@ -87,8 +87,14 @@ void scores_add_baseline(scores *s, int64_t window, const double *nll) {
 
 // ---------------------------------------------------------------- reading
 
+// Where an interval reaches beyond what such a mean can be, it ends there.
 static kvq_estimate mean_of(const scores *s, int group, int sum) {
-    return kvq_estimate_ratio(sums_of(s, group, sum), sums_of(s, group, SUM_COUNT), s->n_windows);
+    double       least = sum == SUM_DIFFERENCE ? -HUGE_VAL : 0;
+    double       most = sum == SUM_TOP1 ? 1 : sum == SUM_TOP5 ? s->n_best : HUGE_VAL;
+    kvq_estimate x = kvq_estimate_ratio(sums_of(s, group, sum), sums_of(s, group, SUM_COUNT), s->n_windows);
+    if (x.low < least) x.low = fmin(least, x.value); // a sum of KL may by rounding be a little below 0
+    if (x.high > most) x.high = most;
+    return x;
 }
 
 static kvq_estimate scaled(kvq_estimate x, double by) {

@@ -54,9 +54,11 @@ static void expect(kvq_estimate x, double value, double stderr_, double low, dou
     ck_assert_double_eq_tol(x.high, high, CLOSE * fabs(high) + CLOSE);
 }
 
-static void expect_students(kvq_estimate x, double value, double stderr_) {
-    expect(x, value, stderr_, value - T2 * stderr_, value + T2 * stderr_);
+// Student's interval, as far as it lies where such a number can be: from `least` to `most`.
+static void expect_students(kvq_estimate x, double value, double stderr_, double least, double most) {
+    expect(x, value, stderr_, fmax(value - T2 * stderr_, least), fmin(value + T2 * stderr_, most));
 }
+static const double NO_END = HUGE_VAL;
 
 // ---------------------------------------------------------------- metrics
 
@@ -77,11 +79,11 @@ static void open_pairs(table *t) {
 START_TEST(losses_and_perplexities_by_hand) {
     table t;
     open_pairs(&t);
-    expect_students(t.v.baseline_nll, 2, 1);
-    expect_students(t.v.quantized_nll, 2.3, 1.1);
-    expect_students(t.v.difference_nll, 0.3, 0.1);
-    expect(t.v.baseline_ppl, exp(2), exp(2), exp(2 - T2), exp(2 + T2));
-    expect(t.v.quantized_ppl, exp(2.3), 1.1 * exp(2.3), exp(2.3 - 1.1 * T2), exp(2.3 + 1.1 * T2));
+    expect_students(t.v.baseline_nll, 2, 1, 0, NO_END);
+    expect_students(t.v.quantized_nll, 2.3, 1.1, 0, NO_END);
+    expect_students(t.v.difference_nll, 0.3, 0.1, -NO_END, NO_END);
+    expect(t.v.baseline_ppl, exp(2), exp(2), 1, exp(2 + T2));
+    expect(t.v.quantized_ppl, exp(2.3), 1.1 * exp(2.3), 1, exp(2.3 + 1.1 * T2));
     expect(t.v.dppl, expm1(0.3), 0.1 * exp(0.3), expm1(0.3 - 0.1 * T2), expm1(0.3 + 0.1 * T2));
     ck_assert_double_eq_tol(t.v.dppl.value, t.v.quantized_ppl.value / t.v.baseline_ppl.value - 1, CLOSE);
     const double windows[4][2] = {{1, 3}, {1.2, 3.4}, {0.02, 0.06}, {0.5, 1}};
@@ -104,9 +106,9 @@ END_TEST
 START_TEST(kl_and_choices_by_hand) {
     table t;
     open_pairs(&t);
-    expect_students(t.v.kld, 0.04, 0.02);
-    expect_students(t.v.top1, 0.75, 0.25);
-    expect_students(t.v.top5, 17.0 / 20, 0.05); // 9 and 8 of 10
+    expect_students(t.v.kld, 0.04, 0.02, 0, NO_END);
+    expect_students(t.v.top1, 0.75, 0.25, 0, 1);
+    expect_students(t.v.top5, 17.0 / 20, 0.05, 0, 1); // 9 and 8 of 10
     ck_assert(t.v.kld_max == (double)0.10f);
     // ranks 2, 4, 4, 4 of 0.01, 0.02, 0.03, 0.1
     const double quantiles[] = {0.02, 0.1, 0.1, 0.1};
@@ -156,8 +158,8 @@ START_TEST(noise_is_kept_apart) {
     for (int w = 0; w < 2; w++) scores_add_noise(&t.s, w, noise[w]);
     table_close(&t);
     ck_assert(t.v.has_noise);
-    expect_students(t.v.noise_kld, 0.002, 0.001);
-    expect_students(t.v.noise_top1, 0.5, 0.5);
+    expect_students(t.v.noise_kld, 0.002, 0.001, 0, NO_END);
+    expect_students(t.v.noise_top1, 0.5, 0.5, 0, 1);
     expect(t.v.kld, 1, 0, 1, 1);
     expect(t.v.top1, 1, 0, 1, 1);
 }
@@ -169,8 +171,8 @@ START_TEST(without_an_artifact_there_is_the_baseline) {
     table_open(&t, 2, 2, 0, false);
     for (int w = 0; w < 2; w++) scores_add_baseline(&t.s, w, nll[w]);
     table_close(&t);
-    expect_students(t.v.baseline_nll, 2.5, 1);
-    expect(t.v.baseline_ppl, exp(2.5), exp(2.5), exp(2.5 - T2), exp(2.5 + T2));
+    expect_students(t.v.baseline_nll, 2.5, 1, 0, NO_END);
+    expect(t.v.baseline_ppl, exp(2.5), exp(2.5), 1, exp(2.5 + T2));
     ck_assert(t.v.n_positions == 0 && t.v.n_confidences == 0);
     ck_assert_double_eq_tol(t.windows[0][1], 3.5, CLOSE);
 }
@@ -211,8 +213,8 @@ START_TEST(positions_fall_into_buckets) {
         ck_assert_double_eq_tol(k->kld.value, (first + end - 1) / 2, CLOSE * 1e3); // the mean of its positions
         ck_assert_double_eq_tol(k->baseline_nll, 1, CLOSE);
         ck_assert_double_eq_tol(k->quantized_nll, 2.5, CLOSE);
-        expect_students(k->difference_nll, 1.5, 0.5);
-        expect_students(k->top1, 0.5, 0.5);
+        expect_students(k->difference_nll, 1.5, 0.5, -NO_END, NO_END);
+        expect_students(k->top1, 0.5, 0.5, 0, 1);
     }
 }
 END_TEST
