@@ -184,6 +184,10 @@ START_TEST(memory_follows_the_tokens) {
     }
     kvq_cache_size size = kvq_artifact_cache_size(r.artifact, N);
     ck_assert_int_eq(kvq_packed_layer_held_bytes(cache) - held, size.row_bytes);
+    kvq_packed_layer_reset(cache); // pages stay, and a tile that is closed early takes one more
+    append(&r, cache, x, 0, 10);
+    flush(&r, cache);
+    ck_assert_int_eq(kvq_packed_layer_held_bytes(cache) - held, size.row_bytes / 3 * (with.tiled ? 4 : 3));
     kvq_packed_layer_destroy(&r.ctx, &cache);
     ck_assert_int_eq(memory.now, 0);
     r.ctx = memory.inner;
