@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernels that are wrong in one way each; see faulty_kernels.h. nvcc compiles them: none of this is an error to it.
+#include "faulty_kernels.h"
+
+// Kernel `name` on a block of 64 threads, and its launcher.
+#define FAULTY_ON(name, grid, block, dynamic_bytes)                                                                    \
+    KVQ_KERNEL name(KVQ_GLOBAL(const float) x, KVQ_GLOBAL_ALIASED(float) y);                                           \
+    void       faulty_##name(const float *x, float *y, kvq_stream stream) {                                            \
+              KVQ_LAUNCH(name, grid, block, dynamic_bytes, stream, x, y);                                              \
+    }                                                                                                                  \
+    KVQ_KERNEL name([[maybe_unused]] KVQ_GLOBAL(const float) x, [[maybe_unused]] KVQ_GLOBAL_ALIASED(float) y)
+#define FAULTY(name) FAULTY_ON(name, 1, 64, 0)
+
+// ---------------------------------------------------------------- races
+
+FAULTY(no_barrier) {
+    KVQ_SHARED(float, part, 64);
+    int i = (int)threadIdx.x;
+    part[i] = 0;
+    __syncthreads();
+    part[i] = x[i];     // here: no_barrier/first
+    y[i] = part[i ^ 1]; // here: no_barrier/second
+}
+
+FAULTY(two_writers) {
+    KVQ_SHARED(int, last, 1);
+    last[0] = (int)threadIdx.x; // here: two_writers/first
+    __syncthreads();
+    y[threadIdx.x] = (float)last[0];
+}
+
+FAULTY(warp_only) {
+    KVQ_SHARED(float, part, 64);
+    int i = (int)threadIdx.x;
+    part[i] = 0;
+    __syncthreads();
+    part[i] = x[i]; // here: warp_only/first
+    __syncwarp();
+    y[i] = part[63 - i]; // here: warp_only/second
+}
+
+// The buffer is filled again while others still read.
+FAULTY(no_second_barrier) {
+    KVQ_SHARED(float, part, 64);
+    int i = (int)threadIdx.x;
+    for (int round = 0; round < 2; round++) {
+        part[i] = x[i + 64 * round]; // here: no_second_barrier/first
+        __syncthreads();
+        y[i + 64 * round] = part[i ^ 32]; // here: no_second_barrier/second
+    }
+}
+
+FAULTY(lost_update) {
+    KVQ_SHARED(int, count, 1);
+    if (threadIdx.x == 0) count[0] = 0;
+    __syncthreads();
+    count[0] += 1; // here: lost_update/first
+    __syncthreads();
+    y[threadIdx.x] = (float)count[0];
+}
+
+FAULTY_ON(blocks_race, 4, 64, 0) { y[threadIdx.x] = x[threadIdx.x]; } // here: blocks_race/first
+
+// The last block reads what no fence has published.
+FAULTY_ON(no_fence, 4, 32, 0) {
+    KVQ_SHARED(unsigned, before, 1);
+    if (threadIdx.x == 0) {
+        y[16 * blockIdx.x] = 1; // here: no_fence/first
+        before[0] = atomicAdd(kvq_as<unsigned>(y + 255), 1u);
+    }
+    __syncthreads();
+    if (before[0] == gridDim.x - 1 && threadIdx.x < 4)
+        y[128 + threadIdx.x] = y[16 * threadIdx.x]; // here: no_fence/second
+}
+
+FAULTY(atomic_and_plain) {
+    KVQ_SHARED(int, count, 1);
+    if (threadIdx.x == 0) count[0] = 0;
+    __syncthreads();
+    atomicAdd(&count[0], 1);                       // here: atomic_and_plain/first
+    if (threadIdx.x == 40) y[0] = (float)count[0]; // here: atomic_and_plain/second
+}
+
+// ---------------------------------------------------------------- bounds
+
+FAULTY(shared_read) {
+    KVQ_SHARED(float, part, 64);
+    int i = (int)threadIdx.x;
+    part[i] = x[i];
+    __syncthreads();
+    y[i] = part[i + 1]; // here: shared_read/first
+}
+
+FAULTY(shared_write) {
+    KVQ_SHARED(float, part, 63);
+    KVQ_SHARED(float, next, 64); // behind it on a device, which would take the write
+    int i = (int)threadIdx.x;
+    next[i] = 0;
+    part[i] = x[i]; // here: shared_write/first
+    __syncthreads();
+    y[i] = next[i] + part[0];
+}
+
+FAULTY(global_read) { y[threadIdx.x] = x[(int)threadIdx.x - 1]; } // here: global_read/first
+
+FAULTY(global_write) { y[threadIdx.x + 200] = x[threadIdx.x]; } // here: global_write/first
+
+KVQ_KERNEL store_zero(KVQ_GLOBAL(float) y) { y[threadIdx.x] = 0; } // here: host_pointer/first
+
+void faulty_host_pointer(const float *, float *, kvq_stream stream) {
+    float local[64] = {0};
+    KVQ_LAUNCH(store_zero, 1, 64, 0, stream, local);
+}
+
+FAULTY(raw_range) {
+    if (threadIdx.x != 0) return;
+    const float *row = kvq_raw(x + 250, 7); // here: raw_range/first
+    y[0] = row[6];
+}
+
+// ---------------------------------------------------------------- initialisation, alignment
+
+FAULTY(uninitialised) {
+    KVQ_SHARED(float, part, 64);
+    if (threadIdx.x != 7) part[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[threadIdx.x] = part[threadIdx.x]; // here: uninitialised/first
+}
+
+FAULTY(uninitialised_global) { y[threadIdx.x] += 1.0f; } // here: uninitialised_global/first
+
+FAULTY(misaligned) {
+    if (threadIdx.x != 3) return;
+    uint4 v = kvq_as<uint4>(x + 2)[0]; // here: misaligned/first
+    kvq_as<uint4>(y)[0] = v;
+}
+
+// ---------------------------------------------------------------- divergence
+
+FAULTY(exit_before_barrier) {
+    if (threadIdx.x >= 48) return;
+    __syncthreads(); // here: exit_before_barrier/first
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+FAULTY(two_barriers) {
+    if (threadIdx.x < 32)
+        __syncthreads(); // here: two_barriers/first
+    else
+        __syncthreads(); // here: two_barriers/second
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+FAULTY(missing_lane) {
+    float v = x[threadIdx.x];
+    if (threadIdx.x % 32 < 31) v += __shfl_xor_sync(0xffffffffu, v, 1); // here: missing_lane/first
+    y[threadIdx.x] = v;
+}
+
+FAULTY(missing_lane_of_barrier) {
+    if (threadIdx.x == 5) __syncthreads(); // here: missing_lane_of_barrier/second
+    __syncwarp();                          // here: missing_lane_of_barrier/first
+    y[threadIdx.x] = x[threadIdx.x];
+}
+
+FAULTY(not_in_mask) {
+    unsigned yes = __ballot_sync(0x0000ffffu, x[threadIdx.x] > 0); // here: not_in_mask/first
+    y[threadIdx.x] = (float)yes;
+}
+
+FAULTY(lane_outside) {
+    if (threadIdx.x % 32 >= 16) return;
+    y[threadIdx.x] = __shfl_sync(0x0000ffffu, x[threadIdx.x], 16); // here: lane_outside/first
+}
+
+FAULTY(spin) {
+    KVQ_SHARED(int, flag, 1);
+    if (threadIdx.x == 0) flag[0] = 0;
+    __syncthreads();
+    while (threadIdx.x == 9 && atomicAdd(&flag[0], 0) == 0) {
+    } // here: spin/first
+    y[threadIdx.x] = 0;
+}
+
+// ---------------------------------------------------------------- launches
+
+FAULTY_ON(too_many_threads, 1, 1025, 0) { y[0] = x[0]; }
+FAULTY_ON(too_much_shared, 1, 64, 300000) { y[0] = x[0]; }

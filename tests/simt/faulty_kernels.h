@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One kernel for each fault that the emulator finds. A line that a report must name ends in a comment "// here: NAME",
+// by which the test finds its number.
+#ifndef FAULTY_KERNELS_H
+#define FAULTY_KERNELS_H
+
+#include "device.cuh"
+
+typedef void (*faulty_launch)(const float *x, float *y, kvq_stream stream); // 256 elements each
+
+void faulty_no_barrier(const float *x, float *y, kvq_stream stream);
+void faulty_two_writers(const float *x, float *y, kvq_stream stream);
+void faulty_warp_only(const float *x, float *y, kvq_stream stream);
+void faulty_no_second_barrier(const float *x, float *y, kvq_stream stream);
+void faulty_lost_update(const float *x, float *y, kvq_stream stream);
+void faulty_shared_read(const float *x, float *y, kvq_stream stream);
+void faulty_shared_write(const float *x, float *y, kvq_stream stream);
+void faulty_global_read(const float *x, float *y, kvq_stream stream);
+void faulty_global_write(const float *x, float *y, kvq_stream stream);
+void faulty_host_pointer(const float *x, float *y, kvq_stream stream);
+void faulty_raw_range(const float *x, float *y, kvq_stream stream);
+void faulty_exit_before_barrier(const float *x, float *y, kvq_stream stream);
+void faulty_two_barriers(const float *x, float *y, kvq_stream stream);
+void faulty_missing_lane(const float *x, float *y, kvq_stream stream);
+void faulty_missing_lane_of_barrier(const float *x, float *y, kvq_stream stream);
+void faulty_not_in_mask(const float *x, float *y, kvq_stream stream);
+void faulty_lane_outside(const float *x, float *y, kvq_stream stream);
+void faulty_uninitialised(const float *x, float *y, kvq_stream stream);
+void faulty_uninitialised_global(const float *x, float *y, kvq_stream stream);
+void faulty_misaligned(const float *x, float *y, kvq_stream stream);
+void faulty_spin(const float *x, float *y, kvq_stream stream);
+void faulty_blocks_race(const float *x, float *y, kvq_stream stream);
+void faulty_no_fence(const float *x, float *y, kvq_stream stream);
+void faulty_atomic_and_plain(const float *x, float *y, kvq_stream stream);
+void faulty_too_many_threads(const float *x, float *y, kvq_stream stream);
+void faulty_too_much_shared(const float *x, float *y, kvq_stream stream);
+
+#endif

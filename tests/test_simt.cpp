@@ -1,0 +1,211 @@
+// SPDX-License-Identifier: Apache-2.0
+// The emulator of the device: kernels that are correct run clean and give the same bits for every seed; each faulty
+// kernel is reported, as its kind and with its lines.
+#include <stdio.h>
+#include <string.h>
+
+#include <string>
+
+#include "faulty_kernels.h"
+#include "kvq_test.h"
+#include "sample_kernels.h"
+
+enum { N_SEEDS = 20 };
+
+static void begin(uint64_t seed) {
+    simt::Options options;
+    options.seed = seed;
+    simt::begin(options);
+}
+
+static void expect_clean() { ck_assert_msg(simt::reports().empty(), "%s", simt::report_text().c_str()); }
+
+// Line of a source of the emulator's tests that ends in "// here: `mark`"; 0: none.
+static int line_of(const char *file, const std::string &mark) {
+    FILE       *source = fopen((std::string(KVQ_SIMT_SOURCE_DIR "/") + file).c_str(), "r");
+    std::string end = "// here: " + mark + "\n";
+    char        text[512];
+    int         found = 0;
+    ck_assert_ptr_nonnull(source);
+    for (int line = 1; fgets(text, sizeof text, source) != nullptr; line++) {
+        size_t length = strlen(text);
+        if (length >= end.size() && end == text + length - end.size()) found = line;
+    }
+    (void)fclose(source);
+    return found;
+}
+
+// ---------------------------------------------------------------- correct kernels
+
+static std::vector<float> ramp(size_t n) {
+    std::vector<float> x(n);
+    for (size_t i = 0; i < n; i++) x[i] = 0.37f * (float)((i * 7919) % 1001) - 100.0f;
+    return x;
+}
+
+static std::vector<int> integers(size_t n) {
+    std::vector<int> x(n);
+    for (size_t i = 0; i < n; i++) x[i] = (int)((i * 7919) % 1001) - 500;
+    return x;
+}
+
+START_TEST(sums_of_blocks_are_those_of_the_tree) {
+    begin((uint64_t)_i);
+    std::vector<float>  x = ramp(3 * 256);
+    simt::Buffer<float> d_x("x", x), d_sums("sums", 3);
+    sample_block_sums(d_x.data(), d_sums.data(), 3, nullptr);
+    expect_clean();
+    for (size_t b = 0; b < 3; b++) {
+        for (size_t half = 128; half > 0; half /= 2) {
+            for (size_t i = 0; i < half; i++) x[b * 256 + i] += x[b * 256 + i + half];
+        }
+        ck_assert_uint_eq(kvq_bits_of_float(x[b * 256]), kvq_bits_of_float(d_sums.values()[b]));
+    }
+}
+END_TEST
+
+START_TEST(scans_of_warps_are_sums_of_the_lanes_before) {
+    begin((uint64_t)_i);
+    std::vector<int>  x = integers(128);
+    simt::Buffer<int> d_x("x", x), d_y("y", 128);
+    sample_warp_scan(d_x.data(), d_y.data(), 4, nullptr);
+    expect_clean();
+    for (int i = 0, sum = 0; i < 128; i++) {
+        sum = i % 32 == 0 ? x[(size_t)i] : sum + x[(size_t)i];
+        ck_assert_int_eq(d_y.values()[(size_t)i], sum);
+    }
+}
+END_TEST
+
+START_TEST(transposed_through_shared_memory) {
+    begin((uint64_t)_i);
+    std::vector<float>  x = ramp(64 * 96);
+    simt::Buffer<float> d_x("x", x), d_y("y", 64 * 96);
+    sample_transpose(d_x.data(), d_y.data(), 64, 96, nullptr);
+    expect_clean();
+    for (size_t i = 0; i < 64; i++) {
+        for (size_t j = 0; j < 96; j++) ck_assert(d_y.values()[j * 64 + i] == x[i * 96 + j]);
+    }
+}
+END_TEST
+
+START_TEST(histogram_by_atomics) {
+    begin((uint64_t)_i);
+    std::vector<uint8_t>  x(1000);
+    std::vector<unsigned> expected(SAMPLE_BINS, 0), zero(SAMPLE_BINS, 0);
+    for (size_t i = 0; i < x.size(); i++) x[i] = (uint8_t)(i * i % SAMPLE_BINS), expected[x[i]]++;
+    simt::Buffer<uint8_t>  d_x("x", x);
+    simt::Buffer<unsigned> d_counts("counts", zero);
+    sample_histogram(d_x.data(), d_counts.data(), 1000, nullptr);
+    expect_clean();
+    ck_assert(d_counts.values() == expected);
+}
+END_TEST
+
+START_TEST(last_block_sees_what_the_others_published) {
+    begin((uint64_t)_i);
+    std::vector<int>       x = integers(5 * 256);
+    std::vector<unsigned>  zero(1, 0);
+    simt::Buffer<int>      d_x("x", x), d_parts("parts", 5), d_total("total", 1);
+    simt::Buffer<unsigned> d_arrived("arrived", zero);
+    sample_last_block(d_x.data(), d_parts.data(), d_arrived.data(), d_total.data(), 5, nullptr);
+    expect_clean();
+    int sum = 0;
+    for (int v : x) sum += v;
+    ck_assert_int_eq(d_total.values()[0], sum);
+}
+END_TEST
+
+START_TEST(vectors_within_a_warp_need_its_barrier_only) {
+    begin((uint64_t)_i);
+    std::vector<float>  x = ramp(256);
+    simt::Buffer<float> d_x("x", x), d_y("y", 256);
+    sample_vectors(d_x.data(), d_y.data(), 256, nullptr);
+    expect_clean();
+    for (size_t i = 0; i < 256; i++) ck_assert(d_y.values()[i] == x[i] + 1);
+}
+END_TEST
+
+// ---------------------------------------------------------------- faulty kernels
+
+struct Fault {
+    const char   *name;
+    faulty_launch launch;
+    simt::Kind    kind;
+    simt::Space   space;
+    bool          has_second; // another thread is named
+};
+
+#define FAULT(name, kind, space, has_second)                                                                           \
+    { #name, faulty_##name, simt::kind, simt::space, has_second }
+
+static const Fault faults[] = {
+    FAULT(no_barrier, RACE, SHARED, true),
+    FAULT(two_writers, RACE, SHARED, true),
+    FAULT(warp_only, RACE, SHARED, true),
+    FAULT(no_second_barrier, RACE, SHARED, true),
+    FAULT(lost_update, RACE, SHARED, true),
+    FAULT(blocks_race, RACE, GLOBAL, true),
+    FAULT(no_fence, RACE, GLOBAL, true),
+    FAULT(atomic_and_plain, RACE, SHARED, true),
+    FAULT(shared_read, OUT_OF_BOUNDS, SHARED, false),
+    FAULT(shared_write, OUT_OF_BOUNDS, SHARED, false),
+    FAULT(global_read, OUT_OF_BOUNDS, GLOBAL, false),
+    FAULT(global_write, OUT_OF_BOUNDS, GLOBAL, false),
+    FAULT(host_pointer, OUT_OF_BOUNDS, GLOBAL, false),
+    FAULT(raw_range, OUT_OF_BOUNDS, GLOBAL, false),
+    FAULT(uninitialised, UNINITIALISED, SHARED, false),
+    FAULT(uninitialised_global, UNINITIALISED, GLOBAL, false),
+    FAULT(misaligned, MISALIGNED, GLOBAL, false),
+    FAULT(exit_before_barrier, DIVERGENT_BARRIER, SHARED, true),
+    FAULT(two_barriers, DIVERGENT_BARRIER, SHARED, true),
+    FAULT(missing_lane, DIVERGENT_WARP, SHARED, true),
+    FAULT(missing_lane_of_barrier, DIVERGENT_WARP, SHARED, true),
+    FAULT(not_in_mask, BAD_LANE, SHARED, false),
+    FAULT(lane_outside, BAD_LANE, SHARED, false),
+    FAULT(spin, DEADLOCK, SHARED, false),
+    FAULT(too_many_threads, BAD_LAUNCH, SHARED, false),
+    FAULT(too_much_shared, BAD_LAUNCH, SHARED, false),
+};
+enum { N_FAULTS = sizeof faults / sizeof *faults };
+
+// Whether a report names the lines of the fault: `first` and, where there is one, `second`, in any order.
+static bool names_lines(const simt::Report &r, int first, int second) {
+    if (first == 0) return true;
+    if (second == 0) return r.first.at.line == first;
+    return (r.first.at.line == first && r.second.at.line == second) ||
+           (r.first.at.line == second && r.second.at.line == first);
+}
+
+// Every report of a faulty kernel is of its kind and names its lines: nothing else is wrong with it.
+START_TEST(fault_is_reported_with_its_lines) {
+    const Fault &fault = faults[_i / 5];
+    int          first = line_of("faulty_kernels.cu", std::string(fault.name) + "/first"),
+        second = line_of("faulty_kernels.cu", std::string(fault.name) + "/second");
+    simt::Options options;
+    options.seed = 100 + (uint64_t)(_i % 5);
+    options.max_accesses = 20000;
+    simt::begin(options);
+    simt::Buffer<float> d_x("x", ramp(256)), d_y("y", 256);
+    if (fault.launch == faulty_no_fence) d_y.set(std::vector<float>(256, 0.0f));
+    fault.launch(d_x.data(), d_y.data(), nullptr);
+    ck_assert_msg(!simt::reports().empty(), "%s: nothing was reported", fault.name);
+    for (const simt::Report &r : simt::reports()) {
+        ck_assert_msg(r.kind == fault.kind && r.space == fault.space && r.has_second == fault.has_second &&
+                          names_lines(r, first, second) &&
+                          r.kernel.find(fault.name == std::string("host_pointer") ? "store_zero" : fault.name) == 0,
+                      "%s (lines %d, %d): %s", fault.name, first, second, simt::report_text().c_str());
+    }
+}
+END_TEST
+
+static const kvq_test_case cases[] = {
+    KVQ_LOOP(sums_of_blocks_are_those_of_the_tree, N_SEEDS),
+    KVQ_LOOP(scans_of_warps_are_sums_of_the_lanes_before, N_SEEDS),
+    KVQ_LOOP(transposed_through_shared_memory, N_SEEDS),
+    KVQ_LOOP(histogram_by_atomics, N_SEEDS),
+    KVQ_LOOP(last_block_sees_what_the_others_published, N_SEEDS),
+    KVQ_LOOP(vectors_within_a_warp_need_its_barrier_only, N_SEEDS),
+    KVQ_LOOP(fault_is_reported_with_its_lines, 5 * N_FAULTS),
+};
+KVQ_TEST_MAIN("test_simt", cases)
