@@ -21,11 +21,19 @@ static Cell *new_cells(size_t bytes) {
     return cells;
 }
 
+Memory::Memory(Space in, const char *called, void *address, size_t size, bool traced, bool is_defined)
+    : space(in), name(called), base(static_cast<unsigned char *>(address)), bytes(size),
+      cells(traced ? new_cells(size) : nullptr), defined(size, is_defined) {}
+
+Memory::~Memory() {
+    free(cells);
+    if (space == SHARED) free(base);
+}
+
 Memory *add_memory(const char *name, void *base, size_t bytes, bool defined) {
     remove_memory(base);
-    std::unique_ptr<Memory> m(new Memory{GLOBAL, name, static_cast<unsigned char *>(base), bytes, nullptr, {}});
-    if (bytes <= machine.options.max_traced_bytes) m->cells = new_cells(bytes);
-    m->defined.assign(bytes, defined);
+    std::unique_ptr<Memory> m(
+        new Memory(GLOBAL, name, base, bytes, bytes <= machine.options.max_traced_bytes, defined));
     Memory *result = m.get();
     machine.global[reinterpret_cast<uintptr_t>(base) + bytes] = std::move(m);
     return result;
@@ -34,7 +42,6 @@ Memory *add_memory(const char *name, void *base, size_t bytes, bool defined) {
 void remove_memory(const void *base) {
     for (auto i = machine.global.begin(); i != machine.global.end(); ++i) {
         if (i->second->base != base) continue;
-        free(i->second->cells);
         machine.global.erase(i);
         return;
     }
@@ -50,13 +57,7 @@ Memory *find_memory(const void *address) {
 // other bits with another seed.
 static Memory *shared_memory(const char *name, size_t bytes, const void *tag) {
     std::unique_ptr<Memory> &m = machine.shared[tag];
-    if (m == nullptr || m->bytes != bytes) {
-        if (m != nullptr) {
-            free(m->base);
-            free(m->cells);
-        }
-        m.reset(new Memory{SHARED, name, aligned_bytes(bytes), bytes, new_cells(bytes), {}});
-    }
+    if (m == nullptr || m->bytes != bytes) m.reset(new Memory(SHARED, name, aligned_bytes(bytes), bytes, true, false));
     memset(m->base, static_cast<int>(draw(256)), bytes);
     m->defined.assign(bytes, 0);
     machine.of_block.push_back(m.get());
