@@ -82,7 +82,9 @@ START_TEST(transposed_through_shared_memory) {
     std::vector<float>  x = ramp(64 * 96);
     simt::Buffer<float> d_x("x", x), d_y("y", 64 * 96);
     sample_transpose(d_x.data(), d_y.data(), 64, 96, nullptr);
+    sample_transpose(d_y.data(), d_x.data(), 96, 64, nullptr); // a launch is behind all of the one before
     expect_clean();
+    ck_assert(d_x.values() == x);
     for (size_t i = 0; i < 64; i++) {
         for (size_t j = 0; j < 96; j++) ck_assert(d_y.values()[j * 64 + i] == x[i * 96 + j]);
     }
@@ -199,6 +201,11 @@ static const Fault faults[] = {
     FAULT(blocks_race, RACE, GLOBAL, true),
     FAULT(no_fence, RACE, GLOBAL, true),
     FAULT(atomic_and_plain, RACE, SHARED, true),
+    FAULT(atomic_then_plain, RACE, SHARED, true),
+    FAULT(plain_then_atomic, RACE, SHARED, true),
+    FAULT(second_reader, RACE, SHARED, true),
+    FAULT(vote_is_no_barrier, RACE, SHARED, true),
+    FAULT(stale_shared, UNINITIALISED, SHARED, false),
     FAULT(shared_read, OUT_OF_BOUNDS, SHARED, false),
     FAULT(shared_write, OUT_OF_BOUNDS, SHARED, false),
     FAULT(global_read, OUT_OF_BOUNDS, GLOBAL, false),

@@ -40,8 +40,8 @@ struct Access {
     uint32_t epoch, clock, who, place;
 };
 
-// What is remembered of a byte: the last write and two reads since. Two are enough to find a writer that no barrier
-// separates from some reader, see remember_reader.
+// What is remembered of a byte: the last write and two reads. Two are enough to find a writer that no barrier separates
+// from some reader, see remember_reader.
 struct Cell {
     Access writer, readers[2];
 };

@@ -101,13 +101,12 @@ static bool acquired(const Access &a) {
 }
 
 // Whether the running thread comes after an access: a barrier of the block lies between, or a __syncwarp that both
-// took part in (perhaps by way of others), or it is the thread's own.
+// took part in (perhaps by way of others), or it is the thread's own (whose clock it knows best).
 static bool ordered(const Access &a, Space space) {
     if (a.epoch < machine.launch_first) return true; // never, or another launch
     if (a.epoch < machine.block_first) return space == SHARED || acquired(a);
     if (a.epoch < machine.epoch) return true;
     unsigned who = a.who & THREAD_MASK;
-    if (who == self->number) return true;
     return who / 32 == self->warp && self->known[who % 32] >= a.clock;
 }
 
@@ -144,15 +143,6 @@ static const Access *conflict(const Memory *m, const Cell &cell, Use use) {
     return nullptr;
 }
 
-static void record(Cell *cell, Use use, const Access &now) {
-    if (use == READ) {
-        remember_reader(cell, now);
-    } else {
-        cell->writer = now;
-        cell->readers[0].epoch = cell->readers[1].epoch = 0;
-    }
-}
-
 static void trace(Memory *m, ptrdiff_t offset, size_t bytes, Use use, uint32_t flags, Place at) {
     Access now = access_now(flags, at);
     bool   told = false;
@@ -170,7 +160,10 @@ static void trace(Memory *m, ptrdiff_t offset, size_t bytes, Use use, uint32_t f
                        (kind == RACE ? ", and nothing orders it behind" : ", which is being copied there by"));
             told = true;
         }
-        record(cell, use, now);
+        if (use == READ)
+            remember_reader(cell, now);
+        else
+            cell->writer = now;
     }
 }
 
@@ -188,7 +181,7 @@ static void preempt() {
 }
 
 static bool within(const Memory *m, ptrdiff_t offset, size_t bytes) {
-    return m != nullptr && offset >= 0 && static_cast<size_t>(offset) <= m->bytes &&
+    return m != nullptr && static_cast<size_t>(offset) <= m->bytes && // a negative one is huge
            bytes <= m->bytes - static_cast<size_t>(offset);
 }
 
