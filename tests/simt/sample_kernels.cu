@@ -233,6 +233,7 @@ KVQ_KERNEL unfinished_copy(KVQ_GLOBAL(const int) x, KVQ_GLOBAL(int) y, int is_fi
         kvq_copy_commit();
     } else {
         part[0] = 7;
+        kvq_copy_commit();
         kvq_copy_wait<0>();
         y[0] = part[0];
     }
