@@ -8,6 +8,10 @@
 
 #include "kvq_core.h"
 
+#ifdef __cplusplus
+extern "C" {
+#endif
+
 // What a test may need from outside the repository. A test whose needs are not met is counted as skipped, and said to
 // be.
 typedef enum kvq_test_need {
@@ -69,4 +73,7 @@ const int32_t *kvq_golden_i32(const kvq_golden *golden, const char *name, int64_
 // The measure the reference data uses: max |a - b| / max |b|.
 double kvq_test_relative_error(const float *a, const float *b, int64_t n);
 
+#ifdef __cplusplus
+}
+#endif
 #endif
