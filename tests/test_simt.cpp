@@ -126,6 +126,57 @@ START_TEST(vectors_within_a_warp_need_its_barrier_only) {
 }
 END_TEST
 
+START_TEST(pipeline_of_asynchronous_copies) {
+    begin((uint64_t)_i);
+    for (size_t n = 4; n <= 1300; n += 324) {
+        std::vector<int>  x = integers(n);
+        simt::Buffer<int> d_x("x", x), d_sum("sum", 1);
+        sample_pipeline(d_x.data(), d_sum.data(), (int)n, nullptr);
+        expect_clean();
+        int sum = 0;
+        for (int v : x) sum += v;
+        ck_assert_int_eq(d_sum.values()[0], sum);
+    }
+}
+END_TEST
+
+// ---------------------------------------------------------------- the order of threads and blocks
+
+static float run_once(faulty_launch launch, uint64_t seed, size_t at) {
+    begin(seed);
+    simt::Buffer<float> d_x("x", ramp(256)), d_y("y", std::vector<float>(256, 0.0f));
+    launch(d_x.data(), d_y.data(), nullptr);
+    return d_y.values()[at];
+}
+
+// Whether some seed gives another result than seed 0 does.
+static bool depends_on_seed(faulty_launch launch, size_t at) {
+    float first = run_once(launch, 0, at);
+    bool  differs = false;
+    for (uint64_t seed = 1; seed < N_SEEDS; seed++) differs |= run_once(launch, seed, at) != first;
+    return differs;
+}
+
+// What a fault does to results shows, even if nobody looked at the reports.
+START_TEST(order_is_drawn) {
+    ck_assert(depends_on_seed(faulty_two_writers, 0));
+    ck_assert(depends_on_seed(faulty_lost_update, 0));
+    ck_assert(depends_on_seed(faulty_atomic_and_plain, 0));
+    ck_assert(depends_on_seed(faulty_order_of_blocks, 0));
+}
+END_TEST
+
+START_TEST(same_seed_gives_the_same_run) {
+    for (uint64_t seed = 0; seed < 5; seed++) {
+        std::string text;
+        float       first = run_once(faulty_two_writers, seed, 0);
+        text = simt::report_text();
+        ck_assert(run_once(faulty_two_writers, seed, 0) == first);
+        ck_assert(simt::report_text() == text);
+    }
+}
+END_TEST
+
 // ---------------------------------------------------------------- faulty kernels
 
 struct Fault {
@@ -164,6 +215,15 @@ static const Fault faults[] = {
     FAULT(not_in_mask, BAD_LANE, SHARED, false),
     FAULT(lane_outside, BAD_LANE, SHARED, false),
     FAULT(spin, DEADLOCK, SHARED, false),
+    FAULT(early_read, EARLY_ASYNC, SHARED, true),
+    FAULT(group_too_new, EARLY_ASYNC, SHARED, true),
+    FAULT(overwritten_copy, EARLY_ASYNC, SHARED, true),
+    FAULT(copy_without_barrier, RACE, SHARED, true),
+    FAULT(copy_over_readers, RACE, SHARED, true),
+    FAULT(misaligned_copy, MISALIGNED, SHARED, false),
+    FAULT(misaligned_row, MISALIGNED, SHARED, false),
+    FAULT(half_a_warp, DIVERGENT_WARP, SHARED, true),
+    FAULT(not_allowed, BAD_LAUNCH, SHARED, false),
     FAULT(too_many_threads, BAD_LAUNCH, SHARED, false),
     FAULT(too_much_shared, BAD_LAUNCH, SHARED, false),
 };
@@ -206,6 +266,9 @@ static const kvq_test_case cases[] = {
     KVQ_LOOP(histogram_by_atomics, N_SEEDS),
     KVQ_LOOP(last_block_sees_what_the_others_published, N_SEEDS),
     KVQ_LOOP(vectors_within_a_warp_need_its_barrier_only, N_SEEDS),
+    KVQ_LOOP(pipeline_of_asynchronous_copies, N_SEEDS),
+    KVQ_CASE(order_is_drawn),
+    KVQ_CASE(same_seed_gives_the_same_run),
     KVQ_LOOP(fault_is_reported_with_its_lines, 5 * N_FAULTS),
 };
 KVQ_TEST_MAIN("test_simt", cases)

@@ -61,6 +61,12 @@ FAULTY(lost_update) {
 
 FAULTY_ON(blocks_race, 4, 64, 0) { y[threadIdx.x] = x[threadIdx.x]; } // here: blocks_race/first
 
+// No race, and nothing to rely on all the same.
+FAULTY_ON(order_of_blocks, 16, 1, 0) {
+    unsigned rank = atomicAdd(kvq_as<unsigned>(y + 255), 1u);
+    if (rank == 0) y[0] = (float)blockIdx.x;
+}
+
 // The last block reads what no fence has published.
 FAULTY_ON(no_fence, 4, 32, 0) {
     KVQ_SHARED(unsigned, before, 1);
@@ -177,8 +183,7 @@ FAULTY(spin) {
     KVQ_SHARED(int, flag, 1);
     if (threadIdx.x == 0) flag[0] = 0;
     __syncthreads();
-    while (threadIdx.x == 9 && atomicAdd(&flag[0], 0) == 0) {
-    } // here: spin/first
+    while (threadIdx.x == 9) atomicAdd(&flag[0], 1); // here: spin/first
     y[threadIdx.x] = 0;
 }
 
@@ -186,3 +191,83 @@ FAULTY(spin) {
 
 FAULTY_ON(too_many_threads, 1, 1025, 0) { y[0] = x[0]; }
 FAULTY_ON(too_much_shared, 1, 64, 300000) { y[0] = x[0]; }
+FAULTY_ON(not_allowed, 1, 64, 50000) { y[0] = x[0]; }
+
+// ---------------------------------------------------------------- asynchronous copies and matrices
+
+FAULTY(early_read) {
+    KVQ_SHARED(float, part, 256);
+    int i = (int)threadIdx.x;
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: early_read/second
+    kvq_copy_commit();
+    y[i] = part[4 * i]; // here: early_read/first
+    kvq_copy_wait<0>();
+}
+
+FAULTY(group_too_new) {
+    KVQ_SHARED(float, part, 512);
+    int i = (int)threadIdx.x;
+    kvq_copy_async_16(part + 4 * i, x + 4 * i);
+    kvq_copy_commit();
+    kvq_copy_async_16(part + 256 + 4 * i, x + 4 * i); // here: group_too_new/second
+    kvq_copy_commit();
+    kvq_copy_wait<1>();
+    y[i] = part[4 * i];
+    y[i + 64] = part[256 + 4 * i]; // here: group_too_new/first
+}
+
+FAULTY(overwritten_copy) {
+    KVQ_SHARED(float, part, 256);
+    int i = (int)threadIdx.x;
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: overwritten_copy/second
+    kvq_copy_commit();
+    part[4 * i] = 0; // here: overwritten_copy/first
+    kvq_copy_wait<0>();
+    y[i] = part[4 * i + 1];
+}
+
+// Each thread has waited for its own copy, and reads another's.
+FAULTY(copy_without_barrier) {
+    KVQ_SHARED(float, part, 256);
+    int i = (int)threadIdx.x;
+    for (int j = 0; j < 4; j++) part[4 * i + j] = 0;
+    __syncthreads();
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: copy_without_barrier/first
+    kvq_copy_commit();
+    kvq_copy_wait<0>();
+    y[i] = part[4 * (63 - i)]; // here: copy_without_barrier/second
+}
+
+// The copy is begun while others may still read what was there.
+FAULTY(copy_over_readers) {
+    KVQ_SHARED(float, part, 256);
+    int i = (int)threadIdx.x;
+    for (int j = 0; j < 4; j++) part[4 * i + j] = 0;
+    __syncthreads();
+    y[i] = part[4 * (63 - i)]; // here: copy_over_readers/first
+    __syncwarp();
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: copy_over_readers/second
+    kvq_copy_commit();
+    kvq_copy_wait<0>();
+}
+
+FAULTY(misaligned_copy) {
+    KVQ_SHARED(float, part, 260);
+    kvq_copy_async_16(part + 4 * threadIdx.x + 2, x + 4 * threadIdx.x); // here: misaligned_copy/first
+    kvq_copy_commit();
+    kvq_copy_wait<0>();
+    y[threadIdx.x] = part[4 * threadIdx.x + 2];
+}
+
+FAULTY(misaligned_row) {
+    KVQ_SHARED(float, part, 256);
+    unsigned fragment[1];
+    for (int j = 0; j < 4; j++) part[4 * threadIdx.x + j] = 0;
+    __syncthreads();
+    kvq_ldmatrix<1>(fragment, part + 6 * (threadIdx.x % 8)); // here: misaligned_row/first
+    y[threadIdx.x] = x[fragment[0]];
+}
+
+FAULTY(half_a_warp) {
+    if (threadIdx.x % 32 < 16) y[threadIdx.x] = (float)kvq_movmatrix_trans(threadIdx.x); // here: half_a_warp/first
+}

@@ -31,9 +31,19 @@ void faulty_uninitialised_global(const float *x, float *y, kvq_stream stream);
 void faulty_misaligned(const float *x, float *y, kvq_stream stream);
 void faulty_spin(const float *x, float *y, kvq_stream stream);
 void faulty_blocks_race(const float *x, float *y, kvq_stream stream);
+void faulty_order_of_blocks(const float *x, float *y, kvq_stream stream);
 void faulty_no_fence(const float *x, float *y, kvq_stream stream);
 void faulty_atomic_and_plain(const float *x, float *y, kvq_stream stream);
 void faulty_too_many_threads(const float *x, float *y, kvq_stream stream);
 void faulty_too_much_shared(const float *x, float *y, kvq_stream stream);
+void faulty_early_read(const float *x, float *y, kvq_stream stream);
+void faulty_group_too_new(const float *x, float *y, kvq_stream stream);
+void faulty_overwritten_copy(const float *x, float *y, kvq_stream stream);
+void faulty_copy_without_barrier(const float *x, float *y, kvq_stream stream);
+void faulty_copy_over_readers(const float *x, float *y, kvq_stream stream);
+void faulty_misaligned_copy(const float *x, float *y, kvq_stream stream);
+void faulty_misaligned_row(const float *x, float *y, kvq_stream stream);
+void faulty_half_a_warp(const float *x, float *y, kvq_stream stream);
+void faulty_not_allowed(const float *x, float *y, kvq_stream stream);
 
 #endif

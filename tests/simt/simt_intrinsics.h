@@ -18,8 +18,6 @@
 #define gridDim   (::simt::grid_dim)
 #define warpSize  32
 
-using simt::Place;
-
 static inline void __syncthreads(Place at = Place::here()) { simt::sync_threads(at); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu, Place at = Place::here()) { simt::sync_warp(mask, at); }
 static inline void __threadfence() { simt::fence(); }

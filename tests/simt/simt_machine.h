@@ -119,7 +119,12 @@ void report(Kind kind, Space space, Place at, const Actor *other, const std::str
 // The running thread cannot go on, nor the launch.
 [[noreturn]] void abandon();
 
-void run_grid(const char *kernel, dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()> &body);
+// Kernels are told apart by their address.
+void run_grid(const char *name, const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
+              const std::function<void()> &body);
+bool allow_shared(const void *kernel, size_t bytes); // false: more than a block may have
+// What the last launch was refused for, or NULL.
+const char *launch_error();
 
 } // namespace simt
 

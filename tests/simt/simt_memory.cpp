@@ -238,6 +238,7 @@ void copy_async(Memory *to, ptrdiff_t to_offset, Memory *from, ptrdiff_t from_of
     if (reinterpret_cast<uintptr_t>(to->base + to_offset) % 16 != 0)
         report(MISALIGNED, to->space, at, nullptr, "copies to " + where(to, to_offset, 16));
     trace(to, to_offset, 16, WRITE, PENDING, at);
+    memset(to->defined.data() + to_offset, 1, 16); // whoever reads too early is told so
     self->copies.push_back({to, from, to_offset, from_offset, valid, self->n_groups});
 }
 
@@ -253,7 +254,6 @@ void wait_copies(unsigned groups_left) {
         unsigned char *to = c.to->base + c.to_offset;
         memset(to, 0, 16);
         if (c.valid_bytes > 0) memcpy(to, c.from->base + c.from_offset, c.valid_bytes);
-        memset(c.to->defined.data() + c.to_offset, 1, 16);
         for (int i = 0; i < 16; i++) { // its own line stays
             Access *writer = &c.to->cells[c.to_offset + i].writer;
             Access  now = access_now(0, place_of(writer->place));
