@@ -43,7 +43,7 @@ typedef struct kvq_cuda_tile_keys {
     const kvq_tile_column *columns; // [d]
     const int32_t         *table;   // [d]
     const float           *levels;
-    const float           *z, *r; // [d]
+    const float           *z, *r;      // [d]
     int                    code_bytes; // kvq_tile_code_bytes
     int                    n_slots;
 } kvq_cuda_tile_keys;
@@ -82,20 +82,20 @@ typedef struct kvq_cuda_attention_call {
     kvq_cuda_tile_keys   k_tiles;
     kvq_cuda_tile_values v_tiles;
     kvq_cuda_rope        rope;
-    const uint8_t       *k_pages, *v_pages; // aligned to 4 bytes
+    const uint8_t       *k_pages, *v_pages;          // aligned to 4 bytes
     int64_t              k_page_bytes, v_page_bytes; // multiples of 4
     const int32_t       *page_table;                 // [n_seqs, max_pages]
     int                  max_pages;
-    int                  n_sinks;                    // first tokens of a sequence, in f16
-    const uint16_t      *k_sinks, *v_sinks;          // [n_seqs, n_sinks, d]
-    int                  n_recent;                   // places for other tokens in f16; 128 with tiles
-    const uint16_t      *k_recent, *v_recent;        // [n_seqs, n_recent, d], see below
-    const int32_t       *lengths;                    // [n_seqs] tokens, up to max_length; 0: the output is 0
-    const int32_t       *coded; // [n_seqs] rows that there are, or positions that are read from tiles
+    int                  n_sinks;             // first tokens of a sequence, in f16
+    const uint16_t      *k_sinks, *v_sinks;   // [n_seqs, n_sinks, d]
+    int                  n_recent;            // places for other tokens in f16; 128 with tiles
+    const uint16_t      *k_recent, *v_recent; // [n_seqs, n_recent, d], see below
+    const int32_t       *lengths;             // [n_seqs] tokens, up to max_length; 0: the output is 0
+    const int32_t       *coded;               // [n_seqs] rows that there are, or positions that are read from tiles
     int64_t              max_length;
 
-    const float *q;   // [n_seqs, n_heads, head_dim], after RoPE
-    float       *out; // the same
+    const float *q;         // [n_seqs, n_heads, head_dim], after RoPE
+    float       *out;       // the same
     void        *workspace; // kvq_cuda_attention_workspace bytes, aligned to 4; need not be cleared
 } kvq_cuda_attention_call;
 
