@@ -78,6 +78,7 @@ struct Case {
     int                  window;
     float                softcap;
     std::vector<int64_t> lengths;
+    float                steep = 1; // multiplies scores: softmax becomes a choice, and weights end where exp does
 };
 
 static attention_setup rows(int heads, int dim, int k_bits, int v_bits, int n_side, int64_t sinks, int64_t recent) {
@@ -106,7 +107,7 @@ static const std::vector<int64_t> few = {0, 1, 16, 129}, edges = {15, 17, 127, 1
 static Query query_of(const Case &c) {
     int   D = c.with.head_dim;
     Query q = {c.group * c.with.n_kv_heads, c.with.n_kv_heads, D, 0, c.softcap, c.window, 0, 1, {}};
-    q.scale = (float)(1 / sqrt((double)D));
+    q.scale = c.steep * (float)(1 / sqrt((double)D));
     if (!c.before_rope) return q;
     q.n_pairs = D == 80 ? 16 : D / 2;
     q.amplitude = D == 96 ? 1.2 : 1;
@@ -190,6 +191,10 @@ static const Case twins[] = {
     {"rows, heads of 8", rows(3, 8, 2, 2, 1, 1, 5), 1, true, 5, 0, 0, edges},
     {"rows, window", rows(2, 64, 3, 3, 1, 4, 5), 4, true, 1, 33, 0, {32, 33, 34, 129}},
     {"rows, capped scores", rows(2, 64, 3, 3, 1, 4, 5), 4, true, 1, 0, 5, few},
+    {"rows, some outliers", but(rows(2, 64, 3, 3, 4, 4, 5), 0.83f, false, false), 4, true, 1, 0, 0, {100, 129}},
+    {"rows, steep", rows(2, 64, 4, 4, 1, 1, 5), 4, true, 3, 0, 0, {200, 129}, 4},
+    {"rows, beyond the end of exp", rows(1, 64, 4, 4, 1, 1, 5), 4, true, 2, 0, 0, {200}, 40},
+    {"tiles, steep", tiles(2, 64, 2, 0, 16, 4), 4, true, 3, 0, 0, {200, 129}, 4},
     {"tiles", tiles(2, 64, 1, 1, 16, 4), 1, true, 1, 0, 0, few},
     {"tiles, pairs", tiles(2, 64, 2, 0, 16, 1), 4, true, 1, 0, 0, edges},
     {"tiles, long, e4m3", tiles(1, 80, 1, 0, 64, 4), 9, true, 2, 0, 0, far},
@@ -216,8 +221,131 @@ START_TEST(output_is_that_of_exact_attention) {
 }
 END_TEST
 
+// ---------------------------------------------------------------- splits and schedules
+
+static const Case split[] = {
+    {"rows", rows(2, 64, 3, 3, 1, 4, 5), 4, true, 1, 0, 0, {0, 1, 33, 300}},
+    {"tiles", tiles(2, 64, 2, 0, 16, 4), 9, true, 1, 0, 0, {0, 1, 140, 300}},
+};
+static const int N_SPLITS[] = {1, 2, 5, 0};
+enum { N_SEEDS = 6 };
+
+// Each number of splits is within the bound, so they differ by no more than twice that; most differ in some bit.
+START_TEST(splits_differ_by_rounding_only) {
+    Bench              bench(split[_i]);
+    std::vector<float> first;
+    double             largest = 0, between = 0;
+    for (int n : N_SPLITS) {
+        bench.device.call.n_splits = n;
+        std::vector<float> out = bench.run(3);
+        (void)bench.compare(out, n > 0 ? n : 1, &largest); // a bound of more splits is larger: 1 is the strictest
+        if (first.empty()) first = out;
+        for (size_t i = 0; i < out.size(); i++) between = fmax(between, fabs((double)(out[i] - first[i])));
+    }
+    printf("%-34s splits differ by %.1e\n", split[_i].name, between);
+    ck_assert_double_gt(between, 0);
+    ck_assert_double_lt(between, 4e-6);
+}
+END_TEST
+
+START_TEST(any_schedule_gives_the_same_bits) {
+    Bench              bench(split[_i / 2]);
+    std::vector<float> first;
+    bench.device.call.n_splits = _i % 2 == 0 ? 1 : 5;
+    for (uint64_t seed = 1; seed <= N_SEEDS; seed++) {
+        std::vector<float> out = bench.run(seed);
+        if (first.empty()) first = out;
+        ck_assert_msg(memcmp(out.data(), first.data(), out.size() * sizeof(float)) == 0, "seed %d", (int)seed);
+    }
+}
+END_TEST
+
+// What other sequences of a call are, and where pages lie, is of no consequence.
+START_TEST(a_sequence_does_not_see_the_others) {
+    Case               c = split[_i];
+    std::vector<float> together, alone;
+    c.n_splits = 3;
+    c.lengths = {140, 33, 1};
+    {
+        Bench bench(c);
+        together = bench.run(1);
+    }
+    c.lengths = {140};
+    Bench bench(c);
+    alone = bench.run(2);
+    ck_assert(memcmp(alone.data(), together.data(), alone.size() * sizeof(float)) == 0);
+}
+END_TEST
+
+// ---------------------------------------------------------------- refusals
+
+typedef kvq_cuda_attention_call Call_;
+
+struct Refusal {
+    bool tiled;
+    void (*change)(Call_ *call);
+    kvq_status  status;
+    const char *fragment;
+};
+static const Refusal refusals[] = {
+    {false, [](Call_ *c) { c->head_dim = 63; }, KVQ_ERR_UNSUPPORTED, "63 channels"},
+    {false, [](Call_ *c) { c->head_dim = 258; }, KVQ_ERR_UNSUPPORTED, "258 channels"},
+    {false, [](Call_ *c) { c->head_dim = 6; }, KVQ_ERR_UNSUPPORTED, "6 channels"},
+    {false, [](Call_ *c) { c->n_splits = 257; }, KVQ_ERR_UNSUPPORTED, "splits 257"},
+    {false, [](Call_ *c) { c->n_seqs = 65536; }, KVQ_ERR_UNSUPPORTED, "sequences 65536"},
+    {false, [](Call_ *c) { c->max_length = (int64_t)1 << 31; }, KVQ_ERR_UNSUPPORTED, "tokens 2147483648"},
+    {false, [](Call_ *c) { c->n_heads = 7; }, KVQ_ERR_USAGE, "do not divide"},
+    {false, [](Call_ *c) { c->window = -1; }, KVQ_ERR_USAGE, "window"},
+    {false, [](Call_ *c) { c->rope.n_pairs = 33; }, KVQ_ERR_USAGE, "rotated"},
+    {false, [](Call_ *c) { c->rope.n_bases = 0; }, KVQ_ERR_USAGE, "rotary tables end"},
+    {false, [](Call_ *c) { c->k_rows.bits = 9; }, KVQ_ERR_USAGE, "keys or values"},
+    {false, [](Call_ *c) { c->v_rows.n_side = 64; }, KVQ_ERR_USAGE, "keys or values"},
+    {false, [](Call_ *c) { c->k_page_bytes = 128; }, KVQ_ERR_USAGE, "pages are smaller"},
+    {false, [](Call_ *c) { c->v_page_bytes += 2; }, KVQ_ERR_USAGE, "aligned"},
+    {false, [](Call_ *c) { c->max_pages = 0; }, KVQ_ERR_USAGE, "table of pages ends"},
+    {true, [](Call_ *c) { c->v_tiles.dim = 3; }, KVQ_ERR_USAGE, "keys or values"},
+    {true, [](Call_ *c) { c->v_tiles.scale_exponent = 101; }, KVQ_ERR_USAGE, "keys or values"},
+    {true, [](Call_ *c) { c->k_tiles.table = NULL; }, KVQ_ERR_USAGE, "keys or values"},
+    {true, [](Call_ *c) { c->n_recent = 64; }, KVQ_ERR_USAGE, "recent tokens"},
+};
+enum { N_REFUSALS = sizeof refusals / sizeof *refusals };
+
+START_TEST(what_there_is_no_kernel_for_is_refused) {
+    const Refusal &r = refusals[_i];
+    Case           c = split[r.tiled ? 1 : 0];
+    kvq_error      err = {};
+    c.lengths = {140};
+    Bench bench(c);
+    begin(1);
+    r.change(&bench.device.call);
+    kvq_test_failed(kvq_cuda_attention(&bench.device.call, nullptr, &err), r.status, &err, r.fragment);
+    expect_clean();
+}
+END_TEST
+
+START_TEST(no_sequences_are_no_work) {
+    kvq_cuda_attention_call call = {};
+    kvq_error               err = {};
+    call.n_heads = call.n_kv_heads = 1;
+    call.head_dim = 8;
+    call.v_rows.bits = call.k_rows.bits = 4;
+    call.v_rows.n_groups = call.k_rows.n_groups = 1;
+    static const float level[16] = {0};
+    call.v_rows.levels = call.k_rows.levels = level;
+    call.k_page_bytes = call.v_page_bytes = 128 * 8;
+    begin(1);
+    ck_assert_uint_eq(kvq_cuda_attention_workspace(&call), 0);
+    kvq_test_ok(kvq_cuda_attention(&call, nullptr, &err), &err);
+}
+END_TEST
+
 static const kvq_test_case cases[] = {
     KVQ_LOOP(angles_are_right_at_any_position, N_TURNS),
     KVQ_LOOP(output_is_that_of_exact_attention, N_TWINS),
+    KVQ_LOOP(splits_differ_by_rounding_only, 2),
+    KVQ_LOOP(any_schedule_gives_the_same_bits, 4),
+    KVQ_LOOP(a_sequence_does_not_see_the_others, 2),
+    KVQ_LOOP(what_there_is_no_kernel_for_is_refused, N_REFUSALS),
+    KVQ_CASE(no_sequences_are_no_work),
 };
 KVQ_TEST_MAIN("test_cuda_attention", cases)
