@@ -6,7 +6,7 @@
 #ifndef ATTENTION_RIG_H
 #define ATTENTION_RIG_H
 
-#include "kvq_codebook.h"
+#include "kvq_decoder.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -26,16 +26,19 @@ typedef struct attention_setup {
     bool    flush;          // what is open or recent is coded after half of the tokens, or after all
 } attention_setup;
 
-// What the codec needs of the one layer of an artifact.
+// What the codec needs of a layer of an artifact.
 typedef struct attention_rig {
     attention_setup with;
     kvq_block_spec  rows[2];
     kvq_tile_spec   tiles[2];
     int             n_key_levels; // of tiles[0].levels
-    int             n_side;
     void           *owner;
 } attention_rig;
+// An artifact of one layer, and it.
 void attention_rig_open(const attention_setup *with, attention_rig *out);
+// A layer of somebody else's artifact, which is borrowed.
+void attention_rig_describe(const kvq_artifact *artifact, const attention_setup *with, int64_t layer,
+                            attention_rig *out);
 void attention_rig_close(attention_rig *rig);
 
 typedef struct attention_sequence {
@@ -47,6 +50,9 @@ typedef struct attention_sequence {
 } attention_sequence;
 // n random tokens, in several pieces.
 void attention_sequence_open(const attention_rig *rig, int64_t n, uint32_t stream, attention_sequence *out);
+// What a cache holds.
+void attention_sequence_of(const attention_rig *rig, const kvq_backend *be, const kvq_packed_layer *cache,
+                           attention_sequence *out);
 void attention_sequence_close(attention_sequence *sequence);
 
 #ifdef __cplusplus
