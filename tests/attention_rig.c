@@ -54,6 +54,8 @@ void attention_rig_open(const attention_setup *with, attention_rig *out) {
     if (with->tiled) {
         l->v.scale_format = with->half_scales ? KVQ_SCALE_F16 : KVQ_SCALE_E4M3;
     } else {
+        l->k.axis = with->swapped ? KVQ_AXIS_TOKEN : KVQ_AXIS_CHANNEL;
+        l->v.axis = with->swapped ? KVQ_AXIS_CHANNEL : KVQ_AXIS_TOKEN;
         refill(&o->rig, &l->k, with->k_bits);
         refill(&o->rig, &l->v, with->v_bits);
     }

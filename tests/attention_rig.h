@@ -21,6 +21,7 @@ typedef struct attention_setup {
     int     dim;            // channels of a column of values in tiles
     int     half_scales;    // f16 scales of values in tiles, otherwise e4m3
     bool    per_head;       // rows: tables for each KV head, with a second one for decoding
+    bool    swapped;        // rows: ranges of keys per token, of values per channel
     int64_t sinks, recent;  // recent: of rows
     float   spread;         // of keys and values; ranges of channels reach to about 0.9
     bool    flush;          // what is open or recent is coded after half of the tokens, or after all

@@ -101,6 +101,11 @@ static attention_setup but(attention_setup s, float spread, bool per_head, bool 
     return s;
 }
 
+static attention_setup swapped(attention_setup s) {
+    s.swapped = true;
+    return s;
+}
+
 static const std::vector<int64_t> few = {0, 1, 16, 129}, edges = {15, 17, 127, 128, 129}, far = {300, 512, 1};
 
 // Partial rotary, with an amplitude, where keys are before RoPE and the head is not tiny.
@@ -184,7 +189,7 @@ static const Case twins[] = {
     {"rows 5/8 bits, group 8", rows(2, 80, 5, 8, 3, 1, 5), 8, true, 1, 0, 0, few},
     {"rows 8/5 bits, group 9", rows(1, 96, 8, 5, 2, 4, 130), 9, true, 2, 0, 0, {1, 129, 140}},
     {"rows, caps exceeded", but(rows(2, 64, 3, 3, 1, 4, 5), 1.6f, false, false), 4, true, 1, 0, 0, few},
-    {"rows, tables per head", but(rows(2, 64, 3, 3, 1, 4, 0), 1, true, false), 4, true, 1, 0, 0, {130, 17}},
+    {"rows, tables per head", but(rows(2, 64, 3, 3, 1, 4, 0), 1, true, false), 4, true, 1, 0, 0, {132, 133, 17}},
     {"rows, flushed", but(rows(1, 64, 3, 3, 1, 4, 130), 1, false, true), 4, true, 1, 0, 0, {140, 141, 300}},
     {"rows after RoPE", rows(2, 128, 4, 4, 1, 4, 5), 4, false, 1, 0, 0, {129, 1}},
     {"rows, heads of 256", rows(1, 256, 3, 4, 1, 1, 0), 8, true, 1, 0, 0, {1, 40}},
@@ -194,6 +199,8 @@ static const Case twins[] = {
     {"rows, some outliers", but(rows(2, 64, 3, 3, 4, 4, 5), 0.83f, false, false), 4, true, 1, 0, 0, {100, 129}},
     {"rows, steep", rows(2, 64, 4, 4, 1, 1, 5), 4, true, 3, 0, 0, {200, 129}, 4},
     {"rows, beyond the end of exp", rows(1, 64, 4, 4, 1, 1, 5), 4, true, 2, 0, 0, {200}, 40},
+    {"rows, one token takes all", rows(2, 64, 4, 4, 1, 1, 5), 4, true, 3, 0, 0, {200, 129}, 400},
+    {"rows, K per token, V per channel", swapped(rows(2, 64, 4, 3, 1, 4, 5)), 4, true, 1, 0, 0, {129, 16}},
     {"tiles, steep", tiles(2, 64, 2, 0, 16, 4), 4, true, 3, 0, 0, {200, 129}, 4},
     {"tiles", tiles(2, 64, 1, 1, 16, 4), 1, true, 1, 0, 0, few},
     {"tiles, pairs", tiles(2, 64, 2, 0, 16, 1), 4, true, 1, 0, 0, edges},
