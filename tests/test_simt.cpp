@@ -82,7 +82,9 @@ START_TEST(transposed_through_shared_memory) {
     std::vector<float>  x = ramp(64 * 96);
     simt::Buffer<float> d_x("x", x), d_y("y", 64 * 96);
     sample_transpose(d_x.data(), d_y.data(), 64, 96, nullptr);
+    sample_transpose(d_y.data(), d_x.data(), 96, 64, nullptr); // a launch is behind all of the one before
     expect_clean();
+    ck_assert(d_x.values() == x);
     for (size_t i = 0; i < 64; i++) {
         for (size_t j = 0; j < 96; j++) ck_assert(d_y.values()[j * 64 + i] == x[i * 96 + j]);
     }
@@ -199,6 +201,11 @@ static const Fault faults[] = {
     FAULT(blocks_race, RACE, GLOBAL, true),
     FAULT(no_fence, RACE, GLOBAL, true),
     FAULT(atomic_and_plain, RACE, SHARED, true),
+    FAULT(atomic_then_plain, RACE, SHARED, true),
+    FAULT(plain_then_atomic, RACE, SHARED, true),
+    FAULT(second_reader, RACE, SHARED, true),
+    FAULT(vote_is_no_barrier, RACE, SHARED, true),
+    FAULT(stale_shared, UNINITIALISED, SHARED, false),
     FAULT(shared_read, OUT_OF_BOUNDS, SHARED, false),
     FAULT(shared_write, OUT_OF_BOUNDS, SHARED, false),
     FAULT(global_read, OUT_OF_BOUNDS, GLOBAL, false),
@@ -259,6 +266,47 @@ START_TEST(fault_is_reported_with_its_lines) {
 }
 END_TEST
 
+START_TEST(launches_know_the_limits_of_a_block) {
+    simt::Buffer<float> d_x("x", ramp(256)), d_y("y", 256);
+    begin(1);
+    faulty_too_many_threads(d_x.data(), d_y.data(), nullptr);
+    ck_assert_ptr_nonnull(kvq_launch_error());
+    begin(1);
+    ck_assert(!sample_large_shared(d_y.data(), 232452, nullptr));
+    expect_clean();
+    ck_assert(sample_large_shared(d_y.data(), 232448, nullptr));
+    ck_assert_ptr_null(kvq_launch_error());
+    expect_clean();
+    ck_assert(d_y.values()[0] == 58112);
+}
+END_TEST
+
+// Blocks and threads of three dimensions, each exactly once; and a warp whose last lanes do not exist.
+START_TEST(indices_of_three_dimensions) {
+    begin(2);
+    std::vector<unsigned>  zero(2 * 3 * 2 * 5 * 3 * 2, 0);
+    simt::Buffer<unsigned> d_counts("counts", zero);
+    sample_indices(d_counts.data(), nullptr);
+    expect_clean();
+    for (size_t i = 0; i < zero.size(); i++) ck_assert_uint_eq(d_counts.values()[i], i + 1);
+}
+END_TEST
+
+// A buffer too large to be searched for races is still checked for all else.
+START_TEST(large_buffers_are_checked_without_races) {
+    for (int is_large = 0; is_large < 2; is_large++) {
+        simt::Options options;
+        options.max_traced_bytes = is_large ? 1023 : 1024;
+        simt::begin(options);
+        simt::Buffer<float> d_x("x", ramp(256)), d_y("y", 256);
+        faulty_blocks_race(d_x.data(), d_y.data(), nullptr);
+        ck_assert_int_eq(simt::reports().empty(), is_large);
+        faulty_global_write(d_x.data(), d_y.data(), nullptr);
+        ck_assert_int_eq(simt::reports().back().kind, simt::OUT_OF_BOUNDS);
+    }
+}
+END_TEST
+
 static const kvq_test_case cases[] = {
     KVQ_LOOP(sums_of_blocks_are_those_of_the_tree, N_SEEDS),
     KVQ_LOOP(scans_of_warps_are_sums_of_the_lanes_before, N_SEEDS),
@@ -269,6 +317,9 @@ static const kvq_test_case cases[] = {
     KVQ_LOOP(pipeline_of_asynchronous_copies, N_SEEDS),
     KVQ_CASE(order_is_drawn),
     KVQ_CASE(same_seed_gives_the_same_run),
+    KVQ_CASE(launches_know_the_limits_of_a_block),
+    KVQ_CASE(indices_of_three_dimensions),
+    KVQ_CASE(large_buffers_are_checked_without_races),
     KVQ_LOOP(fault_is_reported_with_its_lines, 5 * N_FAULTS),
 };
 KVQ_TEST_MAIN("test_simt", cases)

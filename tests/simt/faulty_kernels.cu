@@ -87,6 +87,40 @@ FAULTY(atomic_and_plain) {
     if (threadIdx.x == 40) y[0] = (float)count[0]; // here: atomic_and_plain/second
 }
 
+// Votes give an order in time here, so that only one of the two accesses can find the other; none in memory.
+FAULTY_ON(atomic_then_plain, 1, 32, 0) {
+    KVQ_SHARED(int, count, 1);
+    if (threadIdx.x == 0) count[0] = 0;
+    __syncthreads();
+    if (threadIdx.x == 1) atomicAdd(&count[0], 1); // here: atomic_then_plain/first
+    (void)__any_sync(0xffffffffu, 1);
+    if (threadIdx.x == 0) y[0] = (float)count[0]; // here: atomic_then_plain/second
+}
+
+FAULTY_ON(plain_then_atomic, 1, 32, 0) {
+    KVQ_SHARED(int, count, 1);
+    if (threadIdx.x == 0) count[0] = 0; // here: plain_then_atomic/first
+    (void)__any_sync(0xffffffffu, 1);
+    if (threadIdx.x == 1) atomicAdd(&count[0], 1); // here: plain_then_atomic/second
+}
+
+FAULTY_ON(vote_is_no_barrier, 1, 32, 0) {
+    KVQ_SHARED(int, part, 1);
+    if (threadIdx.x == 0) part[0] = 1; // here: vote_is_no_barrier/first
+    (void)__any_sync(0xffffffffu, 1);
+    if (threadIdx.x == 1) y[0] = (float)part[0]; // here: vote_is_no_barrier/second
+}
+
+// The writer is behind all readers of its own warp, and not behind the one of the other.
+FAULTY(second_reader) {
+    KVQ_SHARED(float, part, 1);
+    if (threadIdx.x == 0) part[0] = x[0];
+    __syncthreads();
+    if (threadIdx.x <= 32) y[threadIdx.x] = part[0]; // here: second_reader/first
+    __syncwarp();
+    if (threadIdx.x == 2) part[0] = 0; // here: second_reader/second
+}
+
 // ---------------------------------------------------------------- bounds
 
 FAULTY(shared_read) {
@@ -131,6 +165,14 @@ FAULTY(uninitialised) {
     if (threadIdx.x != 7) part[threadIdx.x] = x[threadIdx.x];
     __syncthreads();
     y[threadIdx.x] = part[threadIdx.x]; // here: uninitialised/first
+}
+
+// What another block left there.
+FAULTY_ON(stale_shared, 4, 64, 0) {
+    KVQ_SHARED(float, part, 64);
+    if (blockIdx.x == 0) part[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[blockIdx.x * 64 + threadIdx.x] = part[threadIdx.x]; // here: stale_shared/first
 }
 
 FAULTY(uninitialised_global) { y[threadIdx.x] += 1.0f; } // here: uninitialised_global/first

@@ -116,6 +116,32 @@ void sample_vectors(const float *x, float *y, int n, kvq_stream stream) {
     KVQ_LAUNCH(vectors, 1, (unsigned)n / 4, (size_t)n * 4, stream, x, y, n);
 }
 
+KVQ_KERNEL fill_shared(KVQ_GLOBAL(float) y, int n) {
+    KVQ_DYNAMIC_SHARED(float, part);
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) part[i] = 1;
+    __syncthreads();
+    float count = 0;
+    for (int i = 0; i < n && threadIdx.x == 0; i++) count += part[i];
+    if (threadIdx.x == 0) y[0] = count;
+}
+
+bool sample_large_shared(float *y, size_t bytes, kvq_stream stream) {
+    if (!KVQ_ALLOW_SHARED(fill_shared, bytes)) return false;
+    KVQ_LAUNCH(fill_shared, 1, 64, bytes, stream, y, (int)(bytes / sizeof(float)));
+    return true;
+}
+
+KVQ_KERNEL indices(KVQ_GLOBAL_ALIASED(unsigned) counts) {
+    unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    unsigned i = block * (blockDim.x * blockDim.y * blockDim.z) + thread;
+    atomicAdd(counts + i, i + 1);
+}
+
+void sample_indices(unsigned *counts, kvq_stream stream) {
+    KVQ_LAUNCH(indices, dim3(2, 3, 2), dim3(5, 3, 2), 0, stream, counts);
+}
+
 // ---------------------------------------------------------------- lanes
 
 KVQ_KERNEL lanes(KVQ_GLOBAL(const int) x, KVQ_GLOBAL(int) y) {

@@ -23,6 +23,10 @@ void sample_last_block(const int *x, int *parts, unsigned *arrived, int *total, 
 // y[i] = x[i] + 1 for n elements of a block, in dynamic shared memory, by vectors of four.
 void sample_vectors(const float *x, float *y, int n, kvq_stream stream);
 
+// y[0] = how many floats fit into `bytes` of dynamic shared memory, found by writing them. False: not to be had.
+bool sample_large_shared(float *y, size_t bytes, kvq_stream stream);
+// counts [2, 3, 2, 5, 3, 2] = 1, 2, ...: each thread of each block adds its number to its own element.
+void sample_indices(unsigned *counts, kvq_stream stream);
 // y [SAMPLE_LANE_WORDS, 32]: what shuffles and votes over x [32] give each lane, see the kernel.
 void sample_lanes(const int *x, int *y, kvq_stream stream);
 // d [16, 8] = a [16, 16] b [16, 8] in halves, by ldmatrix and mma; t [8, 8] = transpose of the upper left of a.

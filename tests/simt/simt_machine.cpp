@@ -179,10 +179,7 @@ static void run_thread() {
 }
 
 static void start_thread(unsigned number, uint3 block) {
-    if (machine.threads.size() <= number) {
-        machine.threads.emplace_back(new Thread());
-        machine.threads.back()->fiber = fiber_create();
-    }
+    if (machine.threads.size() <= number) machine.threads.emplace_back(new Thread());
     Thread *t = machine.threads[number].get();
     t->index = index_of(number, block_dim);
     t->block = block;

@@ -40,8 +40,8 @@ struct Access {
     uint32_t epoch, clock, who, place;
 };
 
-// What is remembered of a byte: the last write and two reads since. Two are enough to find a writer that no barrier
-// separates from some reader, see remember_reader.
+// What is remembered of a byte: the last write and two reads. Two are enough to find a writer that no barrier separates
+// from some reader, see remember_reader.
 struct Cell {
     Access writer, readers[2];
 };
@@ -55,6 +55,11 @@ struct Memory {
     size_t               bytes;
     Cell                *cells;   // [bytes], or NULL: races are not looked for
     std::vector<uint8_t> defined; // [bytes]
+
+    Memory(Space in, const char *called, void *address, size_t size, bool traced, bool is_defined);
+    Memory(const Memory &) = delete;
+    Memory &operator=(const Memory &) = delete;
+    ~Memory(); // shared memory goes with it
 };
 
 enum Use { READ, WRITE, UPDATE }; // UPDATE: atomic
@@ -94,6 +99,11 @@ struct Thread {
     Fiber            *fiber;
     std::vector<Copy> copies;
     unsigned          n_groups;
+
+    Thread() : fiber(fiber_create()) {}
+    Thread(const Thread &) = delete;
+    Thread &operator=(const Thread &) = delete;
+    ~Thread() { fiber_destroy(fiber); }
 };
 
 extern Thread *self; // who runs

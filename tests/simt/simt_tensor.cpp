@@ -18,22 +18,24 @@ struct Mma {
 
 // Registers hold elements of (rows g and g + 8) x (columns 2 t, 2 t + 1 and those 8 further): a[h + 2 k] of row half h
 // and column half k; b[k] of rows 2 t + 8 k, column g.
-static double element_a(void **lanes, int i, int k) {
-    const Mma *m = static_cast<Mma *>(lanes[i % 8 * 4 + k % 8 / 2]);
-    return static_cast<double>(kvq_float_of_half(half_of(m->a[i / 8 + k / 8 * 2], k % 2)));
-}
-
-static double element_b(void **lanes, int k, int j) {
-    const Mma *m = static_cast<Mma *>(lanes[j * 4 + k % 8 / 2]);
-    return static_cast<double>(kvq_float_of_half(half_of(m->b[k / 8], k % 2)));
-}
-
 static void multiply(void **lanes, unsigned) {
+    double a[16][16], b[16][8];
+    for (int lane = 0; lane < ALL_LANES; lane++) {
+        const Mma *m = static_cast<Mma *>(lanes[lane]);
+        int        g = lane / 4, t = lane % 4;
+        for (int r = 0; r < 4; r++) {
+            for (int i = 0; i < 2; i++) {
+                int k = 2 * t + i;
+                a[g + r % 2 * 8][k + r / 2 * 8] = static_cast<double>(kvq_float_of_half(half_of(m->a[r], i)));
+                if (r < 2) b[k + r * 8][g] = static_cast<double>(kvq_float_of_half(half_of(m->b[r], i)));
+            }
+        }
+    }
     for (int i = 0; i < 16; i++) {
         for (int j = 0; j < 8; j++) {
             float *d = static_cast<Mma *>(lanes[i % 8 * 4 + j / 2])->d + i / 8 * 2 + j % 2;
             double sum = static_cast<double>(*d);
-            for (int k = 0; k < 16; k++) sum += element_a(lanes, i, k) * element_b(lanes, k, j);
+            for (int k = 0; k < 16; k++) sum += a[i][k] * b[k][j];
             *d = static_cast<float>(sum);
         }
     }
