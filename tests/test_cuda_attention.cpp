@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "attention_device.h"
+#include "kvq_exp_hd.h"
 #include "kvq_test.h"
 #include "rope.cuh"
 
@@ -133,6 +134,7 @@ struct Bench {
     std::vector<attention_sequence> sequences;
     std::vector<float>              q;
     Device                          device;
+    std::vector<float>              parts; // the workspace after the last run
 
     explicit Bench(const Case &c) : query(query_of(c)) {
         attention_rig_open(&c.with, &rig);
@@ -160,6 +162,7 @@ struct Bench {
         call.workspace = workspace.data();
         kvq_test_ok(kvq_cuda_attention(&call, nullptr, &err), &err);
         expect_clean();
+        parts = workspace.values();
         return out.values();
     }
     // Largest share of the bound that an element uses; `largest` error.
@@ -267,6 +270,42 @@ START_TEST(any_schedule_gives_the_same_bits) {
 }
 END_TEST
 
+// The combination of splits for one head by the rule: relative to the largest score of all, in the order of splits, the
+// rotated sum turned back behind that, in f32. parts: {largest, sum} of all splits, then their sums of channels.
+static void combine_in_order(const Bench &b, size_t head, int n_splits, float *out) {
+    size_t             D = (size_t)b.query.head_dim, width = (b.rig.with.tiled ? 2 : 1) * D, n = (size_t)n_splits;
+    size_t             n_parts = b.sequences.size() * (size_t)b.query.n_heads * n;
+    const float       *stats = b.parts.data() + 2 * head * n, *sums = b.parts.data() + 2 * n_parts + head * n * width;
+    const float       *rotation = b.rig.with.tiled ? b.rig.tiles[1].rotation : nullptr;
+    float              largest = stats[0], total = 0, factor[8];
+    std::vector<float> all(width, 0.0f);
+    for (size_t i = 0; i < n; i++) largest = stats[2 * i] > largest ? stats[2 * i] : largest;
+    for (size_t i = 0; i < n; i++) {
+        factor[i] = kvq_exp_f32(stats[2 * i] - largest);
+        total += factor[i] * stats[2 * i + 1];
+        for (size_t c = 0; c < width; c++) all[c] += factor[i] * sums[i * width + c];
+    }
+    for (size_t j = 0; j < D; j++) {
+        float back = 0;
+        for (size_t i = 0; i < D && rotation != nullptr; i++) back += rotation[i * D + j] * all[D + i];
+        out[j] = (back + all[j]) / total;
+    }
+}
+
+START_TEST(splits_are_added_up_in_their_order) {
+    Case c = split[_i];
+    c.n_splits = 5;
+    c.lengths = {300, 140};
+    Bench              bench(c);
+    std::vector<float> out = bench.run(7), expected((size_t)bench.query.head_dim);
+    for (size_t head = 0; head < bench.sequences.size() * (size_t)bench.query.n_heads; head++) {
+        combine_in_order(bench, head, c.n_splits, expected.data());
+        for (size_t j = 0; j < expected.size(); j++)
+            ck_assert_uint_eq(kvq_bits_of_float(out[head * expected.size() + j]), kvq_bits_of_float(expected[j]));
+    }
+}
+END_TEST
+
 // What other sequences of a call are, and where pages lie, is of no consequence.
 START_TEST(a_sequence_does_not_see_the_others) {
     Case               c = split[_i];
@@ -351,6 +390,7 @@ static const kvq_test_case cases[] = {
     KVQ_LOOP(output_is_that_of_exact_attention, N_TWINS),
     KVQ_LOOP(splits_differ_by_rounding_only, 2),
     KVQ_LOOP(any_schedule_gives_the_same_bits, 4),
+    KVQ_LOOP(splits_are_added_up_in_their_order, 2),
     KVQ_LOOP(a_sequence_does_not_see_the_others, 2),
     KVQ_LOOP(what_there_is_no_kernel_for_is_refused, N_REFUSALS),
     KVQ_CASE(no_sequences_are_no_work),
