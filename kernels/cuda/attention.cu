@@ -225,9 +225,8 @@ KVQ_KERNEL KVQ_BOUNDS(ATTEND_THREADS) attend(Call c, KVQ_GLOBAL(const float) q, 
     load_queries(c, q, seq, heads, s);
     for (int i = range.first_chunk; i < range.end_chunk; i++) {
         chunk.first = i * ATTEND_CHUNK;
-        __syncthreads(); // the last chunk is no longer read
-        find_sources<TILED>(c, chunk, s.source);
-        __syncthreads();
+        find_sources<TILED>(c, chunk, s.source); // all have read those of the last chunk: load_values ends in a barrier
+        __syncthreads();                         // nor does anybody read its values any longer
         load_keys<TILED>(c, chunk, s);
         rotate_keys(c, chunk, s.kv);
         weigh<TILED, HEADS>(c, chunk, heads, s, softmax);
