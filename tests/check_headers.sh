@@ -5,9 +5,9 @@
 set -u
 cd "$(dirname "$0")/.." || exit 1
 includes=
-for folder in core kernels codebook io datasets model fisher calib decoder; do includes="$includes -I$folder"; done
+for folder in core kernels kernels/cuda codebook io datasets model fisher calib decoder; do includes="$includes -I$folder"; done
 passed=0 failed=0 skipped=0
-for header in */kvq_*.h; do
+for header in */kvq_*.h kernels/cuda/kvq_*.h; do
   case $header in tests/* | cli/*) continue ;; esac
   for language in c11 c17 c++17; do
     compiler=cc kind=c
