@@ -49,6 +49,35 @@ kvq_status kvq_cuda_encode_rows(const kvq_block_spec *spec, const float *x, int6
 kvq_status kvq_cuda_decode_rows(const kvq_block_spec *spec, const uint8_t *rows, int64_t m, float *x, void *stream,
                                 kvq_error *err);
 
+// ---------------------------------------------------------------- tiles
+
+// A kvq_tile_spec on the device, with what the host has derived from it.
+typedef struct kvq_cuda_tiles {
+    kvq_tile_spec spec;       // pointers into device memory
+    const float  *rotation_t; // values: [head_dim, head_dim] transpose of the rotation, in device memory
+    int           code_bytes, tile_bytes;
+} kvq_cuda_tiles;
+
+// As for rows. The columns of the spec are those of kvq_tile_layout.
+size_t     kvq_cuda_tiles_bytes(const kvq_tile_spec *spec);
+kvq_status kvq_cuda_tiles_pack(const kvq_tile_spec *spec, void *host, const void *device, kvq_cuda_tiles *out,
+                               kvq_error *err);
+
+// Device memory that encoding needs beside the tiles, 0 for values. It holds nothing between calls.
+size_t kvq_cuda_tiles_scratch_bytes(const kvq_cuda_tiles *spec, int64_t n_tokens);
+
+// x [n_tokens, d] are the tokens of positions 0 .. n_tokens - 1 counted from the start of a tile; those before `first`
+// (sinks), 0 .. n_tokens, are not read and not coded. tiles [ceil(n_tokens / KVQ_TILE_TOKENS), kvq_tile_bytes], every
+// byte of which is written; the last one may be short. tiles begin at a multiple of 4, scratch at one of 8. n_tokens at
+// most 2^31 - 129.
+kvq_status kvq_cuda_encode_tiles(const kvq_cuda_tiles *spec, const float *x, int64_t first, int64_t n_tokens,
+                                 uint8_t *tiles, void *scratch, int *first_bad, void *stream, kvq_error *err);
+
+// Decodes tokens [first, n_tokens) into x [n_tokens, d]; the rows before `first` are left alone. Tiles must pass
+// kvq_tile_outliers_fit, as those that encoding wrote do.
+kvq_status kvq_cuda_decode_tiles(const kvq_cuda_tiles *spec, const uint8_t *tiles, int64_t first, int64_t n_tokens,
+                                 float *x, void *stream, kvq_error *err);
+
 #ifdef __cplusplus
 }
 #endif
