@@ -8,7 +8,8 @@
 
 #include "kvq_cuda_codec.h"
 
-enum { ALL_LANES = -1, MAX_GRID_Y = 65535 };
+// MIN_BLOCKS: of an SM. Without a number ptxas would rather spill registers on sm_90 than lose a block.
+enum { ALL_LANES = -1, MIN_BLOCKS = 1 };
 
 KVQ_DEVICE int lane_of_thread() { return (int)threadIdx.x % 32; }
 
@@ -32,14 +33,8 @@ static inline kvq_stream stream_of(void *stream) { return static_cast<kvq_stream
 
 // Whether the device took the launch.
 static inline kvq_status launched(kvq_error *err) {
-#ifdef __CUDACC__
-    cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess)
-        return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "CUDA refused a kernel of the codec: %s",
-                        cudaGetErrorString(error));
-#else
-    (void)err;
-#endif
+    const char *error = kvq_launch_error();
+    if (error != NULL) return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "CUDA refused a kernel of the codec: %s", error);
     return KVQ_OK;
 }
 

@@ -116,14 +116,15 @@ KVQ_DEVICE void encode_token(const RowSpec &s, Row row, KVQ_GLOBAL(uint8_t) out,
     if (finite == 0) atomicMin(first_bad, (int)blockIdx.x);
 }
 
-KVQ_KERNEL KVQ_BOUNDS(ROW_THREADS)
+KVQ_KERNEL KVQ_BOUNDS(ROW_THREADS, MIN_BLOCKS)
     encode_key_rows(RowSpec s, KVQ_GLOBAL(const float) x, KVQ_GLOBAL(uint8_t) rows, KVQ_GLOBAL_ALIASED(int) first_bad) {
     FixedRanges row = {{x + (ptrdiff_t)blockIdx.x * s.d, s.z, s.r}, s.grid_z};
     encode_token(s, row, rows + (ptrdiff_t)blockIdx.x * s.row_bytes, first_bad);
 }
 
-KVQ_KERNEL KVQ_BOUNDS(ROW_THREADS) encode_value_rows(RowSpec s, KVQ_GLOBAL(const float) x, KVQ_GLOBAL(uint8_t) rows,
-                                                     KVQ_GLOBAL_ALIASED(int) first_bad) {
+KVQ_KERNEL KVQ_BOUNDS(ROW_THREADS, MIN_BLOCKS)
+    encode_value_rows(RowSpec s, KVQ_GLOBAL(const float) x, KVQ_GLOBAL(uint8_t) rows,
+                      KVQ_GLOBAL_ALIASED(int) first_bad) {
     TokenRange row = {{x + (ptrdiff_t)blockIdx.x * s.d}, {0, 0}};
     encode_token(s, row, rows + (ptrdiff_t)blockIdx.x * s.row_bytes, first_bad);
 }
@@ -145,13 +146,15 @@ KVQ_DEVICE void decode_token(const RowSpec &s, const Row &row, KVQ_GLOBAL(const 
     }
 }
 
-KVQ_KERNEL KVQ_BOUNDS(ROW_THREADS) decode_key_rows(RowSpec s, KVQ_GLOBAL(const uint8_t) rows, KVQ_GLOBAL(float) x) {
+KVQ_KERNEL KVQ_BOUNDS(ROW_THREADS, MIN_BLOCKS)
+    decode_key_rows(RowSpec s, KVQ_GLOBAL(const uint8_t) rows, KVQ_GLOBAL(float) x) {
     KVQ_GLOBAL(float) out = x + (ptrdiff_t)blockIdx.x * s.d;
     FixedRanges row = {{nullptr, s.z, s.r}, s.grid_z};
     decode_token(s, row, rows + (ptrdiff_t)blockIdx.x * s.row_bytes, out);
 }
 
-KVQ_KERNEL KVQ_BOUNDS(ROW_THREADS) decode_value_rows(RowSpec s, KVQ_GLOBAL(const uint8_t) rows, KVQ_GLOBAL(float) x) {
+KVQ_KERNEL KVQ_BOUNDS(ROW_THREADS, MIN_BLOCKS)
+    decode_value_rows(RowSpec s, KVQ_GLOBAL(const uint8_t) rows, KVQ_GLOBAL(float) x) {
     KVQ_GLOBAL(float) out = x + (ptrdiff_t)blockIdx.x * s.d;
     KVQ_GLOBAL(const uint8_t) row = rows + (ptrdiff_t)blockIdx.x * s.row_bytes;
     uint32_t   stored = kvq_as<uint32_t>(row + s.code_bytes)[0];

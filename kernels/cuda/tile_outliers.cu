@@ -31,7 +31,7 @@ KVQ_DEVICE select_key key_in_tile(const TileSpec &s, select_key key, int t) {
     return key >> 16 << PLACE_BITS | (select_key)((1 << PLACE_BITS) - 1 - place);
 }
 
-KVQ_KERNEL KVQ_BOUNDS(TOKEN_THREADS)
+KVQ_KERNEL KVQ_BOUNDS(TOKEN_THREADS, MIN_BLOCKS)
     list_candidates(TileSpec s, Tokens tokens, KVQ_GLOBAL(const float) x, Scratch scratch) {
     KVQ_DYNAMIC_SHARED(select_key, list);
     KVQ_SHARED(unsigned, n_listed, 2);
@@ -74,7 +74,7 @@ KVQ_DEVICE unsigned sorted_place(const TileSpec &s, select_key key) {
     return (unsigned)((head * KVQ_TILE_TOKENS + t) * s.head_dim + c % s.head_dim);
 }
 
-KVQ_KERNEL KVQ_BOUNDS(TILE_THREADS) cut_candidates(TileSpec s, Scratch scratch) {
+KVQ_KERNEL KVQ_BOUNDS(TILE_THREADS, MIN_BLOCKS) cut_candidates(TileSpec s, Scratch scratch) {
     KVQ_SHARED(unsigned, count, 2); // of candidates, of chosen ones
     KVQ_SHARED(select_key, limit, 1);
     ptrdiff_t      tile = blockIdx.x;
@@ -109,8 +109,9 @@ KVQ_DEVICE int store_entry(const TileSpec &s, KVQ_GLOBAL(const float) x, int64_t
 
 // Thread i has entry i and count i of its tile: it finds the rank of the one and adds up the other. What is not used is
 // zero.
-KVQ_KERNEL KVQ_BOUNDS(SLOT_THREADS) store_outliers(TileSpec s, Scratch scratch, KVQ_GLOBAL(const float) x,
-                                                   KVQ_GLOBAL(uint8_t) tiles, KVQ_GLOBAL_ALIASED(int) first_bad) {
+KVQ_KERNEL KVQ_BOUNDS(SLOT_THREADS, MIN_BLOCKS)
+    store_outliers(TileSpec s, Scratch scratch, KVQ_GLOBAL(const float) x, KVQ_GLOBAL(uint8_t) tiles,
+                   KVQ_GLOBAL_ALIASED(int) first_bad) {
     ptrdiff_t tile = blockIdx.x;
     int       i = (int)blockIdx.y * (int)blockDim.x + (int)threadIdx.x, n = (int)scratch.n_chosen[tile];
     KVQ_GLOBAL(const unsigned) places = scratch.chosen + tile * s.n_slots;
@@ -163,8 +164,6 @@ kvq_status kvq_cuda_encode_outliers(const kvq_tile_spec *spec, const TileSpec &s
     unsigned block = s.d < TOKEN_THREADS ? round_up(s.d, 32) : (unsigned)TOKEN_THREADS;
     int      n_items = s.n_slots > s.count_bytes / 2 ? s.n_slots : s.count_bytes / 2;
     unsigned slot_block = n_items < SLOT_THREADS ? round_up(n_items, 32) : (unsigned)SLOT_THREADS;
-    if (reinterpret_cast<uintptr_t>(memory) % 8 != 0)
-        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "scratch in device memory does not begin at a multiple of 8");
     (void)lay_out(spec, tokens.end, static_cast<unsigned char *>(memory), &scratch);
     KVQ_LAUNCH(list_candidates, n_tiles * KVQ_TILE_TOKENS, block, 2 * (size_t)s.n_side * sizeof(select_key), stream, s,
                tokens, x, scratch);

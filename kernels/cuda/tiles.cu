@@ -61,7 +61,7 @@ KVQ_DEVICE KeyPart key_part(const TileSpec &s) {
             (int64_t)blockIdx.x * KVQ_TILE_TOKENS};
 }
 
-KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_TOKENS)
+KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_TOKENS, MIN_BLOCKS)
     encode_keys(TileSpec s, Tokens tokens, KVQ_GLOBAL(const float) x, KVQ_GLOBAL(uint8_t) tiles) {
     KVQ_SHARED(float, turned, KEY_CHANNELS *KEY_ROW);
     KeyPart part = key_part(s);
@@ -96,7 +96,7 @@ KVQ_DEVICE void add_outliers(const TileSpec &s, KVQ_GLOBAL(const uint8_t) tile, 
     }
 }
 
-KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_TOKENS)
+KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_TOKENS, MIN_BLOCKS)
     decode_keys(TileSpec s, Tokens tokens, KVQ_GLOBAL(const uint8_t) tiles, KVQ_GLOBAL(float) x) {
     KVQ_SHARED(float, turned, KEY_CHANNELS *KEY_ROW);
     KVQ_GLOBAL(const uint8_t) tile = tiles + (ptrdiff_t)blockIdx.x * s.tile_bytes;
@@ -219,7 +219,7 @@ KVQ_DEVICE void store_value_codes(const TileSpec &s, const Tokens &tokens, const
     }
 }
 
-KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_MAX_HEAD_DIM)
+KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_MAX_HEAD_DIM, MIN_BLOCKS)
     encode_values(TileSpec s, Tokens tokens, KVQ_GLOBAL(const float) x, KVQ_GLOBAL(uint8_t) tiles,
                   KVQ_GLOBAL_ALIASED(int) first_bad) {
     KVQ_DYNAMIC_SHARED(float, y);
@@ -251,7 +251,7 @@ KVQ_DEVICE void expand_values(const TileSpec &s, const ValuePart &part, KVQ_GLOB
     }
 }
 
-KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_MAX_HEAD_DIM)
+KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_MAX_HEAD_DIM, MIN_BLOCKS)
     decode_values(TileSpec s, Tokens tokens, KVQ_GLOBAL(const uint8_t) tiles, KVQ_GLOBAL(float) x) {
     KVQ_DYNAMIC_SHARED(float, y);
     KVQ_SHARED(float, scales, KVQ_TILE_LANES);
@@ -303,6 +303,8 @@ kvq_status kvq_cuda_encode_tiles(const kvq_cuda_tiles *spec, const float *x, int
                                  uint8_t *tiles, void *scratch, int *first_bad, void *stream, kvq_error *err) {
     kvq_status status = check_tiles(tiles, first, n_tokens, err);
     if (status != KVQ_OK || n_tokens == 0) return status;
+    if (reinterpret_cast<uintptr_t>(scratch) % 8 != 0)
+        return kvq_fail(err, KVQ_ERR_USAGE, NULL, "scratch in device memory does not begin at a multiple of 8");
     TileSpec s = tile_spec(spec);
     Tokens   tokens = {first, n_tokens};
     unsigned n_tiles = (unsigned)((n_tokens + KVQ_TILE_TOKENS - 1) / KVQ_TILE_TOKENS);

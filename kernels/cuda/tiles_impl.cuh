@@ -42,7 +42,7 @@ KVQ_DEVICE int code_of_key(const TileSpec &s, float x, int c) {
     float r = s.r[c];
     int   n = 1 << (int)s.widths[c];
     if (!(r != 0)) return 0; // a channel without a range is not coded
-    return kvq_block_nearest((x - s.z[c]) / r, kvq_raw(s.levels + s.table[c], n), n);
+    return kvq_block_nearest((x - s.z[c]) / r, kvq_raw(s.levels + (int)s.table[c], n), n);
 }
 
 KVQ_DEVICE float decoded_key(const TileSpec &s, int code, int c) {
