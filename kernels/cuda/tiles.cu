@@ -130,6 +130,12 @@ KVQ_DEVICE ValuePart value_part() {
     return {(int)blockIdx.y, (int)(blockIdx.x % PARTS) * KVQ_TILE_LANES, tile, tile * KVQ_TILE_TOKENS};
 }
 
+// Whether any token of the part is coded; all threads find the same.
+KVQ_DEVICE bool has_coded(const Tokens &tokens, const ValuePart &part) {
+    int64_t token = part.start + part.token;
+    return token + KVQ_TILE_LANES > tokens.first && token < tokens.end;
+}
+
 // sums[t] = sum over b of m[b][i] * y[b][t], in the order of b from 0 on: row i of the transpose of m times the vectors
 // of all tokens. y [n, VALUE_ROW] in shared memory; all threads read the same of it.
 KVQ_DEVICE void rotate(KVQ_GLOBAL(const float) m, int n, int i, KVQ_SHARED_PTR(const float) y,
@@ -149,7 +155,7 @@ KVQ_DEVICE void rotate(KVQ_GLOBAL(const float) m, int n, int i, KVQ_SHARED_PTR(c
     }
 }
 
-// y = R x of the part, in place of x. For the whole block.
+// y = R x of the part, in place of x. For the whole block; no barrier follows.
 KVQ_DEVICE void rotate_in_place(const TileSpec &s, KVQ_SHARED_PTR(float) y) {
     int   i = (int)threadIdx.x;
     float sums[KVQ_TILE_LANES];
@@ -160,7 +166,6 @@ KVQ_DEVICE void rotate_in_place(const TileSpec &s, KVQ_SHARED_PTR(float) y) {
         KVQ_UNROLL
         for (int t = 0; t < KVQ_TILE_LANES; t++) y[i * VALUE_ROW + t] = sums[t];
     }
-    __syncthreads();
 }
 
 // Scales of the part, by a thread for each token: stored and, as they are stored, in `scales`. A token that is not
@@ -231,7 +236,8 @@ KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_MAX_HEAD_DIM, MIN_BLOCKS)
         int64_t token = part.start + part.token + t;
         y[j * VALUE_ROW + t] = is_coded(tokens, token) ? (float)x[token * s.d + part.head * s.head_dim + j] : 0.0f;
     }
-    rotate_in_place(s, y);
+    if (has_coded(tokens, part)) rotate_in_place(s, y); // otherwise zeros
+    __syncthreads();
     find_scales(s, tokens, part, tile, y, scales, first_bad);
     __syncthreads();
     store_value_codes(s, tokens, part, tile, y, scales);
@@ -259,6 +265,7 @@ KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_MAX_HEAD_DIM, MIN_BLOCKS)
     KVQ_GLOBAL(const uint8_t) tile = tiles + (ptrdiff_t)part.tile * s.tile_bytes;
     int   j = (int)threadIdx.x, at = part.head * KVQ_TILE_TOKENS + part.token + j;
     float sums[KVQ_TILE_LANES];
+    if (!has_coded(tokens, part)) return; // all threads
     if (j < KVQ_TILE_LANES) {
         kvq_tile_spec form = scale_form(s);
         bool          wide = s.scale_format == KVQ_SCALE_F16;
