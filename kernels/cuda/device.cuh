@@ -26,7 +26,7 @@
 #include "kvq_hd.h"
 
 #define KVQ_KERNEL             static __global__ void
-#define KVQ_BOUNDS(n_threads)  __launch_bounds__(n_threads)
+#define KVQ_BOUNDS(...)        __launch_bounds__(__VA_ARGS__) // threads of a block; blocks of an SM
 #define KVQ_DEVICE             static __device__ __forceinline__
 #define KVQ_UNROLL             _Pragma("unroll")
 

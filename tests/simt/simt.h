@@ -10,7 +10,7 @@
 #include "simt_tensor.h"
 
 #define KVQ_KERNEL [[maybe_unused]] static void
-#define KVQ_BOUNDS(n_threads)
+#define KVQ_BOUNDS(...)
 #define KVQ_DEVICE [[maybe_unused]] static inline
 #define KVQ_UNROLL
 #define KVQ_GLOBAL(T)         ::simt::Pointer<T, ::simt::GLOBAL>

@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""What compiled device code must not contain. Usage: gates.py FOLDER_OF_NVCC [SOURCE.cu ...]
+
+Every source is compiled for every architecture; ptxas says what registers, stack and spills a kernel has, and the
+disassembly what it executes. Prints a table, and ends with 1 when a gate fails."""
+import concurrent.futures
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+ARCHITECTURES = ["sm_80", "sm_86", "sm_89", "sm_90"]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+INCLUDES = ["core", "kernels", "kernels/cuda"]
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings", "-Xptxas", "-v"]
+
+# A kernel of 256 threads has 65536 / 256 registers before a second block no longer fits beside it.
+REGISTERS = 128
+# Kernels that may do what others may not: part of the name -> set of rules, or a ceiling of registers.
+ALLOWED = {
+    "cross_entropy": {"double"},  # log-sum-exp is f64 by definition
+    "compare": {"double"},
+    "sample": {"double"},
+    "rmsnorm": {"double"},  # as is the mean of squares
+}
+RULES = {
+    "sine": re.compile(r"\bMUFU\.(SIN|COS)"),
+    "double": re.compile(r"\b(DADD|DMUL|DFMA|DSETP|F2F\.F64\S*|F2F\.F32\.F64|MUFU\.\w*64H)\b"),
+    "local memory": re.compile(r"\b(LDL|STL)\b"),
+    "floating atomic": re.compile(r"\b(RED|ATOM)[GS]?\.\S*\bF(16|32|64)"),
+}
+
+
+def demangled(name):
+    """The identifier inside of a mangled name, with what it was instantiated for."""
+    match = re.match(r"_Z(?:N\d+\w*?)?L?(\d+)", name)
+    if not match:
+        return name
+    start, length = match.end(), int(match.group(1))
+    return name[start:start + length] + name[start + length:].replace("EvPKfPfi", "")[:24]
+
+
+def resources(log):
+    """name -> (registers, bytes of stack, bytes of spills), from what ptxas says."""
+    found, name, stack, spills = {}, None, 0, 0
+    for line in log.splitlines():
+        if match := re.search(r"(?:Compiling entry function|Function properties for) '?(\w+)", line):
+            name, stack, spills = match.group(1), 0, 0
+        if match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            stack, spills = int(match.group(1)), int(match.group(2)) + int(match.group(3))
+        if (match := re.search(r"Used (\d+) registers", line)) and name:
+            found[name] = (int(match.group(1)), stack, spills)
+    return found
+
+
+def executed(disassembly):
+    """name -> its instructions."""
+    texts, name = {}, None
+    for line in disassembly.splitlines():
+        if match := re.match(r"\.section\s+\.text\.(\w+)", line.strip()):
+            name = match.group(1)
+        if name:
+            texts[name] = texts.get(name, "") + line + "\n"
+    return texts
+
+
+def ceiling(name):
+    return next((limit for part, limit in ALLOWED.items() if part in name and isinstance(limit, int)), REGISTERS)
+
+
+def faults(name, used, text):
+    registers, stack, spills = used
+    allowed = set().union(*(rules for part, rules in ALLOWED.items() if part in name and isinstance(rules, set)))
+    bad = [rule for rule, pattern in RULES.items() if rule not in allowed and pattern.search(text)]
+    if spills:
+        bad.append(f"{spills} bytes spilled")
+    if stack and "local memory" not in allowed:
+        bad.append(f"{stack} bytes of stack")
+    if registers > ceiling(name):
+        bad.append(f"{registers} registers, {ceiling(name)} allowed")
+    return bad
+
+
+def examine(tools, source, architecture, folder):
+    cubin = pathlib.Path(folder) / f"{source.stem}.{architecture}.cubin"
+    command = [tools / "nvcc", *FLAGS, f"-arch={architecture}", "-cubin", "-o", cubin, source]
+    for path in INCLUDES:
+        command += ["-I", ROOT / path]
+    built = subprocess.run(command, capture_output=True, text=True)
+    if built.returncode != 0:
+        return [(source.name, architecture, "", (0, 0, 0), ["does not compile:\n" + built.stdout + built.stderr])]
+    sass = subprocess.run([tools / "nvdisasm", cubin], capture_output=True, text=True, check=True).stdout
+    texts = executed(sass)
+    return [(source.name, architecture, demangled(name), used, faults(name, used, texts.get(name, "")))
+            for name, used in sorted(resources(built.stderr + built.stdout).items())]
+
+
+def blind(tools, folder):
+    """The faults of forbidden.cu that are not found; the kernels say which they have."""
+    rows = examine(tools, pathlib.Path(__file__).with_name("forbidden.cu"), "sm_90", folder)
+    found = {kernel: " ".join(bad) for _, _, kernel, _, bad in rows}
+    wanted = ["sine", "double", "local memory", "floating atomic", "spilled", "registers"]
+    return [fault for fault in wanted
+            if not any(kernel.startswith("forbidden_" + fault.replace(" ", "_")) and fault in bad
+                       for kernel, bad in found.items())]
+
+
+def main():
+    tools = pathlib.Path(sys.argv[1])
+    with tempfile.TemporaryDirectory() as folder:
+        if missed := blind(tools, folder):
+            sys.exit(f"gates: not found in forbidden.cu: {', '.join(missed)}")
+    sources = [pathlib.Path(path) for path in sys.argv[2:]] or sorted((ROOT / "kernels/cuda").glob("*.cu"))
+    if not sources:
+        sys.exit("gates: there is no CUDA source")
+    with tempfile.TemporaryDirectory() as folder, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        work = [pool.submit(examine, tools, source, architecture, folder)
+                for source in sources for architecture in ARCHITECTURES]
+        rows = [row for job in work for row in job.result()]
+    failed = 0
+    for source, architecture, kernel, (registers, stack, spills), bad in rows:
+        failed += bool(bad)
+        print(f"{'FAIL' if bad else 'ok':4}  {architecture}  {registers:3} registers  {source:24} {kernel}"
+              + "".join(f"\n      {fault}" for fault in bad))
+    print(f"cuda gates: {len(rows) - failed} passed, {failed} failed, 0 skipped")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()

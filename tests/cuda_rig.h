@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the suites of the device codecs share: emulated memory with a spec in it, and numbers that are awkward on
+// purpose.
+#ifndef CUDA_RIG_H
+#define CUDA_RIG_H
+
+#include <limits.h>
+#include <math.h>
+
+#include <vector>
+
+#include "kvq_cuda_codec.h"
+#include "kvq_test.h"
+#include "simt.h"
+
+static inline double uniform(uint32_t stream, size_t index) {
+    return kvq_rng_uniform(53, KVQ_RNG_TEST, stream, (uint64_t)index);
+}
+
+static inline void begin(uint64_t seed) {
+    simt::Options options;
+    options.seed = seed;
+    simt::begin(options);
+}
+
+// Asks once a test and not once an access: an assertion that holds is a system call in Check.
+static inline void expect_clean() {
+    if (!simt::reports().empty()) ck_abort_msg("%s", simt::report_text().c_str());
+}
+
+template <typename T> static const T *pointer_to(const std::vector<T> &values) {
+    return values.empty() ? nullptr : values.data();
+}
+
+// How the numbers of a test are spread.
+enum Fill {
+    HEAVY_TAILS, // many beyond any range
+    FEW_VALUES,  // a grid of halves, so that ties abound, among values and between levels
+    ZEROS,       // of both signs, and little else
+    N_FILLS
+};
+
+static inline float draw(int fill, uint32_t stream, size_t index) {
+    double u = uniform(stream, index) - 0.5;
+    if (fill == HEAVY_TAILS) return (float)tan(2.9 * u);
+    if (fill == FEW_VALUES) return (float)floor(9 * u) / 2;
+    return u < -0.45 ? -1.0f : u > 0.45 ? 1.0f : u < 0 ? -0.0f : 0.0f;
+}
+
+#endif
