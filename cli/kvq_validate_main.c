@@ -43,6 +43,13 @@ static int64_t prompt_of(const validate_options *o, const validate_report *r) {
     return o->prompt > 0 ? o->prompt : r->windows.seq_len / 2;
 }
 
+static kvq_validate_options options_of(const validate_options *o, const validate_report *r) {
+    return (kvq_validate_options){.protocol = (kvq_protocol)o->protocol,
+                                  .n_prompt = prompt_of(o, r),
+                                  .layer_windows = o->layer_windows,
+                                  .noise_windows = o->noise_windows};
+}
+
 // Before anything is computed: reports that cannot be compared are found out at once.
 static kvq_status check_baseline(const validate_options *o, const validate_report *r, kvq_error *err) {
     kvq_report_terms now = {.seq_len = r->windows.seq_len, .n_windows = r->windows.n_windows};
@@ -140,10 +147,7 @@ done:
 
 static kvq_status measure(kvq_cli *cli, const validate_options *o, const kvq_backend *be, kvq_model *model,
                           validate_report *r, kvq_error *err) {
-    const kvq_validate_options how = {.protocol = (kvq_protocol)o->protocol,
-                                      .n_prompt = prompt_of(o, r),
-                                      .layer_windows = o->layer_windows,
-                                      .noise_windows = o->noise_windows};
+    const kvq_validate_options how = options_of(o, r);
     if (r->passkey.n_lengths == 0)
         return kvq_validate(&cli->ctx, be, model, r->artifact, &r->windows, &how, &r->validation, err);
     kvq_status status = passkey_run(cli, be, model, r->artifact, &r->passkey, err);
@@ -153,6 +157,18 @@ static kvq_status measure(kvq_cli *cli, const validate_options *o, const kvq_bac
                                      .has_passkey = status == KVQ_OK,
                                      .passkey = r->passkey.kept};
     return status;
+}
+
+static void say_cost(kvq_cli *cli, const validate_options *o, const kvq_model *model, const validate_report *r) {
+    const kvq_validate_options how = options_of(o, r);
+    kvq_validate_cost          cost = {0};
+    char                       bytes[32];
+    if (r->passkey.n_lengths > 0)
+        cost = passkey_cost(model, &r->passkey);
+    else
+        cost = kvq_validate_plan(model, r->artifact != NULL, r->windows.n_windows, r->windows.seq_len, &how);
+    kvq_cli_format_bytes((double)cost.bytes, bytes, sizeof bytes);
+    kvq_cli_say(cli, "cost       %.3g TFLOP, about %s of memory", cost.tera_flops, bytes);
 }
 
 static void judge(const validate_options *o, validate_report *r) {
@@ -228,8 +244,10 @@ kvq_status validate_run(kvq_cli *cli, void *options, int *exit_code, kvq_error *
     KVQ_TRY(check_baseline(o, &r, err));
     warn(cli, &r);
     KVQ_TRY(kvq_model_create(&cli->ctx, be, checkpoint, false, &model, err));
+    say_cost(cli, o, model, &r);
     KVQ_TRY(measure(cli, o, be, model, &r, err));
     kvq_cli_end_progress(cli);
+    if (cli->verbose) kvq_cli_say(cli, "memory     peak %.0f MiB", (double)kvq_peak_memory() / 0x1p20);
     warn_of_ranges(cli, o, &r);
     KVQ_TRY(report(cli, o, &r, exit_code, err));
 

@@ -92,6 +92,18 @@ done:
     return status;
 }
 
+kvq_validate_cost passkey_cost(const kvq_model *model, const passkey_report *r) {
+    kvq_validate_cost all = {0};
+    for (int i = 0; i < r->n_lengths; i++) {
+        const kvq_windows         *w = &r->windows[i].windows;
+        const kvq_validate_options options = kvq_passkey_options(&r->windows[i]);
+        kvq_validate_cost          cost = kvq_validate_plan(model, true, w->n_windows, w->seq_len, &options);
+        all.bytes = cost.bytes > all.bytes ? cost.bytes : all.bytes;
+        all.tera_flops += cost.tera_flops;
+    }
+    return all;
+}
+
 kvq_status passkey_run(kvq_cli *cli, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
                        passkey_report *r, kvq_error *err) {
     int        n_cells = r->n_lengths * r->n_depths;

@@ -41,9 +41,10 @@ kvq_status passkey_plan(const passkey_wanted *options, passkey_report *out, kvq_
 // Makes the windows. KVQ_ERR_USAGE for lengths that the model has no positions for, or that leave no room for filler.
 kvq_status passkey_prepare(kvq_cli *cli, const kvq_model_config *config, const char *model_path, int bos, uint64_t seed,
                            passkey_report *report, kvq_cli_tokenizer *tokenizer, kvq_error *err);
-kvq_status passkey_run(kvq_cli *cli, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
-                       passkey_report *report, kvq_error *err);
-void       passkey_free(kvq_cli *cli, passkey_report *report);
+kvq_validate_cost passkey_cost(const kvq_model *model, const passkey_report *report);
+kvq_status        passkey_run(kvq_cli *cli, const kvq_backend *be, kvq_model *model, const kvq_artifact *artifact,
+                              passkey_report *report, kvq_error *err);
+void              passkey_free(kvq_cli *cli, passkey_report *report);
 
 void passkey_say(kvq_cli *cli, const passkey_report *report);                 // its line of the plan
 void passkey_print(const passkey_report *report);                             // a table on stdout

@@ -243,6 +243,14 @@ kvq_status kvq_validate(const kvq_context *ctx, const kvq_backend *be, kvq_model
                         const kvq_windows *windows, const kvq_validate_options *options, kvq_validation *out,
                         kvq_error *err);
 
+// What that costs, options as above: memory at its peak, with weights and what is mapped of their file, and work.
+typedef struct kvq_validate_cost {
+    int64_t bytes;
+    double  tera_flops;
+} kvq_validate_cost;
+kvq_validate_cost kvq_validate_plan(const kvq_model *model, bool has_artifact, int64_t n_windows, int64_t seq_len,
+                                    const kvq_validate_options *options);
+
 // Sets the regression of a validation against an earlier one of the same windows, given by its window means [N].
 // Paired.
 void kvq_validation_compare(kvq_validation *validation, const double *earlier_quantized_nll, const double *earlier_kld);
@@ -257,6 +265,7 @@ typedef struct kvq_passkey_cell {
     int64_t n_trials, baseline, quantized,
         both; // retrieved with the full-precision, with the quantised cache, with both
 } kvq_passkey_cell;
+kvq_validate_options kvq_passkey_options(const kvq_passkeys *keys); // by which such windows are validated
 // cells [keys->n_depths]. Protocol decode: all but the last token of the question are the prompt, so the first token of
 // the answer is predicted by the first step that sees the cache. As kvq_validate, which it calls.
 kvq_status kvq_validate_passkey(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,

@@ -30,10 +30,14 @@ static kvq_passkey_cell count_cell(const kvq_validation *v, const kvq_passkeys *
     return cell;
 }
 
+kvq_validate_options kvq_passkey_options(const kvq_passkeys *keys) {
+    return (kvq_validate_options){.protocol = KVQ_PROTOCOL_DECODE, .n_prompt = keys->answer_at - 1};
+}
+
 kvq_status kvq_validate_passkey(const kvq_context *ctx, const kvq_backend *be, kvq_model *model,
                                 const kvq_artifact *artifact, const kvq_passkeys *keys, kvq_passkey_cell *cells,
                                 kvq_error *err) {
-    const kvq_validate_options options = {.protocol = KVQ_PROTOCOL_DECODE, .n_prompt = keys->answer_at - 1};
+    const kvq_validate_options options = kvq_passkey_options(keys);
     kvq_validation             v = {.has_artifact = false};
     if (artifact == NULL) return kvq_fail(err, KVQ_ERR_USAGE, NULL, "passkey: there is no cache to decode with");
     kvq_status status = kvq_validate(ctx, be, model, artifact, &keys->windows, &options, &v, err);

@@ -273,6 +273,36 @@ static kvq_validate_options options_for(const kvq_validate_options *wanted, bool
     return o;
 }
 
+// A pass of one token through all layers, and attention of one token in all layers.
+static double layers_flops(const kvq_model_config *c) { return 2.0 * (double)(c->n_layers * kvq_layer_products(c)); }
+static double attention_flops(const kvq_model_config *c, int64_t seq_len) {
+    return 2.0 * (double)c->n_layers * (double)c->n_heads * (double)c->head_dim * (double)seq_len;
+}
+
+// Code and data of the libraries and buffers of the matrix library, measured as what is left of a peak.
+#define PROGRAM_BYTES      ((int64_t)60 << 20)
+#define WATCHED_ATTENTIONS 4 // of layer_errors.c: exact, and three of what is quantised
+
+kvq_validate_cost kvq_validate_plan(const kvq_model *model, bool has_artifact, int64_t n_windows, int64_t seq_len,
+                                    const kvq_validate_options *options) {
+    const kvq_model_config *c = kvq_model_describe(model);
+    kvq_validate_options    o = options_for(options, has_artifact, n_windows);
+    int64_t                 S = seq_len, state = S * c->hidden_size, d = (int64_t)c->n_kv_heads * c->head_dim;
+    int64_t n_states = has_artifact ? 2 : 1, group = kvq_group_size(n_states * state, n_windows), n_scored = S - 1;
+    int64_t layer = kvq_layer_floats(model), head = kvq_head_floats(model);
+    int64_t floats = (layer > head ? layer : head) + kvq_workspace_floats(model, S, false) + n_states * group * state;
+    double  passes = (double)(n_states * n_windows + o.noise_windows), scored = (double)(n_scored - o.n_prompt);
+    double  compared = has_artifact ? 2 * (double)(n_windows + o.noise_windows) : (double)n_windows;
+    if (has_artifact) floats += 3 * S * d; // K and V in f16 as floats, and coded
+    if (o.layer_windows > 0) floats += layer_errors_floats(c, S);
+    if (o.noise_windows > 0) floats += ((o.noise_windows < group ? o.noise_windows : group) + 1) * state;
+    double flops = passes * (double)S * (layers_flops(c) + attention_flops(c, S)) +
+                   WATCHED_ATTENTIONS * (double)(o.layer_windows * S) * attention_flops(c, S) +
+                   2 * compared * scored * (double)c->vocab_size * (double)c->hidden_size;
+    return (kvq_validate_cost){.bytes = (int64_t)sizeof(float) * floats + kvq_model_mapped_bytes(model) + PROGRAM_BYTES,
+                               .tera_flops = flops * 1e-12};
+}
+
 static kvq_status check_tokens(const kvq_validation *v, const kvq_windows *windows, kvq_error *err) {
     if (v->n_windows < 1 || v->seq_len < 2)
         return kvq_fail(err, KVQ_ERR_INPUT, "give a longer text", "%s: no token can be scored", windows->source);

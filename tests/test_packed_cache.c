@@ -184,6 +184,10 @@ START_TEST(memory_follows_the_tokens) {
     }
     kvq_cache_size size = kvq_artifact_cache_size(r.artifact, N);
     ck_assert_int_eq(kvq_packed_layer_held_bytes(cache) - held, size.row_bytes);
+    kvq_packed_layer_reset(cache); // pages stay, and a tile that is closed early takes one more
+    append(&r, cache, x, 0, 10);
+    flush(&r, cache);
+    ck_assert_int_eq(kvq_packed_layer_held_bytes(cache) - held, size.row_bytes / 3 * (with.tiled ? 4 : 3));
     kvq_packed_layer_destroy(&r.ctx, &cache);
     ck_assert_int_eq(memory.now, 0);
     r.ctx = memory.inner;
@@ -223,7 +227,8 @@ START_TEST(memory_that_ends_changes_nothing) {
     open_tokens(&r, &SETUPS[_i], x, N);
     limit_rig(&r, &memory, &normal);
     int64_t n_live = memory.n_live;
-    for (int64_t left = 0; left < N_TRIES; left++) {
+    bool    failing = true;
+    for (int64_t left = 0; failing && left < N_TRIES; left++) {
         memory.left = left;
         kvq_status status[3] = {kvq_packed_layer_create(&r.ctx, r.artifact, 0, N, &cache, &err), KVQ_OK, KVQ_OK};
         memory.left = INT64_MAX;
@@ -244,12 +249,14 @@ START_TEST(memory_that_ends_changes_nothing) {
         expect_cache(&r, cache, 0, N, status[2] == KVQ_OK ? flushed_of(&r, N) : coded_of(&r, N), x);
         kvq_packed_layer_destroy(&r.ctx, &cache);
         ck_assert_int_eq(memory.n_live, n_live);
+        failing = false;
         for (int i = 0; i < 3; i++) {
             ck_assert(status[i] == KVQ_OK || status[i] == KVQ_ERR_MEMORY);
             n_failed[i] += status[i] != KVQ_OK;
+            failing = failing || status[i] != KVQ_OK;
         }
     }
-    ck_assert(n_failed[0] > 5 && n_failed[0] < N_TRIES && n_failed[1] > 0 && n_failed[1] < N_TRIES);
+    ck_assert(!failing && n_failed[0] > 5 && n_failed[1] > 0);
     ck_assert(n_failed[2] > 0 || r.with.recent == 0); // rows without a window have nothing to flush
     unlimit_rig(&r, &memory, &normal);
     close_tokens(&r, x);
