@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The operations of the backend table (kvq_kernels.h, where their formulas are) on a CUDA device, with the arguments of
+// the table's entries and in their order. What differs:
+//   * all pointers are device memory, also those that the table calls host memory; they are named d_* here
+//   * work is put on `stream`, in order; nothing is allocated, copied or waited for
+//   * a launch that the device refuses is told by the status and `err` (may be NULL). What goes wrong later is seen by
+//     whoever waits for the stream.
+// Sizes of 0 are allowed and do nothing. Matrices are row-major and dense, f32. Every operation gives the same bits
+// each time, and, unless its comment says otherwise, those of the CPU backend.
+#ifndef KVQ_CUDA_OPS_H
+#define KVQ_CUDA_OPS_H
+
+#include "device.cuh"
+#include "kvq_kernels.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// ---------------------------------------------------------------- row_ops.cu
+
+// y [n] += x [n]
+kvq_status kvq_cuda_add(float *y, const float *x, int64_t n, kvq_stream stream, kvq_error *err);
+// y [m, n] = x [m, n] / rms * w [n]; y may be x
+kvq_status kvq_cuda_rmsnorm(const float *x, const float *w, float eps, float *y, int64_t m, int64_t n,
+                            kvq_stream stream, kvq_error *err);
+// dx [m, n] += d loss / d x, dy [m, n]
+kvq_status kvq_cuda_rmsnorm_backward(const float *x, const float *w, float eps, const float *dy, float *dx, int64_t m,
+                                     int64_t n, kvq_stream stream, kvq_error *err);
+// x [m, n_heads, head_dim] in place; cos_table, sin_table [m, rot / 2]; rot <= head_dim
+kvq_status kvq_cuda_rope(float *x, const float *cos_table, const float *sin_table, int direction, float scale,
+                         int64_t m, int n_heads, int head_dim, int rot, kvq_stream stream, kvq_error *err);
+// y [n] = activation(gate [n]) * up [n]; y may be gate or up
+kvq_status kvq_cuda_gated_mul(kvq_gate_kind kind, const float *gate, const float *up, float *y, int64_t n,
+                              kvq_stream stream, kvq_error *err);
+// gate [n] and up [n] become their gradients, dy [n]
+kvq_status kvq_cuda_gated_mul_backward(kvq_gate_kind kind, float *gate, float *up, const float *dy, int64_t n,
+                                       kvq_stream stream, kvq_error *err);
+// x [n] = cap * tanh(x / cap), cap > 0
+kvq_status kvq_cuda_softcap(float cap, float *x, int64_t n, kvq_stream stream, kvq_error *err);
+// y [m, n]: row i is row d_rows[i] of x
+kvq_status kvq_cuda_gather_rows(const float *x, const int32_t *d_rows, float *y, int64_t m, int64_t n,
+                                kvq_stream stream, kvq_error *err);
+// Row d_rows[i] of y += d_scales[i] * row i of x [m, n]; no row may occur twice
+kvq_status kvq_cuda_scatter_rows(const float *x, const int32_t *d_rows, const float *d_scales, float *y, int64_t m,
+                                 int64_t n, kvq_stream stream, kvq_error *err);
+// *d_first = index of the first element of x [n] that is NaN or infinite, or KVQ_CUDA_ALL_FINITE
+#define KVQ_CUDA_ALL_FINITE (~0ull)
+kvq_status kvq_cuda_find_nonfinite(const float *x, int64_t n, unsigned long long *d_first, kvq_stream stream,
+                                   kvq_error *err);
+// For products with factors in bf16: y [n] = x [n], to the nearest, ties to even; and back, which is exact.
+kvq_status kvq_cuda_bf16_of_float(const float *x, uint16_t *y, int64_t n, kvq_stream stream, kvq_error *err);
+kvq_status kvq_cuda_float_of_bf16(const uint16_t *x, float *y, int64_t n, kvq_stream stream, kvq_error *err);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// How the operations start their kernels: grids that a device takes at any size, and what became of a launch. The
+// kernels loop over what a grid does not cover, so results do not depend on the size of a grid.
+#ifndef KVQ_LAUNCH_CUH
+#define KVQ_LAUNCH_CUH
+
+#include "device.cuh"
+#include "kvq_core.h"
+
+enum {
+    OP_THREADS = 256,    // of a block of every operation
+    OP_MAX_BLOCKS = 1024 // as many as the largest devices run at a time; more would only be started later
+};
+
+static inline unsigned op_blocks(int64_t n_items) {
+    return n_items < OP_MAX_BLOCKS ? (unsigned)n_items : (unsigned)OP_MAX_BLOCKS;
+}
+static inline unsigned op_blocks_of_elements(int64_t n) { return op_blocks((n + OP_THREADS - 1) / OP_THREADS); }
+
+// Elements of a thread: the first, and from one to the next.
+KVQ_DEVICE int64_t op_first() { return (int64_t)blockIdx.x * OP_THREADS + threadIdx.x; }
+KVQ_DEVICE int64_t op_stride() { return (int64_t)gridDim.x * OP_THREADS; }
+
+// Whether the launch before was taken. What goes wrong while it runs is seen where somebody waits for it.
+static inline kvq_status op_launched([[maybe_unused]] const char *what, [[maybe_unused]] kvq_error *err) {
+#ifdef __CUDACC__
+    cudaError_t failure = cudaGetLastError();
+    if (failure != cudaSuccess)
+        return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "the device refuses %s: %s", what, cudaGetErrorString(failure));
+#endif
+    return KVQ_OK;
+}
+
+#endif
