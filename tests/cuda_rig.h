@@ -15,7 +15,7 @@
 
 typedef std::vector<float> Floats;
 
-enum { RIG_SEEDS = 3 };
+enum { RIG_SEEDS = 3 }; // orders of threads and blocks
 
 static kvq_context  rig_context;
 static kvq_backend *cpu;

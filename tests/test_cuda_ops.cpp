@@ -1,20 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// CUDA operations on rows and elements, under the emulator, against the CPU backend over awkward sizes. All of them
-// claim the CPU's bits, those with sums as well (they add in f64 in its order), so nothing here has a tolerance. Each
-// case runs with several orders of threads and blocks: that they all give the CPU's bits shows that no order matters.
+// CUDA operations on rows and elements, and the losses, under the emulator, against the CPU backend over awkward sizes.
+// All of them claim the CPU's bits, those with sums as well (they add in f64 in its order), so nothing here has a
+// tolerance. Each case runs with several orders of threads and blocks: that they all give the CPU's bits shows that no
+// order matters.
 #include <math.h>
 
 #include "cuda_rig.h"
 
-// About the 8 lanes of a sum, a warp, a block, and the tile of 2048; rows beyond the 1024 blocks of a grid.
-static const int64_t SIZES[][2] = {{1, 1},   {3, 7},    {2, 8},    {5, 9},    {1, 31},   {2, 33},   {2, 255}, {2, 256},
-                                   {2, 257}, {2, 2047}, {2, 2048}, {2, 2049}, {2, 4103}, {1030, 3}, {2051, 2}};
+// About the 8 lanes of a sum, a warp, a block, and the tile of 2048; also more rows than the KVQ_CUDA_MAX_BLOCKS of the
+// build of this suite.
+static const int64_t SIZES[][2] = {{1, 1},   {3, 7},   {2, 8},    {5, 9},    {1, 31},   {2, 33},   {2, 255}, {7, 256},
+                                   {2, 257}, {4, 333}, {2, 2047}, {2, 2048}, {2, 2049}, {5, 4103}, {17, 3}};
 enum { N_SIZES = sizeof SIZES / sizeof *SIZES };
 
-// Elements beyond the 1024 * 256 of a grid.
-static const int64_t LENGTHS[] = {0, 1, 255, 256, 257, 1000, 262144 + 300};
+// Also more elements than so many blocks have threads.
+static const int64_t LENGTHS[] = {0, 1, 255, 256, 257, 768, 1000, 5000};
 enum { N_LENGTHS = sizeof LENGTHS / sizeof *LENGTHS };
+static_assert(KVQ_CUDA_MAX_BLOCKS * 256 < 1000 && KVQ_CUDA_MAX_BLOCKS < 4, "the sizes must exceed a grid");
 
 static std::string named(const char *what, int64_t m, int64_t n) {
     return std::string(what) + " of " + std::to_string(m) + " x " + std::to_string(n);
@@ -66,7 +69,7 @@ typedef struct rope_case {
     float   scale;
 } rope_case;
 static const rope_case ROPES[] = {{1, 1, 2, 2, 1, 1},   {5, 3, 10, 6, 1, 0.7f},   {3, 4, 128, 128, -1, 1},
-                                  {2, 9, 64, 64, 1, 1}, {4, 2, 16, 16, -1, 1.3f}, {1027, 1, 4, 2, 1, 1},
+                                  {2, 9, 64, 64, 1, 1}, {4, 2, 16, 16, -1, 1.3f}, {13, 1, 4, 2, 1, 1},
                                   {7, 5, 24, 20, -1, 2}};
 enum { N_ROPES = sizeof ROPES / sizeof *ROPES };
 
@@ -99,7 +102,7 @@ START_TEST(sums_and_caps_have_the_bits_of_the_cpu) {
     if (n > 3) capped[0] = y[0] = 1e30f, capped[1] = y[1] = -1e-20f, capped[2] = y[2] = -INFINITY, sum = y;
     cpu->add(cpu, sum.data(), x.data(), (int64_t)n);
     cpu->softcap(cpu, 30, capped.data(), (int64_t)n);
-    for (uint64_t seed = 0; seed < (n > 10000 ? 1 : RIG_SEEDS); seed++) {
+    for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
         rig_begin(seed);
         simt::Buffer<float> d_x("x", x), d_y("y", y), d_z("z", y);
         kvq_test_ok(kvq_cuda_add(d_y.data(), d_x.data(), (int64_t)n, NULL, NULL), NULL);
@@ -123,7 +126,7 @@ START_TEST(gates_have_the_bits_of_the_cpu) {
     Floats dgate = gate, dup = up;
     cpu->gated_mul(cpu, kind, gate.data(), up.data(), y.data(), (int64_t)n);
     cpu->gated_mul_backward(cpu, kind, dgate.data(), dup.data(), dy.data(), (int64_t)n);
-    for (uint64_t seed = 0; seed < (n > 10000 ? 1 : RIG_SEEDS); seed++) {
+    for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
         rig_begin(seed);
         simt::Buffer<float> d_gate("gate", gate), d_up("up", up), d_dy("dy", dy), d_y("y", n), d_over("over", gate);
         kvq_test_ok(kvq_cuda_gated_mul(kind, d_gate.data(), d_up.data(), d_y.data(), (int64_t)n, NULL, NULL), NULL);
@@ -187,8 +190,8 @@ END_TEST
 // ---------------------------------------------------------------- finite numbers
 
 START_TEST(the_first_nonfinite_value_is_found) {
-    const size_t places[] = {0, 1, 255, 256, 4095, 262143, 262144, 262500};
-    size_t       n = 262144 + 400;
+    const size_t places[] = {0, 1, 255, 256, 767, 768, 4095, 5300};
+    size_t       n = 5301;
     Floats       x = rig_randoms(n, 17, 1e30);
     rig_begin(1);
     simt::Buffer<unsigned long long> d_first("first", 1);
@@ -205,6 +208,156 @@ START_TEST(the_first_nonfinite_value_is_found) {
 }
 END_TEST
 
+// ---------------------------------------------------------------- losses
+
+// About five, the lanes, a block and the tile.
+static const int64_t LOGITS[][2] = {{1, 1},  {3, 2},   {2, 3},    {3, 5},    {4, 7},    {2, 8},    {3, 9},
+                                    {5, 40}, {3, 257}, {5, 1003}, {2, 2048}, {3, 2049}, {5, 4103}, {17, 3}};
+enum { N_LOGITS = sizeof LOGITS / sizeof *LOGITS };
+
+// Half of the rows in steps of a half, so that they have ties; one row of a single value, one with tokens of no weight.
+static Floats some_logits(int64_t m, int64_t n, uint32_t stream) {
+    Floats x = rig_randoms((size_t)(m * n), stream, 12);
+    for (int64_t i = 0; i < m * n; i++) {
+        float *value = &x[(size_t)i];
+        if (i / n % 2 == 1) *value = rintf(*value / 2) / 2;
+        if (i / n == 2) *value = 1.5f;
+        if (i / n == 3 && i % 3 == 0) *value = -1e9f;
+    }
+    return x;
+}
+
+static std::vector<int32_t> some_targets(int64_t m, int64_t n) {
+    std::vector<int32_t> targets((size_t)m);
+    for (int64_t i = 0; i < m; i++) targets[(size_t)i] = (int32_t)((i * 7919 + n - 1) % n);
+    return targets;
+}
+
+// _i: without and with a gradient, and with one through a cap
+START_TEST(cross_entropy_has_the_bits_of_the_cpu) {
+    int64_t m = LOGITS[_i / 3][0], n = LOGITS[_i / 3][1];
+    float   cap = _i % 3 == 2 ? 14 : 0;
+    double  scale = _i % 3 == 0 ? 0 : 0.25;
+    rig_open();
+    Floats               logits = some_logits(m, n, 20), gradient = logits;
+    std::vector<int32_t> targets = some_targets(m, n);
+    std::vector<double>  nll((size_t)m);
+    cpu->cross_entropy(cpu, gradient.data(), targets.data(), m, n, cap, scale, nll.data());
+    for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
+        rig_begin(seed);
+        simt::Buffer<float>   d_logits("logits", logits);
+        simt::Buffer<int32_t> d_targets("targets", targets);
+        simt::Buffer<double>  d_nll("nll", nll.size());
+        kvq_test_ok(
+            kvq_cuda_cross_entropy(d_logits.data(), d_targets.data(), m, n, cap, scale, d_nll.data(), NULL, NULL),
+            NULL);
+        rig_expect_clean();
+        rig_same_bits(d_logits.values(), gradient, named("gradient", m, n));
+        for (size_t i = 0; i < nll.size(); i++)
+            ck_assert_msg(memcmp(&nll[i], &d_nll.values()[i], sizeof(double)) == 0, "nll[%zu]: %.17g instead of %.17g",
+                          i, d_nll.values()[i], nll[i]);
+    }
+    rig_close();
+}
+END_TEST
+
+static void same_score(const kvq_position_score &value, const kvq_position_score &expected, const std::string &what) {
+    ck_assert_msg(value.nll_a == expected.nll_a && value.nll_b == expected.nll_b && value.kl == expected.kl &&
+                      value.confidence_a == expected.confidence_a,
+                  "%s: nll %.17g %.17g, kl %.17g, confidence %.17g instead of %.17g %.17g, %.17g, %.17g", what.c_str(),
+                  value.nll_a, value.nll_b, value.kl, value.confidence_a, expected.nll_a, expected.nll_b, expected.kl,
+                  expected.confidence_a);
+    ck_assert_msg(value.top_a == expected.top_a && value.top_b == expected.top_b &&
+                      value.top5_common == expected.top5_common,
+                  "%s: top %d %d, common %d instead of %d %d, %d", what.c_str(), value.top_a, value.top_b,
+                  value.top5_common, expected.top_a, expected.top_b, expected.top5_common);
+}
+
+// The second model is close to the first, so that some of its five are the same.
+START_TEST(comparisons_have_the_bits_of_the_cpu) {
+    int64_t m = LOGITS[_i][0], n = LOGITS[_i][1];
+    rig_open();
+    Floats a = some_logits(m, n, 21), noise = rig_randoms(a.size(), 22, 2), b = a;
+    for (size_t i = 0; i < b.size(); i++) b[i] += (int64_t)i / n % 2 == 1 ? rintf(noise[i]) / 2 : noise[i];
+    std::vector<int32_t>            targets = some_targets(m, n);
+    std::vector<kvq_position_score> expected((size_t)m), same((size_t)m);
+    cpu->compare(cpu, a.data(), b.data(), targets.data(), m, n, expected.data());
+    cpu->compare(cpu, a.data(), a.data(), targets.data(), m, n, same.data());
+    for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
+        rig_begin(seed);
+        simt::Buffer<float>              d_a("a", a), d_b("b", b);
+        simt::Buffer<int32_t>            d_targets("targets", targets);
+        simt::Buffer<kvq_position_score> d_out("scores", expected.size()), d_same("scores of equals", same.size());
+        kvq_test_ok(kvq_cuda_compare(d_a.data(), d_b.data(), d_targets.data(), m, n, d_out.data(), NULL, NULL), NULL);
+        kvq_test_ok(kvq_cuda_compare(d_a.data(), d_a.data(), d_targets.data(), m, n, d_same.data(), NULL, NULL), NULL);
+        rig_expect_clean();
+        for (size_t i = 0; i < expected.size(); i++) {
+            same_score(d_out.values()[i], expected[i], named("scores", m, n));
+            same_score(d_same.values()[i], same[i], named("scores of equals", m, n));
+        }
+    }
+    rig_close();
+}
+END_TEST
+
+// Ties at the border of the five, among lanes, warps and within a thread: the lower id is in. Of b the ids below 300
+// are the first five in their order, so the score counts those of a's that are below.
+START_TEST(ties_go_to_lower_ids_across_threads) {
+    enum { N = 1500 };
+    const int places[][7] = {{299, 298, 297, 296, 0, 1, 1499},
+                             {700, 31, 32, 287, 543, 288, 799},
+                             {40, 296, 552, 808, 1064, 1320, 1499},
+                             {5, 4, 3, 2, 1, 0, 6}};
+    rig_open();
+    for (int c = 0; c < 4; c++) {
+        Floats a(N, -1.0f), b(N, -2.0f);
+        for (int j = 0; j < 7; j++) a[(size_t)places[c][j]] = 3.0f;
+        for (int j = 0; j < 7; j++) b[(size_t)places[c][j]] = (float)places[c][j];
+        int32_t            target = places[c][3];
+        kvq_position_score expected;
+        cpu->compare(cpu, a.data(), b.data(), &target, 1, N, &expected);
+        rig_begin((uint64_t)c);
+        simt::Buffer<float>              d_a("a", a), d_b("b", b);
+        simt::Buffer<int32_t>            d_target("target", std::vector<int32_t>(1, target));
+        simt::Buffer<kvq_position_score> d_out("score", 1);
+        kvq_test_ok(kvq_cuda_compare(d_a.data(), d_b.data(), d_target.data(), 1, N, d_out.data(), NULL, NULL), NULL);
+        rig_expect_clean();
+        same_score(d_out.values()[0], expected, "ties");
+    }
+    rig_close();
+}
+END_TEST
+
+// Numbers about the borders of the tokens: there another order of the sum would choose another token.
+START_TEST(the_same_tokens_are_drawn) {
+    int64_t m = LOGITS[_i][0], n = LOGITS[_i][1];
+    rig_open();
+    Floats               logits = some_logits(m, n, 23);
+    std::vector<double>  u((size_t)m);
+    std::vector<int32_t> expected((size_t)m);
+    for (int round = 0; round < 4; round++) {
+        for (int64_t i = 0; i < m; i++) {
+            const float *x = &logits[(size_t)(i * n)];
+            double       top = (double)x[0], total = 0, sum = 0;
+            for (int64_t j = 1; j < n; j++) top = fmax(top, (double)x[j]);
+            for (int64_t j = 0; j < n; j++) total += exp((double)x[j] - top);
+            for (int64_t j = 0; j < (i * 31 + n * 2 / 3) % n; j++) sum += exp((double)x[j] - top);
+            double border = sum / total + (round - 1) * 0x1p-53;
+            u[(size_t)i] = round == 3 ? 1 - 0x1p-53 : fmin(fmax(border, 0), 1 - 0x1p-53);
+        }
+        cpu->sample(cpu, logits.data(), u.data(), m, n, expected.data());
+        rig_begin((uint64_t)round);
+        simt::Buffer<float>   d_logits("logits", logits);
+        simt::Buffer<double>  d_u("u", u);
+        simt::Buffer<int32_t> d_ids("ids", expected.size());
+        kvq_test_ok(kvq_cuda_sample(d_logits.data(), d_u.data(), m, n, d_ids.data(), NULL, NULL), NULL);
+        rig_expect_clean();
+        for (size_t i = 0; i < expected.size(); i++) ck_assert_int_eq(d_ids.values()[i], expected[i]);
+    }
+    rig_close();
+}
+END_TEST
+
 static const kvq_test_case cases[] = {
     KVQ_LOOP(rmsnorm_has_the_bits_of_the_cpu, N_SIZES),
     KVQ_LOOP(rmsnorm_backward_has_the_bits_of_the_cpu, N_SIZES),
@@ -214,5 +367,9 @@ static const kvq_test_case cases[] = {
     KVQ_CASE(bf16_is_rounded_as_on_the_host),
     KVQ_LOOP(rows_are_gathered_and_scattered_as_on_the_cpu, N_SIZES),
     KVQ_CASE(the_first_nonfinite_value_is_found),
+    KVQ_LOOP(cross_entropy_has_the_bits_of_the_cpu, 3 * N_LOGITS),
+    KVQ_LOOP(comparisons_have_the_bits_of_the_cpu, N_LOGITS),
+    KVQ_CASE(ties_go_to_lower_ids_across_threads),
+    KVQ_LOOP(the_same_tokens_are_drawn, N_LOGITS),
 };
 KVQ_TEST_MAIN("test_cuda_ops", cases)

@@ -19,6 +19,7 @@
 
 enum { SUM_LANES = 8, SUM_TILE = 2048, SUM_SHARED = SUM_TILE + SUM_LANES }; // doubles; the lanes lie behind the tile
 
+// Terms of the tile that begins where `left` are left.
 KVQ_DEVICE int sum_count(int64_t left) { return left < SUM_TILE ? (int)left : (int)SUM_TILE; }
 
 // Adds the terms in the tile to the lane of this thread. All threads of the block must come, and may fill the tile

@@ -53,6 +53,20 @@ kvq_status kvq_cuda_find_nonfinite(const float *x, int64_t n, unsigned long long
 kvq_status kvq_cuda_bf16_of_float(const float *x, uint16_t *y, int64_t n, kvq_stream stream, kvq_error *err);
 kvq_status kvq_cuda_float_of_bf16(const uint16_t *x, float *y, int64_t n, kvq_stream stream, kvq_error *err);
 
+// ---------------------------------------------------------------- loss.cu; logits [m, n_vocab], finite, n_vocab >= 1
+// The CPU's bits as far as log and exp of f64 have them, which on a device differ by one unit in the last place: nll by
+// at most that of log-sum-exp, a gradient by one unit of f32 where it lies that close to a boundary of rounding.
+
+// d_targets [m]; d_nll [m], nats; the logits become the gradient of scale * nll unless scale is 0
+kvq_status kvq_cuda_cross_entropy(float *logits, const int32_t *d_targets, int64_t m, int64_t n_vocab, float cap,
+                                  double scale, double *d_nll, kvq_stream stream, kvq_error *err);
+// d_targets, d_out [m]; logits_a may be logits_b
+kvq_status kvq_cuda_compare(const float *logits_a, const float *logits_b, const int32_t *d_targets, int64_t m,
+                            int64_t n_vocab, kvq_position_score *d_out, kvq_stream stream, kvq_error *err);
+// d_u [m] in [0, 1), d_ids [m]; always the CPU's bits
+kvq_status kvq_cuda_sample(const float *logits, const double *d_u, int64_t m, int64_t n_vocab, int32_t *d_ids,
+                           kvq_stream stream, kvq_error *err);
+
 #ifdef __cplusplus
 }
 #endif

@@ -8,10 +8,21 @@
 #include "device.cuh"
 #include "kvq_core.h"
 
-enum {
-    OP_THREADS = 256,    // of a block of every operation
-    OP_MAX_BLOCKS = 1024 // as many as the largest devices run at a time; more would only be started later
-};
+// As many blocks as the largest devices run at a time; more would only be started later. Tests set a few, so that small
+// sizes make blocks go round their loops.
+#ifndef KVQ_CUDA_MAX_BLOCKS
+#define KVQ_CUDA_MAX_BLOCKS 1024
+#endif
+
+enum { OP_THREADS = 256, OP_MAX_BLOCKS = KVQ_CUDA_MAX_BLOCKS }; // threads of a block of every operation
+
+// Bounds of a kernel with long f64 chains: without the second number, the assembler aims at more blocks than fit beside
+// each other and keeps values in memory for it.
+#ifdef __CUDACC__
+#define OP_BOUNDS __launch_bounds__(OP_THREADS, 1)
+#else
+#define OP_BOUNDS
+#endif
 
 static inline unsigned op_blocks(int64_t n_items) {
     return n_items < OP_MAX_BLOCKS ? (unsigned)n_items : (unsigned)OP_MAX_BLOCKS;
