@@ -67,6 +67,20 @@ kvq_status kvq_cuda_compare(const float *logits_a, const float *logits_b, const 
 kvq_status kvq_cuda_sample(const float *logits, const double *d_u, int64_t m, int64_t n_vocab, int32_t *d_ids,
                            kvq_stream stream, kvq_error *err);
 
+// ---------------------------------------------------------------- attention_window.cu; q, out [S, H, D], k, v [S, Hkv,
+// D] Sums of f32 as on the CPU, in another order: results differ by rounding. S < 2^31, any D; heads wider than 128
+// cost their scores once per 128 channels. Memory beside the arguments is the scratch of backward.
+
+int64_t kvq_cuda_attention_scratch_floats(const kvq_attention_shape *shape, bool backward); // 3 S H, or 0 for forward
+// k_recent, v_recent: the second set, not read when shape->second is not used
+kvq_status kvq_cuda_attention(const kvq_attention_shape *shape, const float *q, const float *k, const float *v,
+                              const float *k_recent, const float *v_recent, float *out, kvq_stream stream,
+                              kvq_error *err);
+// dq [S, H, D], dk, dv [S, Hkv, D] are overwritten; shape->second is not used
+kvq_status kvq_cuda_attention_backward(const kvq_attention_shape *shape, const float *q, const float *k, const float *v,
+                                       const float *out, const float *dout, float *dq, float *dk, float *dv,
+                                       float *scratch, kvq_stream stream, kvq_error *err);
+
 #ifdef __cplusplus
 }
 #endif

@@ -16,7 +16,7 @@
 
 enum { OP_THREADS = 256, OP_MAX_BLOCKS = KVQ_CUDA_MAX_BLOCKS }; // threads of a block of every operation
 
-// Bounds of a kernel with long f64 chains: without the second number, the assembler aims at more blocks than fit beside
+// Bounds of a kernel with long chains or many sums: without the second number, the assembler aims at more blocks beside
 // each other and keeps values in memory for it.
 #ifdef __CUDACC__
 #define OP_BOUNDS __launch_bounds__(OP_THREADS, 1)
