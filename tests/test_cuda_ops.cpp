@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// CUDA operations on rows and elements, and the losses, under the emulator, against the CPU backend over awkward sizes.
-// All of them claim the CPU's bits, those with sums as well (they add in f64 in its order), so nothing here has a
-// tolerance. Each case runs with several orders of threads and blocks: that they all give the CPU's bits shows that no
-// order matters.
+// CUDA operations on rows and elements, losses and linear layers, under the emulator, against the CPU backend over
+// awkward sizes. All but linear layers claim the CPU's bits, those with sums as well (they add in f64 in its order), so
+// they have no tolerance. Each case runs with several orders of threads and blocks: that they all give the same bits
+// shows that no order matters.
 #include <math.h>
 
 #include "cuda_rig.h"
@@ -358,6 +358,92 @@ START_TEST(the_same_tokens_are_drawn) {
 }
 END_TEST
 
+// ---------------------------------------------------------------- linear layers
+
+// m, n_out, n_in about tiles of 64, parts of 32 and slices of 128.
+static const int64_t PRODUCTS[][3] = {{1, 1, 1},     {3, 7, 33},    {64, 64, 32},  {65, 63, 31},
+                                      {5, 130, 129}, {70, 65, 128}, {2, 300, 257}, {130, 3, 64}};
+enum { N_PRODUCTS = sizeof PRODUCTS / sizeof *PRODUCTS };
+static const double EPS = 0x1p-24;
+
+// A sum of n products in f32 differs from the exact one by at most n EPS sum |a b|, whatever its order (Higham,
+// Accuracy and Stability, section 3.1); so from the CPU's by at most twice that.
+static void close_to(const Floats &value, const Floats &of_cpu, const std::vector<double> &exact,
+                     const std::vector<double> &magnitude, double n, const char *what) {
+    for (size_t i = 0; i < value.size(); i++) {
+        double allowed = n * EPS * magnitude[i];
+        ck_assert_msg(fabs((double)value[i] - exact[i]) <= allowed &&
+                          fabs((double)value[i] - (double)of_cpu[i]) <= 2 * allowed,
+                      "%s[%zu]: %.9g instead of %.9g (CPU %.9g), tolerance %.3g", what, i, (double)value[i], exact[i],
+                      (double)of_cpu[i], allowed);
+    }
+}
+
+// _i: with and without a bias
+START_TEST(linear_equals_the_product) {
+    size_t m = (size_t)PRODUCTS[_i / 2][0], n = (size_t)PRODUCTS[_i / 2][1], k = (size_t)PRODUCTS[_i / 2][2];
+    rig_open();
+    Floats x = rig_randoms(m * k, 40, 1), w = rig_randoms(n * k, 41, 1), bias = rig_randoms(n, 42, 1), of_cpu(m * n),
+           first;
+    std::vector<double> exact(m * n), magnitude(m * n);
+    cpu->linear(cpu, x.data(), w.data(), _i % 2 == 0 ? bias.data() : NULL, of_cpu.data(), (int64_t)m, (int64_t)n,
+                (int64_t)k);
+    for (size_t at = 0; at < m * n; at++) {
+        exact[at] = _i % 2 == 0 ? (double)bias[at % n] : 0;
+        magnitude[at] = fabs(exact[at]);
+        for (size_t c = 0; c < k; c++) {
+            double term = (double)x[at / n * k + c] * (double)w[at % n * k + c];
+            exact[at] += term, magnitude[at] += fabs(term);
+        }
+    }
+    for (uint64_t seed = 0; seed < 2; seed++) {
+        rig_begin(seed);
+        simt::Buffer<float> d_x("x", x), d_w("w", w), d_bias("bias", bias), d_y("y", m * n);
+        kvq_test_ok(kvq_cuda_linear_plain(d_x.data(), d_w.data(), _i % 2 == 0 ? d_bias.data() : NULL, d_y.data(),
+                                          (int64_t)m, (int64_t)n, (int64_t)k, NULL, NULL),
+                    NULL);
+        rig_expect_clean();
+        close_to(d_y.values(), of_cpu, exact, magnitude, (double)k + 1, "y");
+        if (seed > 0) rig_same_bits(d_y.values(), first, "y in another order of threads");
+        first = d_y.values();
+    }
+    rig_close();
+}
+END_TEST
+
+// _i: overwriting and adding to what is there
+START_TEST(linear_backward_equals_the_product) {
+    size_t m = (size_t)PRODUCTS[_i / 2][0], n = (size_t)PRODUCTS[_i / 2][1], k = (size_t)PRODUCTS[_i / 2][2];
+    bool   adds = _i % 2 == 1;
+    rig_open();
+    Floats dy = rig_randoms(m * n, 43, 1), w = rig_randoms(n * k, 44, 1), dx = rig_randoms(m * k, 45, 1), of_cpu = dx,
+           first;
+    std::vector<double> exact(m * k), magnitude(m * k);
+    cpu->linear_backward(cpu, dy.data(), w.data(), of_cpu.data(), (int64_t)m, (int64_t)n, (int64_t)k, adds);
+    for (size_t at = 0; at < m * k; at++) {
+        exact[at] = adds ? (double)dx[at] : 0;
+        magnitude[at] = fabs(exact[at]);
+        for (size_t j = 0; j < n; j++) {
+            double term = (double)dy[at / k * n + j] * (double)w[j * k + at % k];
+            exact[at] += term, magnitude[at] += fabs(term);
+        }
+    }
+    for (uint64_t seed = 0; seed < 2; seed++) {
+        rig_begin(seed);
+        simt::Buffer<float>  d_dy("dy", dy), d_w("w", w), d_new("dx", m * k), d_old("dx", dx);
+        simt::Buffer<float> &d_dx = adds ? d_old : d_new;
+        kvq_test_ok(kvq_cuda_linear_backward_plain(d_dy.data(), d_w.data(), d_dx.data(), (int64_t)m, (int64_t)n,
+                                                   (int64_t)k, adds, NULL, NULL),
+                    NULL);
+        rig_expect_clean();
+        close_to(d_dx.values(), of_cpu, exact, magnitude, (double)n + 1, "dx");
+        if (seed > 0) rig_same_bits(d_dx.values(), first, "dx in another order of threads");
+        first = d_dx.values();
+    }
+    rig_close();
+}
+END_TEST
+
 static const kvq_test_case cases[] = {
     KVQ_LOOP(rmsnorm_has_the_bits_of_the_cpu, N_SIZES),
     KVQ_LOOP(rmsnorm_backward_has_the_bits_of_the_cpu, N_SIZES),
@@ -371,5 +457,7 @@ static const kvq_test_case cases[] = {
     KVQ_LOOP(comparisons_have_the_bits_of_the_cpu, N_LOGITS),
     KVQ_CASE(ties_go_to_lower_ids_across_threads),
     KVQ_LOOP(the_same_tokens_are_drawn, N_LOGITS),
+    KVQ_LOOP(linear_equals_the_product, 2 * N_PRODUCTS),
+    KVQ_LOOP(linear_backward_equals_the_product, 2 * N_PRODUCTS),
 };
 KVQ_TEST_MAIN("test_cuda_ops", cases)

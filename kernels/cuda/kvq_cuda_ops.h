@@ -81,6 +81,17 @@ kvq_status kvq_cuda_attention_backward(const kvq_attention_shape *shape, const f
                                        const float *out, const float *dout, float *dq, float *dk, float *dv,
                                        float *scratch, kvq_stream stream, kvq_error *err);
 
+// ---------------------------------------------------------------- linear.cu; x [m, n_in], w [n_out, n_in], y [m,
+// n_out] Products without a library, w and factors in f32, n_out and n_in below 2^22. Sums run in the order of the
+// index, fused: they err by at most n * 2^-24 times the sum of magnitudes, as the CPU's do, in another order.
+
+// bias [n_out], NULL = none
+kvq_status kvq_cuda_linear_plain(const float *x, const float *w, const float *bias, float *y, int64_t m, int64_t n_out,
+                                 int64_t n_in, kvq_stream stream, kvq_error *err);
+// dx [m, n_in] (+)= dy [m, n_out] w
+kvq_status kvq_cuda_linear_backward_plain(const float *dy, const float *w, float *dx, int64_t m, int64_t n_out,
+                                          int64_t n_in, bool accumulate, kvq_stream stream, kvq_error *err);
+
 #ifdef __cplusplus
 }
 #endif
