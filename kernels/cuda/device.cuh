@@ -2,7 +2,8 @@
 //
 // The words in which device code is written, so that one text is compiled by nvcc for a GPU and by a C++ compiler for
 // the emulator of the tests (tests/simt/README.md), which runs it without a GPU and checks every access. Beside these
-// words a kernel uses CUDA's own names for threads, barriers, shuffles, votes, integer atomics and vector types.
+// words a kernel uses CUDA's own names for threads, barriers, shuffles, votes, integer atomics, vector types and
+// halves, and the instructions of device_ptx.cuh.
 //
 //     KVQ_KERNEL KVQ_BOUNDS(256) scale(KVQ_GLOBAL(const float) x, KVQ_GLOBAL(float) y, int n) {
 //         KVQ_SHARED(float, part, 256);
@@ -44,7 +45,17 @@
 #define KVQ_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...)                                                    \
     kernel<<<grid, block, dynamic_bytes, stream>>>(__VA_ARGS__)
 
+// Must be asked before a launch with more than 48 KiB of dynamic shared memory. False: the device has not as much.
+#define KVQ_ALLOW_SHARED(kernel, bytes)                                                                                \
+    (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)(bytes)) == cudaSuccess)
+
 typedef cudaStream_t kvq_stream;
+
+// What was wrong with the last launch, or NULL.
+static inline const char *kvq_launch_error() {
+    cudaError_t error = cudaGetLastError();
+    return error == cudaSuccess ? NULL : cudaGetErrorString(error);
+}
 
 // The same bytes as another type: kvq_as<uint4>(codes)[i].
 template <typename T, typename U> KVQ_DEVICE T       *kvq_as(U *p) { return reinterpret_cast<T *>(p); }
@@ -55,6 +66,8 @@ template <typename T> KVQ_DEVICE T *kvq_raw(T *p, ptrdiff_t n) {
     (void)n;
     return p;
 }
+
+#include "device_ptx.cuh"
 
 #endif
 #endif

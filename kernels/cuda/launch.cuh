@@ -34,13 +34,10 @@ KVQ_DEVICE int64_t op_first() { return (int64_t)blockIdx.x * OP_THREADS + thread
 KVQ_DEVICE int64_t op_stride() { return (int64_t)gridDim.x * OP_THREADS; }
 
 // Whether the launch before was taken. What goes wrong while it runs is seen where somebody waits for it.
-static inline kvq_status op_launched([[maybe_unused]] const char *what, [[maybe_unused]] kvq_error *err) {
-#ifdef __CUDACC__
-    cudaError_t failure = cudaGetLastError();
-    if (failure != cudaSuccess)
-        return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "the device refuses %s: %s", what, cudaGetErrorString(failure));
-#endif
-    return KVQ_OK;
+static inline kvq_status op_launched(const char *what, kvq_error *err) {
+    const char *failure = kvq_launch_error();
+    if (failure == NULL) return KVQ_OK;
+    return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "the device refuses %s: %s", what, failure);
 }
 
 #endif

@@ -61,6 +61,19 @@ FAULTY(lost_update) {
 
 FAULTY_ON(blocks_race, 4, 64, 0) { y[threadIdx.x] = x[threadIdx.x]; } // here: blocks_race/first
 
+// No race, and nothing to rely on all the same.
+FAULTY_ON(order_of_blocks, 16, 1, 0) {
+    unsigned rank = atomicAdd(kvq_as<unsigned>(y + 255), 1u);
+    if (rank == 0) y[0] = (float)blockIdx.x;
+}
+
+FAULTY(order_of_threads) {
+    KVQ_SHARED(int, count, 1);
+    if (threadIdx.x == 0) count[0] = 0;
+    __syncthreads();
+    if (atomicAdd(&count[0], 1) == 0) y[0] = (float)threadIdx.x;
+}
+
 // The last block reads what no fence has published.
 FAULTY_ON(no_fence, 4, 32, 0) {
     KVQ_SHARED(unsigned, before, 1);
@@ -73,12 +86,87 @@ FAULTY_ON(no_fence, 4, 32, 0) {
         y[128 + threadIdx.x] = y[16 * threadIdx.x]; // here: no_fence/second
 }
 
+// The thread that fences has nothing to publish; who wrote has not reached a barrier.
+FAULTY_ON(no_barrier_before_fence, 4, 32, 0) {
+    KVQ_SHARED(unsigned, before, 1);
+    if (threadIdx.x == 1) y[16 * blockIdx.x] = 1; // here: no_barrier_before_fence/first
+    if (threadIdx.x == 0) {
+        __threadfence();
+        before[0] = atomicAdd(kvq_as<unsigned>(y + 255), 1u);
+    }
+    __syncthreads();
+    bool last = before[0] == gridDim.x - 1;
+    if (last && threadIdx.x < 4) y[128 + threadIdx.x] = y[16 * threadIdx.x]; // here: no_barrier_before_fence/second
+}
+
+// One block publishes nothing, and learns nothing.
+FAULTY_ON(one_without_fence, 8, 32, 0) {
+    KVQ_SHARED(unsigned, before, 1);
+    if (threadIdx.x == 0) {
+        y[16 * blockIdx.x] = 1; // here: one_without_fence/first
+        if (blockIdx.x != 1) __threadfence();
+        before[0] = atomicAdd(kvq_as<unsigned>(y + 255), 1u);
+    }
+    __syncthreads();
+    bool last = before[0] == gridDim.x - 1;
+    if (last && threadIdx.x < 8) y[128 + threadIdx.x] = y[16 * threadIdx.x]; // here: one_without_fence/second
+}
+
+FAULTY_ON(reads_without_fence, 8, 1, 0) {
+    if (blockIdx.x == 0) y[0] = 1; // here: reads_without_fence/first
+    if (blockIdx.x != 3) __threadfence();
+    atomicAdd(kvq_as<unsigned>(y + 255), 1u);
+    if (blockIdx.x == 3) y[1] = y[0]; // here: reads_without_fence/second
+}
+
 FAULTY(atomic_and_plain) {
     KVQ_SHARED(int, count, 1);
     if (threadIdx.x == 0) count[0] = 0;
     __syncthreads();
     atomicAdd(&count[0], 1);                       // here: atomic_and_plain/first
     if (threadIdx.x == 40) y[0] = (float)count[0]; // here: atomic_and_plain/second
+}
+
+// Votes give an order in time here, so that only one of the two accesses can find the other; none in memory.
+FAULTY_ON(atomic_then_plain, 1, 32, 0) {
+    KVQ_SHARED(int, count, 1);
+    if (threadIdx.x == 0) count[0] = 0;
+    __syncthreads();
+    if (threadIdx.x == 1) atomicAdd(&count[0], 1); // here: atomic_then_plain/first
+    (void)__any_sync(0xffffffffu, 1);
+    if (threadIdx.x == 0) y[0] = (float)count[0]; // here: atomic_then_plain/second
+}
+
+FAULTY_ON(plain_then_atomic, 1, 32, 0) {
+    KVQ_SHARED(int, count, 1);
+    if (threadIdx.x == 0) count[0] = 0; // here: plain_then_atomic/first
+    (void)__any_sync(0xffffffffu, 1);
+    if (threadIdx.x == 1) atomicAdd(&count[0], 1); // here: plain_then_atomic/second
+}
+
+FAULTY_ON(vote_is_no_barrier, 1, 32, 0) {
+    KVQ_SHARED(int, part, 1);
+    if (threadIdx.x == 0) part[0] = 1; // here: vote_is_no_barrier/first
+    (void)__any_sync(0xffffffffu, 1);
+    if (threadIdx.x == 1) y[0] = (float)part[0]; // here: vote_is_no_barrier/second
+}
+
+FAULTY_ON(after_syncwarp, 1, 32, 0) {
+    KVQ_SHARED(int, part, 1);
+    __syncwarp();
+    if (threadIdx.x == 1) part[0] = 1; // here: after_syncwarp/first
+    (void)__any_sync(0xffffffffu, 1);
+    if (threadIdx.x == 0) y[0] = (float)part[0]; // here: after_syncwarp/second
+}
+
+// The writer is behind all readers of its own warp, and not behind the one of the other.
+FAULTY(second_reader) {
+    KVQ_SHARED(float, part, 1);
+    if (threadIdx.x == 0) part[0] = x[0];
+    __syncthreads();
+    if (threadIdx.x <= 32) y[threadIdx.x] = part[0]; // here: second_reader/first
+    __syncwarp();
+    if (threadIdx.x == 2) part[0] = 0; // here: second_reader/second
 }
 
 // ---------------------------------------------------------------- bounds
@@ -127,6 +215,14 @@ FAULTY(uninitialised) {
     y[threadIdx.x] = part[threadIdx.x]; // here: uninitialised/first
 }
 
+// What another block left there.
+FAULTY_ON(stale_shared, 4, 64, 0) {
+    KVQ_SHARED(float, part, 64);
+    if (blockIdx.x == 0) part[threadIdx.x] = x[threadIdx.x];
+    __syncthreads();
+    y[blockIdx.x * 64 + threadIdx.x] = part[threadIdx.x]; // here: stale_shared/first
+}
+
 FAULTY(uninitialised_global) { y[threadIdx.x] += 1.0f; } // here: uninitialised_global/first
 
 FAULTY(misaligned) {
@@ -163,6 +259,24 @@ FAULTY(missing_lane_of_barrier) {
     y[threadIdx.x] = x[threadIdx.x];
 }
 
+FAULTY(two_shuffles) {
+    float v = x[threadIdx.x];
+    if (threadIdx.x % 2 == 0)
+        v += __shfl_xor_sync(0xffffffffu, v, 1); // here: two_shuffles/first
+    else
+        v -= __shfl_xor_sync(0xffffffffu, v, 1); // here: two_shuffles/second
+    y[threadIdx.x] = v;
+}
+
+FAULTY(two_masks) {
+    unsigned mask = threadIdx.x % 32 < 16 ? 0xffffffffu : 0xffff0000u;
+    y[threadIdx.x] = __shfl_xor_sync(mask, x[threadIdx.x], 1); // here: two_masks/first
+}
+
+FAULTY_ON(no_such_lane, 1, 16, 0) {
+    y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, x[threadIdx.x], 1); // here: no_such_lane/first
+}
+
 FAULTY(not_in_mask) {
     unsigned yes = __ballot_sync(0x0000ffffu, x[threadIdx.x] > 0); // here: not_in_mask/first
     y[threadIdx.x] = (float)yes;
@@ -177,8 +291,7 @@ FAULTY(spin) {
     KVQ_SHARED(int, flag, 1);
     if (threadIdx.x == 0) flag[0] = 0;
     __syncthreads();
-    while (threadIdx.x == 9 && atomicAdd(&flag[0], 0) == 0) {
-    } // here: spin/first
+    while (threadIdx.x == 9) atomicAdd(&flag[0], 1); // here: spin/first
     y[threadIdx.x] = 0;
 }
 
@@ -186,3 +299,95 @@ FAULTY(spin) {
 
 FAULTY_ON(too_many_threads, 1, 1025, 0) { y[0] = x[0]; }
 FAULTY_ON(too_much_shared, 1, 64, 300000) { y[0] = x[0]; }
+FAULTY_ON(not_allowed, 1, 64, 50000) { y[0] = x[0]; }
+
+// ---------------------------------------------------------------- asynchronous copies and matrices
+
+FAULTY(early_read) {
+    KVQ_SHARED(float, part, 256);
+    int i = (int)threadIdx.x;
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: early_read/second
+    kvq_copy_commit();
+    y[i] = part[4 * i]; // here: early_read/first
+    kvq_copy_wait<0>();
+}
+
+FAULTY(group_too_new) {
+    KVQ_SHARED(float, part, 512);
+    int i = (int)threadIdx.x;
+    kvq_copy_async_16(part + 4 * i, x + 4 * i);
+    kvq_copy_commit();
+    kvq_copy_async_16(part + 256 + 4 * i, x + 4 * i); // here: group_too_new/second
+    kvq_copy_commit();
+    kvq_copy_wait<1>();
+    y[i] = part[4 * i];
+    y[i + 64] = part[256 + 4 * i]; // here: group_too_new/first
+}
+
+FAULTY(overwritten_copy) {
+    KVQ_SHARED(float, part, 256);
+    int i = (int)threadIdx.x;
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: overwritten_copy/second
+    kvq_copy_commit();
+    part[4 * i] = 0; // here: overwritten_copy/first
+    kvq_copy_wait<0>();
+    y[i] = part[4 * i + 1];
+}
+
+// Each thread has waited for its own copy, and reads another's.
+FAULTY(copy_without_barrier) {
+    KVQ_SHARED(float, part, 256);
+    int i = (int)threadIdx.x;
+    for (int j = 0; j < 4; j++) part[4 * i + j] = 0;
+    __syncthreads();
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: copy_without_barrier/first
+    kvq_copy_commit();
+    kvq_copy_wait<0>();
+    y[i] = part[4 * (63 - i)]; // here: copy_without_barrier/second
+}
+
+// A barrier in front of the wait is none behind it.
+FAULTY_ON(barrier_before_wait, 1, 32, 0) {
+    KVQ_SHARED(float, part, 128);
+    int i = (int)threadIdx.x;
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: barrier_before_wait/first
+    kvq_copy_commit();
+    __syncthreads();
+    kvq_copy_wait<0>();
+    (void)__any_sync(0xffffffffu, 1);
+    y[i] = part[4 * (31 - i)]; // here: barrier_before_wait/second
+}
+
+// The copy is begun while others may still read what was there.
+FAULTY(copy_over_readers) {
+    KVQ_SHARED(float, part, 256);
+    int i = (int)threadIdx.x;
+    for (int j = 0; j < 4; j++) part[4 * i + j] = 0;
+    __syncthreads();
+    y[i] = part[4 * (63 - i)]; // here: copy_over_readers/first
+    __syncwarp();
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: copy_over_readers/second
+    kvq_copy_commit();
+    kvq_copy_wait<0>();
+}
+
+FAULTY(misaligned_copy) {
+    KVQ_SHARED(float, part, 260);
+    kvq_copy_async_16(part + 4 * threadIdx.x + 2, x + 4 * threadIdx.x); // here: misaligned_copy/first
+    kvq_copy_commit();
+    kvq_copy_wait<0>();
+    y[threadIdx.x] = part[4 * threadIdx.x + 2];
+}
+
+FAULTY(misaligned_row) {
+    KVQ_SHARED(float, part, 256);
+    unsigned fragment[1];
+    for (int j = 0; j < 4; j++) part[4 * threadIdx.x + j] = 0;
+    __syncthreads();
+    kvq_ldmatrix<1>(fragment, part + 6 * (threadIdx.x % 8)); // here: misaligned_row/first
+    y[threadIdx.x] = x[fragment[0]];
+}
+
+FAULTY(half_a_warp) {
+    if (threadIdx.x % 32 < 16) y[threadIdx.x] = (float)kvq_movmatrix_trans(threadIdx.x); // here: half_a_warp/first
+}

@@ -9,8 +9,8 @@ KVQ_KERNEL KVQ_BOUNDS(SUM_THREADS) block_sums(KVQ_GLOBAL(const float) x, KVQ_GLO
     int i = (int)threadIdx.x;
     part[i] = x[(int)blockIdx.x * SUM_THREADS + i];
     __syncthreads();
-    for (int half = SUM_THREADS / 2; half > 0; half /= 2) {
-        if (i < half) part[i] += part[i + half];
+    for (int n = SUM_THREADS / 2; n > 0; n /= 2) {
+        if (i < n) part[i] += part[i + n];
         __syncthreads();
     }
     if (i == 0) sums[blockIdx.x] = part[0];
@@ -114,4 +114,156 @@ KVQ_KERNEL vectors(KVQ_GLOBAL(const float) x, KVQ_GLOBAL(float) y, int n) {
 
 void sample_vectors(const float *x, float *y, int n, kvq_stream stream) {
     KVQ_LAUNCH(vectors, 1, (unsigned)n / 4, (size_t)n * 4, stream, x, y, n);
+}
+
+KVQ_KERNEL fill_shared(KVQ_GLOBAL(float) y, int n) {
+    KVQ_DYNAMIC_SHARED(float, part);
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) part[i] = 1;
+    __syncthreads();
+    float count = 0;
+    for (int i = 0; i < n && threadIdx.x == 0; i++) count += part[i];
+    if (threadIdx.x == 0) y[0] = count;
+}
+
+bool sample_large_shared(float *y, size_t bytes, kvq_stream stream) {
+    if (!KVQ_ALLOW_SHARED(fill_shared, bytes)) return false;
+    KVQ_LAUNCH(fill_shared, 1, 64, bytes, stream, y, (int)(bytes / sizeof(float)));
+    return true;
+}
+
+KVQ_KERNEL indices(KVQ_GLOBAL_ALIASED(unsigned) counts) {
+    unsigned block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+    unsigned thread = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
+    unsigned i = block * (blockDim.x * blockDim.y * blockDim.z) + thread;
+    atomicAdd(counts + i, i + 1);
+}
+
+void sample_indices(unsigned *counts, kvq_stream stream) {
+    KVQ_LAUNCH(indices, dim3(2, 3, 2), dim3(5, 3, 2), 0, stream, counts);
+}
+
+// ---------------------------------------------------------------- lanes
+
+KVQ_KERNEL lanes(KVQ_GLOBAL(const int) x, KVQ_GLOBAL(int) y) {
+    const unsigned all = 0xffffffffu, odd = 0xaaaaaaaau;
+    int            lane = (int)threadIdx.x, v = x[lane], is_odd = lane % 2;
+    int            words[SAMPLE_LANE_WORDS] = {
+                   __shfl_sync(all, v, lane * 5),
+                   __shfl_sync(all, v, 3, 8),
+                   __shfl_up_sync(all, v, 3),
+                   __shfl_up_sync(all, v, 3, 4),
+                   __shfl_down_sync(all, v, 7),
+                   __shfl_down_sync(all, v, 7, 16),
+                   __shfl_xor_sync(all, v, 9),
+                   __shfl_xor_sync(all, v, 9, 8),
+                   __float_as_int(__shfl_xor_sync(all, __int_as_float(v), 1)),
+                   (int)__ballot_sync(all, v > 0),
+                   __any_sync(all, v == x[5]) * 2 + __all_sync(all, v != x[5]),
+                   0,
+                   0,
+    };
+    if (is_odd) words[11] = __shfl_xor_sync(odd, v, 2) + (int)__ballot_sync(odd, lane > 16);
+    words[12] = __all_sync(is_odd ? odd : ~odd, is_odd);
+    for (int i = 0; i < SAMPLE_LANE_WORDS; i++) y[i * 32 + lane] = words[i];
+}
+
+void sample_lanes(const int *x, int *y, kvq_stream stream) { KVQ_LAUNCH(lanes, 1, 32, 0, stream, x, y); }
+
+// ---------------------------------------------------------------- matrices
+
+// A row of b is 8 halves, which is what an address of ldmatrix stands for; those of a are two.
+KVQ_KERNEL mma_product(KVQ_GLOBAL(const uint16_t) a, KVQ_GLOBAL(const uint16_t) b, KVQ_GLOBAL(float) d,
+                       KVQ_GLOBAL(uint16_t) t) {
+    KVQ_SHARED(uint16_t, rows_a, 16 * 16);
+    KVQ_SHARED(uint16_t, rows_b, 16 * 8);
+    int      lane = (int)threadIdx.x, row = lane / 4, column = lane % 4 * 2;
+    unsigned fragment_a[4], fragment_b[2];
+    float    sums[4] = {0, 0, 0, 0};
+    kvq_as<uint4>(rows_a)[lane] = kvq_as<uint4>(a)[lane];
+    if (lane < 16) kvq_as<uint4>(rows_b)[lane] = kvq_as<uint4>(b)[lane];
+    __syncwarp();
+    kvq_ldmatrix<4>(fragment_a, rows_a + lane % 16 * 16 + lane / 16 * 8);
+    kvq_ldmatrix_trans<2>(fragment_b, rows_b + lane % 16 * 8);
+    kvq_mma_m16n8k16(sums, fragment_a, fragment_b);
+    for (int i = 0; i < 4; i++) d[(row + i / 2 * 8) * 8 + column + i % 2] = sums[i];
+    kvq_as<unsigned>(t)[lane] = kvq_movmatrix_trans(fragment_a[0]);
+}
+
+void sample_mma(const uint16_t *a, const uint16_t *b, float *d, uint16_t *t, kvq_stream stream) {
+    KVQ_LAUNCH(mma_product, 1, 32, 0, stream, a, b, d, t);
+}
+
+// ---------------------------------------------------------------- asynchronous copies
+
+enum { PIPE_THREADS = 64, PIPE_TILE = 4 * PIPE_THREADS, PIPE_STAGES = 3 };
+
+// One vector per thread; beyond the end zeros.
+KVQ_DEVICE void copy_tile(KVQ_SHARED_PTR(int) stages, KVQ_GLOBAL(const int) x, int n, int tile) {
+    int at = tile * PIPE_TILE + 4 * (int)threadIdx.x, inside = at < n;
+    kvq_copy_async_16(stages + tile % PIPE_STAGES * PIPE_TILE + 4 * (int)threadIdx.x, x + (inside ? at : 0),
+                      inside ? 16u : 0u);
+    kvq_copy_commit(); // empty groups count as well
+}
+
+KVQ_KERNEL pipeline(KVQ_GLOBAL(const int) x, KVQ_GLOBAL(int) result, int n) {
+    KVQ_SHARED(int, stages, PIPE_STAGES *PIPE_TILE);
+    KVQ_SHARED(int, warps, PIPE_THREADS / 32);
+    int sum = 0, n_tiles = (n + PIPE_TILE - 1) / PIPE_TILE;
+    for (int tile = 0; tile < PIPE_STAGES - 1; tile++) copy_tile(stages, x, n, tile);
+    for (int tile = 0; tile < n_tiles; tile++) {
+        kvq_copy_wait<PIPE_STAGES - 2>(); // this thread's part of the tile is there
+        __syncthreads();                  // everybody's is, and all are done with the stage that is filled next
+        copy_tile(stages, x, n, tile + PIPE_STAGES - 1);
+        for (int i = 0; i < 4; i++) sum += stages[tile % PIPE_STAGES * PIPE_TILE + i * PIPE_THREADS + (int)threadIdx.x];
+    }
+    for (int by = 16; by > 0; by /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) result[0] = warps[0] + warps[1];
+}
+
+void sample_pipeline(const int *x, int *sum, int n, kvq_stream stream) {
+    KVQ_LAUNCH(pipeline, 1, PIPE_THREADS, 0, stream, x, sum, n);
+}
+
+KVQ_KERNEL unfinished_copy(KVQ_GLOBAL(const int) x, KVQ_GLOBAL(int) y, int is_first) {
+    KVQ_SHARED(int, part, 4);
+    if (is_first) {
+        kvq_copy_async_16(part, x);
+        kvq_copy_commit();
+    } else {
+        part[0] = 7;
+        kvq_copy_wait<0>();
+        y[0] = part[0];
+    }
+}
+
+void sample_unfinished_copy(const int *x, int *y, kvq_stream stream) {
+    for (int is_first = 1; is_first >= 0; is_first--) KVQ_LAUNCH(unfinished_copy, 1, 1, 0, stream, x, y, is_first);
+}
+
+// ---------------------------------------------------------------- the codec
+
+// A spec goes to the device as it is, with plain pointers.
+KVQ_KERNEL encode_row(kvq_block_spec spec, KVQ_GLOBAL(const float) x, kvq_block_scratch scratch,
+                      KVQ_GLOBAL(uint8_t) row, KVQ_GLOBAL(int) status) {
+    if (threadIdx.x != 0) return;
+    status[0] = kvq_block_encode(&spec, kvq_raw(x, spec.d), &scratch, kvq_raw(row, kvq_block_row_bytes(&spec)));
+}
+
+void sample_encode_row(const kvq_block_spec *spec, const float *x, const kvq_block_scratch *scratch, uint8_t *row,
+                       int *status, kvq_stream stream) {
+    KVQ_LAUNCH(encode_row, 1, 32, 0, stream, *spec, x, *scratch, row, status);
+}
+
+KVQ_KERNEL encode_tile(kvq_tile_spec spec, KVQ_GLOBAL(const float) x, int n_tokens, kvq_tile_scratch scratch,
+                       KVQ_GLOBAL(uint8_t) tile, KVQ_GLOBAL(int) status) {
+    if (threadIdx.x != 0) return;
+    status[0] = kvq_tile_encode(&spec, kvq_raw(x, n_tokens * spec.d), 0, n_tokens, &scratch,
+                                kvq_raw(tile, kvq_tile_bytes(&spec)));
+}
+
+void sample_encode_tile(const kvq_tile_spec *spec, const float *x, int n_tokens, const kvq_tile_scratch *scratch,
+                        uint8_t *tile, int *status, kvq_stream stream) {
+    KVQ_LAUNCH(encode_tile, 1, 32, 0, stream, *spec, x, n_tokens, *scratch, tile, status);
 }

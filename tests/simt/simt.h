@@ -4,10 +4,10 @@
 #ifndef SIMT_H
 #define SIMT_H
 
-#include <tuple>
-
 #include "kvq_hd.h"
+#include "simt_half.h"
 #include "simt_intrinsics.h"
+#include "simt_tensor.h"
 
 #define KVQ_KERNEL [[maybe_unused]] static void
 #define KVQ_BOUNDS(n_threads)
@@ -32,7 +32,11 @@
 #define KVQ_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...)                                                    \
     ((void)(stream), ::simt::launch(#kernel, grid, block, dynamic_bytes, kernel, __VA_ARGS__))
 
+#define KVQ_ALLOW_SHARED(kernel, bytes) ::simt::allow_shared(reinterpret_cast<const void *>(kernel), bytes)
+
 typedef void *kvq_stream;
+
+static inline const char *kvq_launch_error() { return simt::launch_error(); }
 
 template <typename T, typename P> static inline auto kvq_as(P p) { return simt::cast<T>(p); }
 

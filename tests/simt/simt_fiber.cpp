@@ -58,6 +58,14 @@ Fiber *fiber_create() {
     return fiber;
 }
 
+void fiber_destroy(Fiber *fiber) {
+#if SIMT_TSAN
+    if (fiber->tsan_inside != nullptr) __tsan_destroy_fiber(fiber->tsan_inside);
+#endif
+    (void)munmap(fiber->stack - GUARD_BYTES, GUARD_BYTES + STACK_BYTES);
+    free(fiber);
+}
+
 static void fiber_main() {
     Fiber *fiber = starting;
 #if SIMT_ASAN

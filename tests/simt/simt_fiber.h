@@ -10,9 +10,10 @@
 
 namespace simt {
 
-struct Fiber; // a stack of its own, or the one of the caller of `fiber_enter`
+struct Fiber;
 
 Fiber *fiber_create(); // ends the program where there is no memory
+void   fiber_destroy(Fiber *fiber);
 // The next fiber_enter calls `run` on an empty stack; what was on it is forgotten. `run` may not return.
 void fiber_prepare(Fiber *fiber, void (*run)());
 void fiber_enter(Fiber *fiber); // until it leaves

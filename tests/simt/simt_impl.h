@@ -35,7 +35,8 @@ struct Machine {
     // a launch
     std::string                                                      kernel;
     std::function<void()>                                            body;
-    bool                                                             abandoned = false;
+    bool                                                             abandoned = false, refused = false;
+    std::map<const void *, size_t>                                   allowed; // dynamic shared memory of kernels
     uint32_t                                                         epoch = 1, launch_first = 1, block_first = 1;
     std::vector<uint32_t>                                            block_starts; // first epoch of each block that ran
     std::vector<uint3>                                               block_ids;

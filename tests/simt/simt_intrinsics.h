@@ -18,8 +18,6 @@
 #define gridDim   (::simt::grid_dim)
 #define warpSize  32
 
-using simt::Place;
-
 static inline void __syncthreads(Place at = Place::here()) { simt::sync_threads(at); }
 static inline void __syncwarp(unsigned mask = 0xffffffffu, Place at = Place::here()) { simt::sync_warp(mask, at); }
 static inline void __threadfence() { simt::fence(); }
@@ -40,14 +38,14 @@ static inline unsigned __brev(unsigned x) {
     return result;
 }
 
-// Four of the eight bytes of (y, x), chosen by the nibbles of s; bit 3 of a nibble: its sign bit in all places.
+// Four of the eight bytes of (y, x), chosen by the low three bits of the nibbles of s: unlike the instruction, the
+// function does not look at the fourth.
 static inline unsigned __byte_perm(unsigned x, unsigned y, unsigned s) {
     uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
     unsigned result = 0;
     for (int i = 0; i < 4; i++) {
-        unsigned pick = s >> 4 * i & 0xfu, byte = static_cast<unsigned>(bytes >> 8 * (pick & 7u)) & 0xffu;
-        if ((pick & 8u) != 0) byte = (byte & 0x80u) != 0 ? 0xffu : 0;
-        result |= byte << 8 * i;
+        unsigned pick = s >> 4 * i & 7u;
+        result |= (static_cast<unsigned>(bytes >> 8 * pick) & 0xffu) << 8 * i;
     }
     return result;
 }

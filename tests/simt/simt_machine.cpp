@@ -14,6 +14,8 @@ void begin(const Options &options) {
     machine.options = options;
     machine.reports.clear();
     machine.countdown = 1;
+    machine.allowed.clear();
+    machine.refused = false;
     machine.random = options.seed * 0x9e3779b97f4a7c15u + 0x632be59bd9b4e019u;
 }
 
@@ -169,18 +171,18 @@ static void report_all_stuck() {
 
 // ---------------------------------------------------------------- blocks and grids
 
+// Of one block after another.
 static void run_thread() {
-    machine.body();
-    self->state = DONE;
-    machine.n_done++;
-    for (;;) yield();
+    for (;;) {
+        machine.body();
+        self->state = DONE;
+        machine.n_done++;
+        yield();
+    }
 }
 
 static void start_thread(unsigned number, uint3 block) {
-    if (machine.threads.size() <= number) {
-        machine.threads.emplace_back(new Thread());
-        machine.threads.back()->fiber = fiber_create();
-    }
+    if (machine.threads.size() <= number) machine.threads.emplace_back(new Thread());
     Thread *t = machine.threads[number].get();
     t->index = index_of(number, block_dim);
     t->block = block;
@@ -195,7 +197,7 @@ static void start_thread(unsigned number, uint3 block) {
     t->n_accesses = 0;
     t->copies.clear();
     t->n_groups = 0;
-    fiber_prepare(t->fiber, run_thread);
+    if (t->state != DONE) fiber_prepare(t->fiber, run_thread); // new, or abandoned in the middle of something
     go_on(t);
 }
 
@@ -224,11 +226,20 @@ static void run_block(uint3 block) {
     self = nullptr;
 }
 
-static bool launch_fits(dim3 grid, dim3 block, size_t dynamic_bytes) {
+bool allow_shared(const void *kernel, size_t bytes) {
+    if (bytes > machine.options.max_shared_bytes) return false;
+    machine.allowed[kernel] = bytes;
+    return true;
+}
+
+const char *launch_error() { return machine.refused ? "the launch was refused" : nullptr; }
+
+static bool launch_fits(const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes) {
     uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;
+    size_t   allowed = machine.allowed.count(kernel) > 0 ? machine.allowed[kernel] : 48u << 10;
     char     text[160];
     if (threads > 0 && threads <= 1024 && block.z <= 64 && grid.x > 0 && grid.y > 0 && grid.z > 0 &&
-        grid.x < 1u << 31 && grid.y < 65536 && grid.z < 65536 && dynamic_bytes <= machine.options.max_shared_bytes)
+        grid.x < 1u << 31 && grid.y < 65536 && grid.z < 65536 && dynamic_bytes <= allowed)
         return true;
     (void)snprintf(text, sizeof text, "grid (%u,%u,%u), block (%u,%u,%u), %zu bytes of dynamic shared memory", grid.x,
                    grid.y, grid.z, block.x, block.y, block.z, dynamic_bytes);
@@ -236,8 +247,9 @@ static bool launch_fits(dim3 grid, dim3 block, size_t dynamic_bytes) {
     return false;
 }
 
-void run_grid(const char *kernel, dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()> &body) {
-    machine.kernel = kernel;
+void run_grid(const char *name, const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
+              const std::function<void()> &body) {
+    machine.kernel = name;
     machine.block_starts.clear();
     machine.block_ids.clear();
     machine.published.clear();
@@ -245,7 +257,8 @@ void run_grid(const char *kernel, dim3 grid, dim3 block, size_t dynamic_bytes, c
     machine.launch_first = machine.epoch + 1;
     grid_dim = grid;
     block_dim = block;
-    if (!launch_fits(grid, block, dynamic_bytes)) return;
+    machine.refused = !launch_fits(kernel, grid, block, dynamic_bytes);
+    if (machine.refused) return;
     machine.n_threads = block.x * block.y * block.z;
     machine.dynamic_bytes = dynamic_bytes;
     machine.body = body;

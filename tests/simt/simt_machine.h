@@ -40,8 +40,8 @@ struct Access {
     uint32_t epoch, clock, who, place;
 };
 
-// What is remembered of a byte: the last write and two reads since. Two are enough to find a writer that no barrier
-// separates from some reader, see remember_reader.
+// What is remembered of a byte: the last write and two reads. Two are enough to find a writer that no barrier separates
+// from some reader, see remember_reader.
 struct Cell {
     Access writer, readers[2];
 };
@@ -55,6 +55,11 @@ struct Memory {
     size_t               bytes;
     Cell                *cells;   // [bytes], or NULL: races are not looked for
     std::vector<uint8_t> defined; // [bytes]
+
+    Memory(Space in, const char *called, void *address, size_t size, bool traced, bool is_defined);
+    Memory(const Memory &) = delete;
+    Memory &operator=(const Memory &) = delete;
+    ~Memory(); // shared memory goes with it
 };
 
 enum Use { READ, WRITE, UPDATE }; // UPDATE: atomic
@@ -85,7 +90,7 @@ struct Copy {
 struct Thread {
     uint3             index, block;
     unsigned          number, lane, warp; // `number` in the block
-    State             state;
+    State             state = READY;
     Place             at; // where it waits
     const char       *waits_in;
     uint32_t          known[32]; // of each lane of the warp: which of its clocks this thread is ordered behind
@@ -94,6 +99,11 @@ struct Thread {
     Fiber            *fiber;
     std::vector<Copy> copies;
     unsigned          n_groups;
+
+    Thread() : fiber(fiber_create()) {}
+    Thread(const Thread &) = delete;
+    Thread &operator=(const Thread &) = delete;
+    ~Thread() { fiber_destroy(fiber); }
 };
 
 extern Thread *self; // who runs
@@ -119,7 +129,12 @@ void report(Kind kind, Space space, Place at, const Actor *other, const std::str
 // The running thread cannot go on, nor the launch.
 [[noreturn]] void abandon();
 
-void run_grid(const char *kernel, dim3 grid, dim3 block, size_t dynamic_bytes, const std::function<void()> &body);
+// Kernels are told apart by their address.
+void run_grid(const char *name, const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
+              const std::function<void()> &body);
+bool allow_shared(const void *kernel, size_t bytes); // false: more than a block may have
+// What the last launch was refused for, or NULL.
+const char *launch_error();
 
 } // namespace simt
 

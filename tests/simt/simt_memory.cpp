@@ -21,11 +21,19 @@ static Cell *new_cells(size_t bytes) {
     return cells;
 }
 
+Memory::Memory(Space in, const char *called, void *address, size_t size, bool traced, bool is_defined)
+    : space(in), name(called), base(static_cast<unsigned char *>(address)), bytes(size),
+      cells(traced ? new_cells(size) : nullptr), defined(size, is_defined) {}
+
+Memory::~Memory() {
+    free(cells);
+    if (space == SHARED) free(base);
+}
+
 Memory *add_memory(const char *name, void *base, size_t bytes, bool defined) {
     remove_memory(base);
-    std::unique_ptr<Memory> m(new Memory{GLOBAL, name, static_cast<unsigned char *>(base), bytes, nullptr, {}});
-    if (bytes <= machine.options.max_traced_bytes) m->cells = new_cells(bytes);
-    m->defined.assign(bytes, defined);
+    std::unique_ptr<Memory> m(
+        new Memory(GLOBAL, name, base, bytes, bytes <= machine.options.max_traced_bytes, defined));
     Memory *result = m.get();
     machine.global[reinterpret_cast<uintptr_t>(base) + bytes] = std::move(m);
     return result;
@@ -34,7 +42,6 @@ Memory *add_memory(const char *name, void *base, size_t bytes, bool defined) {
 void remove_memory(const void *base) {
     for (auto i = machine.global.begin(); i != machine.global.end(); ++i) {
         if (i->second->base != base) continue;
-        free(i->second->cells);
         machine.global.erase(i);
         return;
     }
@@ -50,13 +57,7 @@ Memory *find_memory(const void *address) {
 // other bits with another seed.
 static Memory *shared_memory(const char *name, size_t bytes, const void *tag) {
     std::unique_ptr<Memory> &m = machine.shared[tag];
-    if (m == nullptr || m->bytes != bytes) {
-        if (m != nullptr) {
-            free(m->base);
-            free(m->cells);
-        }
-        m.reset(new Memory{SHARED, name, aligned_bytes(bytes), bytes, new_cells(bytes), {}});
-    }
+    if (m == nullptr || m->bytes != bytes) m.reset(new Memory(SHARED, name, aligned_bytes(bytes), bytes, true, false));
     memset(m->base, static_cast<int>(draw(256)), bytes);
     m->defined.assign(bytes, 0);
     machine.of_block.push_back(m.get());
@@ -100,13 +101,12 @@ static bool acquired(const Access &a) {
 }
 
 // Whether the running thread comes after an access: a barrier of the block lies between, or a __syncwarp that both
-// took part in (perhaps by way of others), or it is the thread's own.
+// took part in (perhaps by way of others), or it is the thread's own (whose clock it knows best).
 static bool ordered(const Access &a, Space space) {
     if (a.epoch < machine.launch_first) return true; // never, or another launch
     if (a.epoch < machine.block_first) return space == SHARED || acquired(a);
     if (a.epoch < machine.epoch) return true;
     unsigned who = a.who & THREAD_MASK;
-    if (who == self->number) return true;
     return who / 32 == self->warp && self->known[who % 32] >= a.clock;
 }
 
@@ -143,15 +143,6 @@ static const Access *conflict(const Memory *m, const Cell &cell, Use use) {
     return nullptr;
 }
 
-static void record(Cell *cell, Use use, const Access &now) {
-    if (use == READ) {
-        remember_reader(cell, now);
-    } else {
-        cell->writer = now;
-        cell->readers[0].epoch = cell->readers[1].epoch = 0;
-    }
-}
-
 static void trace(Memory *m, ptrdiff_t offset, size_t bytes, Use use, uint32_t flags, Place at) {
     Access now = access_now(flags, at);
     bool   told = false;
@@ -169,7 +160,10 @@ static void trace(Memory *m, ptrdiff_t offset, size_t bytes, Use use, uint32_t f
                        (kind == RACE ? ", and nothing orders it behind" : ", which is being copied there by"));
             told = true;
         }
-        record(cell, use, now);
+        if (use == READ)
+            remember_reader(cell, now);
+        else
+            cell->writer = now;
     }
 }
 
@@ -187,7 +181,7 @@ static void preempt() {
 }
 
 static bool within(const Memory *m, ptrdiff_t offset, size_t bytes) {
-    return m != nullptr && offset >= 0 && static_cast<size_t>(offset) <= m->bytes &&
+    return m != nullptr && static_cast<size_t>(offset) <= m->bytes && // a negative one is huge
            bytes <= m->bytes - static_cast<size_t>(offset);
 }
 
@@ -238,6 +232,7 @@ void copy_async(Memory *to, ptrdiff_t to_offset, Memory *from, ptrdiff_t from_of
     if (reinterpret_cast<uintptr_t>(to->base + to_offset) % 16 != 0)
         report(MISALIGNED, to->space, at, nullptr, "copies to " + where(to, to_offset, 16));
     trace(to, to_offset, 16, WRITE, PENDING, at);
+    memset(to->defined.data() + to_offset, 1, 16); // whoever reads too early is told so
     self->copies.push_back({to, from, to_offset, from_offset, valid, self->n_groups});
 }
 
@@ -253,7 +248,6 @@ void wait_copies(unsigned groups_left) {
         unsigned char *to = c.to->base + c.to_offset;
         memset(to, 0, 16);
         if (c.valid_bytes > 0) memcpy(to, c.from->base + c.from_offset, c.valid_bytes);
-        memset(c.to->defined.data() + c.to_offset, 1, 16);
         for (int i = 0; i < 16; i++) { // its own line stays
             Access *writer = &c.to->cells[c.to_offset + i].writer;
             Access  now = access_now(0, place_of(writer->place));

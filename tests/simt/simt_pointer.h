@@ -9,6 +9,7 @@
 
 #include <string.h>
 
+#include <tuple>
 #include <type_traits>
 
 #include "simt_machine.h"
@@ -154,7 +155,8 @@ template <typename T, Space S, typename F> std::remove_cv_t<T> update(Pointer<T,
 template <typename... P, typename... A>
 void launch(const char *name, dim3 grid, dim3 block, size_t dynamic_bytes, void (*kernel)(P...), A &&...arguments) {
     std::tuple<std::remove_cv_t<P>...> copies(static_cast<A &&>(arguments)...);
-    run_grid(name, grid, block, dynamic_bytes, [&copies, kernel]() { std::apply(kernel, copies); });
+    run_grid(name, reinterpret_cast<const void *>(kernel), grid, block, dynamic_bytes,
+             [&copies, kernel]() { std::apply(kernel, copies); });
 }
 
 // Global memory for a test: n elements with a name for the reports, gone at the end of the scope.
@@ -184,5 +186,7 @@ template <typename T> class Buffer {
 };
 
 } // namespace simt
+
+using simt::Place; // of the functions that CUDA names
 
 #endif
