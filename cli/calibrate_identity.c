@@ -29,7 +29,7 @@ static void describe_text(kvq_json *json, const calibration *c) {
     kvq_json_text(json, json->root, "draw", calibrate_draw_names[c->python_draw]);
     kvq_json_count(json, json->root, "held_out", c->windows.n_heldout);
     kvq_json_text(json, json->root, "bos", kvq_cli_bos_names[c->o->source.bos]);
-    kvq_json_text(json, json->root, "compute", kvq_compute_names[c->o->compute]);
+    kvq_json_text(json, json->root, "compute", kvq_compute_names[c->o->engine.compute]);
 }
 
 // Every option as it took effect. What a capture was made with is not known here.

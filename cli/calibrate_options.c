@@ -52,7 +52,7 @@ static kvq_status refuse_model_options(const calibrate_options *o, const char *b
     const named_option options[] = {
         {"--model", o->model != NULL},          {"--text", o->source.texts.count > 0},
         {"--tokens", o->source.tokens != NULL}, {"--bos", o->source.bos != KVQ_BOS_AUTO},
-        {"--held-out", o->held_out > 0},        {"--compute", o->compute != KVQ_COMPUTE_F32},
+        {"--held-out", o->held_out > 0},        {"--compute", o->engine.compute != KVQ_COMPUTE_F32},
         {"--eigenvectors", o->eigenvectors},
     };
     return refuse(options, CLI_COUNT_OF(options), beside, next, err);

@@ -118,7 +118,7 @@ kvq_status open_model(kvq_cli *cli, calibration *c, kvq_error *err) {
         KVQ_TRY(kvq_fit_options_check(&c->options.fit, err));
     if (c->like != NULL) KVQ_TRY(kvq_artifact_matches(c->like, config, NULL, err));
     KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, c->checkpoint, &c->identity, err));
-    KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &c->be, err));
+    KVQ_TRY(kvq_cli_backend(cli, &o->engine, &c->be, err));
     KVQ_TRY(kvq_model_create(&cli->ctx, c->be, c->checkpoint, false, &c->model, err));
 done:
     return status;

@@ -30,7 +30,7 @@ typedef struct calibrate_options {
     int               datatype, k_datatype, v_datatype; // kvq_datatype, or NOT_GIVEN
     int               weighting;                        // kvq_weighting, or NOT_GIVEN
     int               groups, k_axis, k_domain, threshold_scope, draw, compat;
-    int               compute; // kvq_compute
+    kvq_cli_engine    engine;
     allocated_options allocated;
     int64_t           memory_limit, scratch_limit; // bytes, 0 = none
     bool              force, dry_run, restart, measure_only, eigenvectors, q_norm, compare_lloyd, count_sinks;

@@ -16,7 +16,8 @@ typedef struct capture_options {
     const char    *model, *output, *work_dir, *layers;
     int64_t        samples, seq_len;
     kvq_cli_seed   seed;
-    int            dtype, compute;
+    int            dtype;
+    kvq_cli_engine engine;
     bool           with_query, with_fisher, force, dry_run;
 } capture_options;
 
@@ -32,9 +33,7 @@ static const kvq_cli_option OPTIONS[] = {
     {"dtype", 0, CLI_CHOICE, AT(dtype), "TYPE",
      .help = "how K, V and Q are stored: f32 (default) or f16; squared gradients are always f32",
      .choices = DTYPE_NAMES},
-    {"compute", 0, CLI_CHOICE, AT(compute), "TYPE",
-     .help = "type of the factors in linear layers: f32 (default), or bf16 where the processor has it",
-     .choices = kvq_compute_names},
+    CLI_ENGINE_ROWS,
     {"threads", 0, CLI_COUNT, AT(common.n_threads), "N", .help = "changes speed, never a result (one per core)",
      .min = 1, .max = KVQ_MAX_THREADS},
     {"work-dir", 0, CLI_TEXT, AT(work_dir), "DIR", .help = "scratch, removed at the end (OUT.work)"},
@@ -132,7 +131,7 @@ static kvq_status open_model(kvq_cli *cli, capture_run *r, kvq_error *err) {
     KVQ_TRY(read_layers(o->layers, config->n_layers, &r->info, err));
     KVQ_TRY(kvq_cli_seq_len(cli, config, o->seq_len, CLI_DEFAULT_SEQ_LEN, &r->info.dataset.seq_len, err));
     KVQ_TRY(kvq_checkpoint_identify(&cli->ctx, r->checkpoint, &r->identity, err));
-    KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &r->be, err));
+    KVQ_TRY(kvq_cli_backend(cli, &o->engine, &r->be, err));
     KVQ_TRY(kvq_model_create(&cli->ctx, r->be, r->checkpoint, false, &r->model, err));
     describe_model(r);
     r->info.dataset.n_windows = o->samples;

@@ -171,6 +171,23 @@ kvq_status kvq_cli_check_output_of(kvq_cli *cli, const char *option, const char 
 #define CLI_MAX_PATH 4096
 kvq_status kvq_cli_work_dir(const char *wanted, const char *output, char out[CLI_MAX_PATH], kvq_error *err);
 
+// ---------------------------------------------------------------- where and how it is computed (program.c)
+
+typedef struct kvq_cli_engine {
+    const char *device;  // NULL: auto
+    int         compute; // kvq_compute
+} kvq_cli_engine;
+
+// clang-format off
+#define CLI_ENGINE_ROWS                                                                                                \
+    {"device", 0, CLI_TEXT, AT(engine.device), "DEV", .help = "cpu, or auto: the fastest there is, today the CPU",     \
+     .rare = true},                                                                                                    \
+    {"compute", 0, CLI_CHOICE, AT(engine.compute), "TYPE",                                                             \
+     .help = "type of the factors in linear layers: f32 (default), or bf16 where the processor has it",                \
+     .choices = kvq_compute_names}
+// clang-format on
+kvq_status kvq_cli_backend(kvq_cli *cli, const kvq_cli_engine *engine, kvq_backend **out, kvq_error *err);
+
 // ---------------------------------------------------------------- tokens (tokens.c, texts.c, self_text.c)
 
 extern const char *const kvq_cli_bos_names[];         // in the order of kvq_bos_policy

@@ -222,7 +222,7 @@ kvq_status validate_run(kvq_cli *cli, void *options, int *exit_code, kvq_error *
     kvq_model              *model = NULL;
     validate_report         r = {.self = kvq_cli_is_self(&o->source),
                                  .bos = o->source.bos,
-                                 .compute = o->compute,
+                                 .compute = o->engine.compute,
                                  .gates = gates,
                                  .open_fails = o->inconclusive == VALIDATE_OPEN_FAILS,
                                  .command = command,
@@ -238,7 +238,7 @@ kvq_status validate_run(kvq_cli *cli, void *options, int *exit_code, kvq_error *
     cli->n_layers = r.config->n_layers;
     r.artifact = artifact;
     r.artifact_name = o->artifact != NULL ? kvq_file_name(o->artifact) : NULL;
-    KVQ_TRY(kvq_backend_cpu(&cli->ctx, (kvq_compute)o->compute, &be, err));
+    KVQ_TRY(kvq_cli_backend(cli, &o->engine, &be, err));
     KVQ_TRY(take_windows(cli, o, be, checkpoint, &r, err));
     print_plan(cli, o, be, &r);
     KVQ_TRY(check_baseline(o, &r, err));

@@ -131,3 +131,8 @@ int kvq_cli_main(const kvq_cli_program *program, int argc, char **argv, void *op
     free_arguments(&args);
     return exit_code;
 }
+
+kvq_status kvq_cli_backend(kvq_cli *cli, const kvq_cli_engine *engine, kvq_backend **out, kvq_error *err) {
+    const char *device = engine->device != NULL ? engine->device : "auto";
+    return kvq_backend_open(&cli->ctx, device, (kvq_compute)engine->compute, out, err);
+}

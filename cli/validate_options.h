@@ -14,7 +14,7 @@ typedef struct validate_options {
     int64_t          seq_len, windows; // 0 = not given
     kvq_cli_seed     seed;
     kvq_cli_list     gates;
-    int              compute;  // kvq_compute
+    kvq_cli_engine   engine;
     int              protocol; // kvq_protocol
     int64_t          prompt;   // 0 = not given
     int64_t          layer_windows, noise_windows;

@@ -190,6 +190,10 @@ extern const char *const kvq_compute_names[]; // "f32", "bf16", NULL at the end
 // The CPU backend. `ctx` is borrowed and must outlive it; release with be->destroy(&be). KVQ_ERR_UNSUPPORTED when bf16
 // is asked of a processor without instructions for it, or of a build without oneDNN.
 kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_compute compute, kvq_backend **out, kvq_error *err);
+// The backend of a device: "cpu", or "auto", the fastest there is, which in this version is the CPU. KVQ_ERR_UNSUPPORTED
+// for "cuda" and "cuda:N", KVQ_ERR_USAGE for any other word.
+kvq_status kvq_backend_open(const kvq_context *ctx, const char *device, kvq_compute compute, kvq_backend **out,
+                            kvq_error *err);
 
 #ifdef __cplusplus
 }

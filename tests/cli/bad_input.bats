@@ -309,3 +309,14 @@ limited() {
     contains "$stderr" "KVQ-E2002" "another run (process" "--work-dir"
   ) 9>wk/kvq-lock
 }
+
+@test "a device that there is not" {
+  for program in "kvq-calibrate -o out.kvq.h5 $SMALL" "kvq-capture -o out.kvqc.h5 $SMALL" "kvq-validate --seq-len 32"; do
+    fails 3 $program --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" --device cuda:1
+    contains "$stderr" "--device cuda:1" "on the CPU only"
+    fails 2 $program --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" --device cuda:x
+    contains "$stderr" "cpu, cuda, cuda:N or auto"
+  done
+  succeeds kvq-validate --seq-len 32 --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" --device auto
+  contains "$stderr" "cpu threads"
+}
