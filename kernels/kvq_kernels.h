@@ -23,10 +23,8 @@ extern "C" {
 typedef struct kvq_second_set {
     int64_t recent, tile, prompt;
 } kvq_second_set;
-static inline bool kvq_second_set_used(const kvq_second_set *s) {
-    return s->recent > 0 || s->tile > 0 || s->prompt > 0;
-}
-static inline int64_t kvq_second_set_begin(const kvq_second_set *s, int64_t i) {
+KVQ_HD bool    kvq_second_set_used(const kvq_second_set *s) { return s->recent > 0 || s->tile > 0 || s->prompt > 0; }
+KVQ_HD int64_t kvq_second_set_begin(const kvq_second_set *s, int64_t i) {
     int64_t begin = i < s->prompt || i < s->recent ? 0 : i + 1 - s->recent;
     int64_t open = s->tile > 0 ? (i + 1) / s->tile * s->tile : i + 1;
     return begin < open ? begin : open;

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "kernels_impl.h"
-#include "kvq_exp_hd.h"
+#include "kvq_gate_hd.h"
 
 #define ROWS_PER_ITEM     32
 #define ELEMENTS_PER_ITEM 16384
@@ -126,34 +126,12 @@ typedef struct activated {
     float value[BLOCK], slope[BLOCK]; // of the activation
 } activated;
 
-// s = sigmoid(x), and *rest = 1 - s without its cancellation. exp's argument is bounded so that it neither overflows
-// nor leaves its domain; the sigmoid is exact to f32 beyond.
-static float sigmoid(float x, float *rest) {
-    float e = kvq_exp_f32(x < -80.0f ? 80.0f : -x), s = 1.0f / (1.0f + e);
-    *rest = e * s;
-    return s;
-}
-
-// silu'(g) = s + g s (1 - s), s = sigmoid(g)
 static void silu(const float *g, activated *a, int64_t n) {
-    for (int64_t i = 0; i < n; i++) {
-        float rest, s = sigmoid(g[i], &rest);
-        a->value[i] = g[i] * s;
-        a->slope[i] = s + g[i] * s * rest;
-    }
+    for (int64_t i = 0; i < n; i++) a->value[i] = kvq_silu_f32(g[i], &a->slope[i]);
 }
 
-// (1 + tanh u) / 2 = sigmoid(2 u), which does not cancel for negative u. With 2 u = g (c + d g^2):
-// gelu'(g) = s + g s (1 - s) (c + 3 d g^2). Beyond |g| = 16 the sigmoid is 0 or 1 to f32, and the bound keeps g^2
-// finite.
 static void gelu_tanh(const float *g, activated *a, int64_t n) {
-    const float c = 1.59576912f, d = 0.0713548163f; // 2 sqrt(2 / pi), 0.044715 times that
-    for (int64_t i = 0; i < n; i++) {
-        float bounded = g[i] < -16.0f ? -16.0f : g[i] > 16.0f ? 16.0f : g[i];
-        float square = bounded * bounded, rest, s = sigmoid(bounded * (c + d * square), &rest);
-        a->value[i] = g[i] * s;
-        a->slope[i] = s + bounded * s * rest * (c + 3.0f * d * square);
-    }
+    for (int64_t i = 0; i < n; i++) a->value[i] = kvq_gelu_tanh_f32(g[i], &a->slope[i]);
 }
 
 static void (*const ACTIVATIONS[])(const float *g, activated *a, int64_t n) = {

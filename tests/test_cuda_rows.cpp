@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Rows on the emulated device: the same bytes, the same decoded bits and the same first bad token as on the CPU, for
 // every order of threads, and nothing for the emulator to report.
-#include "cuda_rig.h"
+#include "cuda_codec_rig.h"
 
 // One problem, and what the CPU makes of it.
 struct Example {

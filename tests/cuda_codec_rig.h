@@ -2,8 +2,8 @@
 //
 // What the suites of the device codecs share: emulated memory with a spec in it, and numbers that are awkward on
 // purpose.
-#ifndef CUDA_RIG_H
-#define CUDA_RIG_H
+#ifndef CUDA_CODEC_RIG_H
+#define CUDA_CODEC_RIG_H
 
 #include <limits.h>
 #include <math.h>
