@@ -48,4 +48,7 @@ static inline float draw(int fill, uint32_t stream, size_t index) {
     return u < -0.45 ? -1.0f : u > 0.45 ? 1.0f : u < 0 ? -0.0f : 0.0f;
 }
 
+// Beyond the range of a channel, but not beyond KVQ_OUTLIER_EDGE; exact.
+#define JUST_INSIDE 1.000030517578125f // 1 + 2^-15
+
 #endif
