@@ -38,6 +38,7 @@ enum Fill {
     HEAVY_TAILS, // many beyond any range
     FEW_VALUES,  // a grid of halves, so that ties abound, among values and between levels
     ZEROS,       // of both signs, and little else
+    LAST_BITS,   // sixteen neighbours of 2, so that every bit of a key decides
     N_FILLS
 };
 
@@ -45,7 +46,11 @@ static inline float draw(int fill, uint32_t stream, size_t index) {
     double u = uniform(stream, index) - 0.5;
     if (fill == HEAVY_TAILS) return (float)tan(2.9 * u);
     if (fill == FEW_VALUES) return (float)floor(9 * u) / 2;
+    if (fill == LAST_BITS) return kvq_float_of_bits(kvq_bits_of_float(2) + (uint32_t)(16 * (u + 0.5)));
     return u < -0.45 ? -1.0f : u > 0.45 ? 1.0f : u < 0 ? -0.0f : 0.0f;
 }
+
+// Beyond the range of a channel, but not beyond KVQ_OUTLIER_EDGE; exact.
+#define JUST_INSIDE 1.000030517578125f // 1 + 2^-15
 
 #endif

@@ -55,8 +55,11 @@ static void fill_keys(Example *e, const Shape &shape, uint32_t stream) {
         e->middle.push_back(e->z[c] + 0.25f * (float)(c % 2));
         e->half.push_back(c % 13 == 5 ? 0.0f : (float)(1 << c % 3));
     }
-    for (size_t i = 0; i < d * (size_t)shape.n_tokens; i++)
-        e->x.push_back(e->z[i % d] + draw(shape.fill, stream, i) * (i / d % 7 == 3 ? 16.0f : 1.0f));
+    for (size_t i = 0; i < d * (size_t)shape.n_tokens; i++) {
+        float x = e->z[i % d] + draw(shape.fill, stream, i) * (i / d % 7 == 3 ? 16.0f : 1.0f);
+        if (i % 19 == 7) x = e->middle[i % d] + (x < 0 ? -JUST_INSIDE : JUST_INSIDE) * e->half[i % d];
+        e->x.push_back(x);
+    }
 }
 
 // Tokens of very different size, among them zero and tiny ones, and for fp8 some that saturate.

@@ -169,8 +169,8 @@ KVQ_DEVICE void rotate_in_place(const TileSpec &s, KVQ_SHARED_PTR(float) y) {
 }
 
 // Scales of the part, by a thread for each token: stored and, as they are stored, in `scales`. A token that is not
-// coded has zeros in y.
-KVQ_DEVICE void find_scales(const TileSpec &s, const Tokens &tokens, const ValuePart &part, KVQ_GLOBAL(uint8_t) tile,
+// coded has zeros in y, and so a scale of 0.
+KVQ_DEVICE void find_scales(const TileSpec &s, const ValuePart &part, KVQ_GLOBAL(uint8_t) tile,
                             KVQ_SHARED_PTR(const float) y, KVQ_SHARED_PTR(float) scales,
                             KVQ_GLOBAL_ALIASED(int) first_bad) {
     int      t = (int)threadIdx.x, at = part.head * KVQ_TILE_TOKENS + part.token + t;
@@ -183,14 +183,13 @@ KVQ_DEVICE void find_scales(const TileSpec &s, const Tokens &tokens, const Value
     }
     kvq_tile_spec form = scale_form(s);
     int           fits = kvq_tile_find_scale(&form, squares, &code, &scale);
-    int64_t       token = part.start + part.token + t;
     scales[t] = scale;
-    if (!is_coded(tokens, token)) code = 0;
+
     if (s.scale_format == KVQ_SCALE_F16)
         kvq_as<uint16_t>(tile + s.code_bytes)[at] = code;
     else
         tile[s.code_bytes + at] = (uint8_t)code;
-    if (fits == 0) atomicMin(first_bad, (int)token);
+    if (fits == 0) atomicMin(first_bad, (int)(part.start + part.token + t));
 }
 
 // Index of the nearest of n level vectors by dx^2 + dy^2 (y = 0 where dim is 1), the lower one on a tie.
@@ -238,7 +237,7 @@ KVQ_KERNEL KVQ_BOUNDS(KVQ_TILE_MAX_HEAD_DIM, MIN_BLOCKS)
     }
     if (has_coded(tokens, part)) rotate_in_place(s, y); // otherwise zeros
     __syncthreads();
-    find_scales(s, tokens, part, tile, y, scales, first_bad);
+    find_scales(s, part, tile, y, scales, first_bad);
     __syncthreads();
     store_value_codes(s, tokens, part, tile, y, scales);
 }
