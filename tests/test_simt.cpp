@@ -145,7 +145,10 @@ END_TEST
 // ---------------------------------------------------------------- the order of threads and blocks
 
 static float run_once(faulty_launch launch, uint64_t seed, size_t at) {
-    begin(seed);
+    simt::Options options;
+    options.seed = seed;
+    if (launch == faulty_order_of_threads) options.preempt_every = 1u << 20; // by the order of starting alone
+    simt::begin(options);
     simt::Buffer<float> d_x("x", ramp(256)), d_y("y", std::vector<float>(256, 0.0f));
     launch(d_x.data(), d_y.data(), nullptr);
     return d_y.values()[at];
@@ -165,6 +168,7 @@ START_TEST(order_is_drawn) {
     ck_assert(depends_on_seed(faulty_lost_update, 0));
     ck_assert(depends_on_seed(faulty_atomic_and_plain, 0));
     ck_assert(depends_on_seed(faulty_order_of_blocks, 0));
+    ck_assert(depends_on_seed(faulty_order_of_threads, 0));
 }
 END_TEST
 
@@ -206,6 +210,14 @@ static const Fault faults[] = {
     FAULT(second_reader, RACE, SHARED, true),
     FAULT(vote_is_no_barrier, RACE, SHARED, true),
     FAULT(stale_shared, UNINITIALISED, SHARED, false),
+    FAULT(no_barrier_before_fence, RACE, GLOBAL, true),
+    FAULT(one_without_fence, RACE, GLOBAL, true),
+    FAULT(reads_without_fence, RACE, GLOBAL, true),
+    FAULT(barrier_before_wait, RACE, SHARED, true),
+    FAULT(after_syncwarp, RACE, SHARED, true),
+    FAULT(two_shuffles, DIVERGENT_WARP, SHARED, true),
+    FAULT(two_masks, DIVERGENT_WARP, SHARED, true),
+    FAULT(no_such_lane, DIVERGENT_WARP, SHARED, false),
     FAULT(shared_read, OUT_OF_BOUNDS, SHARED, false),
     FAULT(shared_write, OUT_OF_BOUNDS, SHARED, false),
     FAULT(global_read, OUT_OF_BOUNDS, GLOBAL, false),
@@ -244,6 +256,15 @@ static bool names_lines(const simt::Report &r, int first, int second) {
            (r.first.at.line == second && r.second.at.line == first);
 }
 
+static bool same(uint3 a, uint3 b) { return a.x == b.x && a.y == b.y && a.z == b.z; }
+
+// Threads of a race: of two blocks in global memory, two of one block in shared memory.
+static bool names_threads(const simt::Report &r) {
+    if (r.kind != simt::RACE) return true;
+    bool same_block = same(r.first.block, r.second.block), same_thread = same(r.first.thread, r.second.thread);
+    return r.space == simt::GLOBAL ? !same_block : same_block && !same_thread;
+}
+
 // Every report of a faulty kernel is of its kind and names its lines: nothing else is wrong with it.
 START_TEST(fault_is_reported_with_its_lines) {
     const Fault &fault = faults[_i / 5];
@@ -254,15 +275,86 @@ START_TEST(fault_is_reported_with_its_lines) {
     options.max_accesses = 20000;
     simt::begin(options);
     simt::Buffer<float> d_x("x", ramp(256)), d_y("y", 256);
-    if (fault.launch == faulty_no_fence) d_y.set(std::vector<float>(256, 0.0f));
+    if (fault.launch != faulty_uninitialised_global) d_y.set(std::vector<float>(256, 0.0f));
     fault.launch(d_x.data(), d_y.data(), nullptr);
     ck_assert_msg(!simt::reports().empty(), "%s: nothing was reported", fault.name);
     for (const simt::Report &r : simt::reports()) {
         ck_assert_msg(r.kind == fault.kind && r.space == fault.space && r.has_second == fault.has_second &&
-                          names_lines(r, first, second) &&
+                          names_lines(r, first, second) && names_threads(r) &&
                           r.kernel.find(fault.name == std::string("host_pointer") ? "store_zero" : fault.name) == 0,
                       "%s (lines %d, %d): %s", fault.name, first, second, simt::report_text().c_str());
     }
+}
+END_TEST
+
+START_TEST(both_threads_of_a_race_are_named) {
+    (void)run_once(faulty_no_barrier, 1, 0);
+    for (const simt::Report &r : simt::reports()) ck_assert_uint_eq(r.first.thread.x ^ r.second.thread.x, 1);
+    ck_assert_uint_le(simt::reports().size(), 2); // who came later read, or wrote
+    ck_assert_int_gt(simt::reports()[0].count, 1);
+    (void)run_once(faulty_reads_without_fence, 1, 0);
+    for (const simt::Report &r : simt::reports()) ck_assert_uint_eq(r.first.block.x + r.second.block.x, 3);
+}
+END_TEST
+
+START_TEST(launch_after_a_broken_one_runs) {
+    begin(1);
+    simt::Buffer<float> d_x("x", ramp(256)), d_y("y", 256);
+    faulty_exit_before_barrier(d_x.data(), d_y.data(), nullptr);
+    begin(2);
+    sample_vectors(d_x.data(), d_y.data(), 256, nullptr);
+    expect_clean();
+    ck_assert(d_y.values()[9] == d_x.values()[9] + 1);
+}
+END_TEST
+
+START_TEST(copies_end_with_their_block) {
+    begin(1);
+    std::vector<int>  x(4, 5);
+    simt::Buffer<int> d_x("x", x), d_y("y", 1);
+    sample_unfinished_copy(d_x.data(), d_y.data(), nullptr);
+    expect_clean();
+    ck_assert_int_eq(d_y.values()[0], 7);
+}
+END_TEST
+
+START_TEST(addresses_belong_to_their_buffer) {
+    static char bytes[64];
+    begin(1);
+    simt::Memory *m = simt::add_memory("middle", bytes + 16, 16, true);
+    ck_assert_ptr_null(simt::find_memory(bytes + 15));
+    ck_assert_ptr_eq(simt::find_memory(bytes + 16), m);
+    ck_assert_ptr_eq(simt::find_memory(bytes + 32), m); // its end
+    ck_assert_ptr_null(simt::find_memory(bytes + 33));
+    simt::remove_memory(bytes + 16);
+    ck_assert_ptr_null(simt::find_memory(bytes + 16));
+}
+END_TEST
+
+// nvcc refuses what is too large by itself, so these are only here.
+KVQ_KERNEL too_much_static(KVQ_GLOBAL(float) y) {
+    KVQ_SHARED(float, part, 12289);
+    part[threadIdx.x] = 0;
+    y[threadIdx.x] = part[threadIdx.x];
+}
+
+KVQ_KERNEL both_kinds(KVQ_GLOBAL(float) y) {
+    KVQ_SHARED(float, part, 4);
+    part[0] = 0;
+    y[0] = part[0];
+}
+
+START_TEST(shared_memory_has_two_limits) {
+    simt::Buffer<float> d_y("y", 32);
+    begin(1);
+    KVQ_LAUNCH(too_much_static, 1, 32, 0, nullptr, d_y.data());
+    ck_assert_int_eq(simt::reports().at(0).kind, simt::BAD_LAUNCH);
+    begin(1);
+    ck_assert(KVQ_ALLOW_SHARED(both_kinds, 232448));
+    KVQ_LAUNCH(both_kinds, 1, 1, 232432, nullptr, d_y.data());
+    expect_clean();
+    KVQ_LAUNCH(both_kinds, 1, 1, 232448, nullptr, d_y.data());
+    ck_assert_int_eq(simt::reports().at(0).kind, simt::BAD_LAUNCH);
 }
 END_TEST
 
@@ -317,6 +409,11 @@ static const kvq_test_case cases[] = {
     KVQ_LOOP(pipeline_of_asynchronous_copies, N_SEEDS),
     KVQ_CASE(order_is_drawn),
     KVQ_CASE(same_seed_gives_the_same_run),
+    KVQ_CASE(both_threads_of_a_race_are_named),
+    KVQ_CASE(launch_after_a_broken_one_runs),
+    KVQ_CASE(copies_end_with_their_block),
+    KVQ_CASE(addresses_belong_to_their_buffer),
+    KVQ_CASE(shared_memory_has_two_limits),
     KVQ_CASE(launches_know_the_limits_of_a_block),
     KVQ_CASE(indices_of_three_dimensions),
     KVQ_CASE(large_buffers_are_checked_without_races),

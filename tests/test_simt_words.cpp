@@ -109,7 +109,8 @@ END_TEST
 // ---------------------------------------------------------------- halves
 
 // Halves are multiples of 2^-24, their products of 2^-48: whole numbers of 128 bits.
-typedef __int128 whole;
+typedef __int128   whole;
+static const whole SCALE = (whole)1 << 24;
 
 static whole whole_of(unsigned half) { // times 2^24
     int   exponent = (int)(half >> 10 & 31u);
@@ -153,10 +154,10 @@ START_TEST(halves_are_rounded_once) {
         __half a = __ushort_as_half((unsigned short)h[0]), b = __ushort_as_half((unsigned short)h[1]),
                c = __ushort_as_half((unsigned short)h[2]);
         whole x = whole_of(h[0]), y = whole_of(h[1]), z = whole_of(h[2]);
-        expect_half(__hadd_rn(a, b), (x + y) << 24, "sum", h);
-        expect_half(__hsub_rn(a, b), (x - y) << 24, "difference", h);
+        expect_half(__hadd_rn(a, b), (x + y) * SCALE, "sum", h);
+        expect_half(__hsub_rn(a, b), (x - y) * SCALE, "difference", h);
         expect_half(__hmul_rn(a, b), x * y, "product", h);
-        expect_half(__hfma(a, b, c), x * y + (z << 24), "fused", h);
+        expect_half(__hfma(a, b, c), x * y + z * SCALE, "fused", h);
     }
 }
 END_TEST

@@ -67,6 +67,13 @@ FAULTY_ON(order_of_blocks, 16, 1, 0) {
     if (rank == 0) y[0] = (float)blockIdx.x;
 }
 
+FAULTY(order_of_threads) {
+    KVQ_SHARED(int, count, 1);
+    if (threadIdx.x == 0) count[0] = 0;
+    __syncthreads();
+    if (atomicAdd(&count[0], 1) == 0) y[0] = (float)threadIdx.x;
+}
+
 // The last block reads what no fence has published.
 FAULTY_ON(no_fence, 4, 32, 0) {
     KVQ_SHARED(unsigned, before, 1);
@@ -77,6 +84,39 @@ FAULTY_ON(no_fence, 4, 32, 0) {
     __syncthreads();
     if (before[0] == gridDim.x - 1 && threadIdx.x < 4)
         y[128 + threadIdx.x] = y[16 * threadIdx.x]; // here: no_fence/second
+}
+
+// The thread that fences has nothing to publish; who wrote has not reached a barrier.
+FAULTY_ON(no_barrier_before_fence, 4, 32, 0) {
+    KVQ_SHARED(unsigned, before, 1);
+    if (threadIdx.x == 1) y[16 * blockIdx.x] = 1; // here: no_barrier_before_fence/first
+    if (threadIdx.x == 0) {
+        __threadfence();
+        before[0] = atomicAdd(kvq_as<unsigned>(y + 255), 1u);
+    }
+    __syncthreads();
+    bool last = before[0] == gridDim.x - 1;
+    if (last && threadIdx.x < 4) y[128 + threadIdx.x] = y[16 * threadIdx.x]; // here: no_barrier_before_fence/second
+}
+
+// One block publishes nothing, and learns nothing.
+FAULTY_ON(one_without_fence, 8, 32, 0) {
+    KVQ_SHARED(unsigned, before, 1);
+    if (threadIdx.x == 0) {
+        y[16 * blockIdx.x] = 1; // here: one_without_fence/first
+        if (blockIdx.x != 1) __threadfence();
+        before[0] = atomicAdd(kvq_as<unsigned>(y + 255), 1u);
+    }
+    __syncthreads();
+    bool last = before[0] == gridDim.x - 1;
+    if (last && threadIdx.x < 8) y[128 + threadIdx.x] = y[16 * threadIdx.x]; // here: one_without_fence/second
+}
+
+FAULTY_ON(reads_without_fence, 8, 1, 0) {
+    if (blockIdx.x == 0) y[0] = 1; // here: reads_without_fence/first
+    if (blockIdx.x != 3) __threadfence();
+    atomicAdd(kvq_as<unsigned>(y + 255), 1u);
+    if (blockIdx.x == 3) y[1] = y[0]; // here: reads_without_fence/second
 }
 
 FAULTY(atomic_and_plain) {
@@ -109,6 +149,14 @@ FAULTY_ON(vote_is_no_barrier, 1, 32, 0) {
     if (threadIdx.x == 0) part[0] = 1; // here: vote_is_no_barrier/first
     (void)__any_sync(0xffffffffu, 1);
     if (threadIdx.x == 1) y[0] = (float)part[0]; // here: vote_is_no_barrier/second
+}
+
+FAULTY_ON(after_syncwarp, 1, 32, 0) {
+    KVQ_SHARED(int, part, 1);
+    __syncwarp();
+    if (threadIdx.x == 1) part[0] = 1; // here: after_syncwarp/first
+    (void)__any_sync(0xffffffffu, 1);
+    if (threadIdx.x == 0) y[0] = (float)part[0]; // here: after_syncwarp/second
 }
 
 // The writer is behind all readers of its own warp, and not behind the one of the other.
@@ -211,6 +259,24 @@ FAULTY(missing_lane_of_barrier) {
     y[threadIdx.x] = x[threadIdx.x];
 }
 
+FAULTY(two_shuffles) {
+    float v = x[threadIdx.x];
+    if (threadIdx.x % 2 == 0)
+        v += __shfl_xor_sync(0xffffffffu, v, 1); // here: two_shuffles/first
+    else
+        v -= __shfl_xor_sync(0xffffffffu, v, 1); // here: two_shuffles/second
+    y[threadIdx.x] = v;
+}
+
+FAULTY(two_masks) {
+    unsigned mask = threadIdx.x % 32 < 16 ? 0xffffffffu : 0xffff0000u;
+    y[threadIdx.x] = __shfl_xor_sync(mask, x[threadIdx.x], 1); // here: two_masks/first
+}
+
+FAULTY_ON(no_such_lane, 1, 16, 0) {
+    y[threadIdx.x] = __shfl_xor_sync(0xffffffffu, x[threadIdx.x], 1); // here: no_such_lane/first
+}
+
 FAULTY(not_in_mask) {
     unsigned yes = __ballot_sync(0x0000ffffu, x[threadIdx.x] > 0); // here: not_in_mask/first
     y[threadIdx.x] = (float)yes;
@@ -278,6 +344,18 @@ FAULTY(copy_without_barrier) {
     kvq_copy_commit();
     kvq_copy_wait<0>();
     y[i] = part[4 * (63 - i)]; // here: copy_without_barrier/second
+}
+
+// A barrier in front of the wait is none behind it.
+FAULTY_ON(barrier_before_wait, 1, 32, 0) {
+    KVQ_SHARED(float, part, 128);
+    int i = (int)threadIdx.x;
+    kvq_copy_async_16(part + 4 * i, x + 4 * i); // here: barrier_before_wait/first
+    kvq_copy_commit();
+    __syncthreads();
+    kvq_copy_wait<0>();
+    (void)__any_sync(0xffffffffu, 1);
+    y[i] = part[4 * (31 - i)]; // here: barrier_before_wait/second
 }
 
 // The copy is begun while others may still read what was there.

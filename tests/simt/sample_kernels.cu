@@ -226,6 +226,23 @@ void sample_pipeline(const int *x, int *sum, int n, kvq_stream stream) {
     KVQ_LAUNCH(pipeline, 1, PIPE_THREADS, 0, stream, x, sum, n);
 }
 
+KVQ_KERNEL unfinished_copy(KVQ_GLOBAL(const int) x, KVQ_GLOBAL(int) y, int is_first) {
+    KVQ_SHARED(int, part, 4);
+    if (is_first) {
+        kvq_copy_async_16(part, x);
+        kvq_copy_commit();
+    } else {
+        part[0] = 7;
+        kvq_copy_commit();
+        kvq_copy_wait<0>();
+        y[0] = part[0];
+    }
+}
+
+void sample_unfinished_copy(const int *x, int *y, kvq_stream stream) {
+    for (int is_first = 1; is_first >= 0; is_first--) KVQ_LAUNCH(unfinished_copy, 1, 1, 0, stream, x, y, is_first);
+}
+
 // ---------------------------------------------------------------- the codec
 
 // A spec goes to the device as it is, with plain pointers.

@@ -33,6 +33,8 @@ void sample_lanes(const int *x, int *y, kvq_stream stream);
 void sample_mma(const uint16_t *a, const uint16_t *b, float *d, uint16_t *t, kvq_stream stream);
 // sum[0] = sum of x [n], a multiple of 4, tile by tile through asynchronous copies, two on their way.
 void sample_pipeline(const int *x, int *sum, int n, kvq_stream stream);
+// y[0] = 7 for two blocks, the first of which leaves a copy of x [4] on its way when it ends.
+void sample_unfinished_copy(const int *x, int *y, kvq_stream stream);
 // What one thread makes of one row and of one tile with the codec. Everything that the specs point to is on the device;
 // results are the status and the bytes.
 void sample_encode_row(const kvq_block_spec *spec, const float *x, const kvq_block_scratch *scratch, uint8_t *row,

@@ -40,21 +40,10 @@ static inline __half half_of_double(double x) {
     return __float2half_rn(f);
 }
 
-// The sum of two doubles, odd where it is not exact.
-static inline double odd_sum(double a, double b) {
-    double sum = a + b, part = sum - a, error = (a - (sum - part)) + (b - part);
-    if (error == 0 || !(sum - sum == 0)) return sum;
-    uint64_t bits;
-    memcpy(&bits, &sum, sizeof bits);
-    if ((error < 0) == (sum > 0)) bits--; // towards zero
-    bits |= 1u;
-    memcpy(&sum, &bits, sizeof bits);
-    return sum;
-}
-
 } // namespace simt
 
-// Sums of two halves are exact as double, products as float.
+// Sums of two halves are exact as double, products as float. A product plus a half is exact as double as well, or the
+// product is less than 2^-32 of the half, and the half is the result.
 static inline __half __hadd_rn(__half a, __half b) {
     return simt::half_of_double(static_cast<double>(__half2float(a)) + static_cast<double>(__half2float(b)));
 }
@@ -64,7 +53,7 @@ static inline __half __hsub_rn(__half a, __half b) {
 static inline __half __hmul_rn(__half a, __half b) { return __float2half_rn(__half2float(a) * __half2float(b)); }
 static inline __half __hfma(__half a, __half b, __half c) {
     double product = static_cast<double>(__half2float(a)) * static_cast<double>(__half2float(b));
-    return simt::half_of_double(simt::odd_sum(product, static_cast<double>(__half2float(c))));
+    return simt::half_of_double(product + static_cast<double>(__half2float(c)));
 }
 static inline __half __hneg(__half a) { return {static_cast<uint16_t>(a.bits ^ 0x8000u)}; }
 static inline __half __habs(__half a) { return {static_cast<uint16_t>(a.bits & 0x7fffu)}; }

@@ -171,11 +171,14 @@ static void report_all_stuck() {
 
 // ---------------------------------------------------------------- blocks and grids
 
+// Of one block after another.
 static void run_thread() {
-    machine.body();
-    self->state = DONE;
-    machine.n_done++;
-    for (;;) yield();
+    for (;;) {
+        machine.body();
+        self->state = DONE;
+        machine.n_done++;
+        yield();
+    }
 }
 
 static void start_thread(unsigned number, uint3 block) {
@@ -194,7 +197,7 @@ static void start_thread(unsigned number, uint3 block) {
     t->n_accesses = 0;
     t->copies.clear();
     t->n_groups = 0;
-    fiber_prepare(t->fiber, run_thread);
+    if (t->state != DONE) fiber_prepare(t->fiber, run_thread); // new, or abandoned in the middle of something
     go_on(t);
 }
 

@@ -90,7 +90,7 @@ struct Copy {
 struct Thread {
     uint3             index, block;
     unsigned          number, lane, warp; // `number` in the block
-    State             state;
+    State             state = READY;
     Place             at; // where it waits
     const char       *waits_in;
     uint32_t          known[32]; // of each lane of the warp: which of its clocks this thread is ordered behind
