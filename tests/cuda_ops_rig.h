@@ -12,6 +12,7 @@
 
 #include "kvq_cuda_ops.h"
 #include "kvq_test.h"
+#include "simt.h"
 
 typedef std::vector<float> Floats;
 

@@ -345,24 +345,25 @@ int64_t kvq_cuda_attention_scratch_floats(const kvq_attention_shape *shape, bool
 }
 
 kvq_status kvq_cuda_attention(const kvq_attention_shape *shape, const float *q, const float *k, const float *v,
-                              const float *k_recent, const float *v_recent, float *out, kvq_stream stream,
-                              kvq_error *err) {
+                              const float *k_recent, const float *v_recent, float *out, void *stream, kvq_error *err) {
     if (shape->n_tokens <= 0) return KVQ_OK;
-    KVQ_LAUNCH(attention, grid_of(shape, shape->n_heads, true), OP_THREADS, 0, stream, *shape, q, k, v, k_recent,
-               v_recent, out);
+    KVQ_LAUNCH(attention, grid_of(shape, shape->n_heads, true), OP_THREADS, 0, op_stream(stream), *shape, q, k, v,
+               k_recent, v_recent, out);
     return op_launched("attention", err);
 }
 
 kvq_status kvq_cuda_attention_backward(const kvq_attention_shape *shape, const float *q, const float *k, const float *v,
                                        const float *out, const float *dout, float *dq, float *dk, float *dv,
-                                       float *scratch, kvq_stream stream, kvq_error *err) {
+                                       float *scratch, void *stream, kvq_error *err) {
     kvq_attention_shape s = *shape;
     if (s.n_tokens <= 0) return KVQ_OK;
     s.second.recent = s.second.tile = s.second.prompt = 0;
-    KVQ_LAUNCH(statistics, grid_of(&s, s.n_heads, false), OP_THREADS, 0, stream, s, q, k, out, dout, scratch);
-    KVQ_LAUNCH(query_gradient, grid_of(&s, s.n_heads, true), OP_THREADS, 0, stream, s, q, k, v, dout, scratch, dq);
-    KVQ_LAUNCH(key_gradients, grid_of(&s, s.n_kv_heads, true), OP_THREADS, 0, stream, s, q, k, v, dout, scratch, dk,
-               dv);
+    KVQ_LAUNCH(statistics, grid_of(&s, s.n_heads, false), OP_THREADS, 0, op_stream(stream), s, q, k, out, dout,
+               scratch);
+    KVQ_LAUNCH(query_gradient, grid_of(&s, s.n_heads, true), OP_THREADS, 0, op_stream(stream), s, q, k, v, dout,
+               scratch, dq);
+    KVQ_LAUNCH(key_gradients, grid_of(&s, s.n_kv_heads, true), OP_THREADS, 0, op_stream(stream), s, q, k, v, dout,
+               scratch, dk, dv);
     return op_launched("attention_backward", err);
 }
 

@@ -8,6 +8,9 @@
 #include "device.cuh"
 #include "kvq_core.h"
 
+// A stream as the headers for C have it.
+static inline kvq_stream op_stream(void *stream) { return static_cast<kvq_stream>(stream); }
+
 // As many blocks as the largest devices run at a time; more would only be started later. Tests set a few, so that small
 // sizes make blocks go round their loops.
 #ifndef KVQ_CUDA_MAX_BLOCKS

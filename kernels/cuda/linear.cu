@@ -65,17 +65,18 @@ static dim3 grid_of(int64_t m, int64_t n, int64_t columns) {
 extern "C" {
 
 kvq_status kvq_cuda_linear_plain(const float *x, const float *w, const float *bias, float *y, int64_t m, int64_t n_out,
-                                 int64_t n_in, kvq_stream stream, kvq_error *err) {
+                                 int64_t n_in, void *stream, kvq_error *err) {
     if (m <= 0 || n_out <= 0) return KVQ_OK;
-    KVQ_LAUNCH(linear, grid_of(m, n_out, TILE), OP_THREADS, 0, stream, x, w, bias, bias != NULL, y, m, n_out, n_in);
+    KVQ_LAUNCH(linear, grid_of(m, n_out, TILE), OP_THREADS, 0, op_stream(stream), x, w, bias, bias != NULL, y, m, n_out,
+               n_in);
     return op_launched("linear", err);
 }
 
 kvq_status kvq_cuda_linear_backward_plain(const float *dy, const float *w, float *dx, int64_t m, int64_t n_out,
-                                          int64_t n_in, bool accumulate, kvq_stream stream, kvq_error *err) {
+                                          int64_t n_in, bool accumulate, void *stream, kvq_error *err) {
     if (m <= 0 || n_in <= 0) return KVQ_OK;
-    KVQ_LAUNCH(linear_backward, grid_of(m, n_in, TILE_SLICE), OP_THREADS, 0, stream, dy, w, dx, m, n_out, n_in,
-               accumulate);
+    KVQ_LAUNCH(linear_backward, grid_of(m, n_in, TILE_SLICE), OP_THREADS, 0, op_stream(stream), dy, w, dx, m, n_out,
+               n_in, accumulate);
     return op_launched("linear_backward", err);
 }
 

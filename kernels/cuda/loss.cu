@@ -233,25 +233,26 @@ KVQ_KERNEL OP_BOUNDS sample(KVQ_GLOBAL(const float) logits, KVQ_GLOBAL(const dou
 extern "C" {
 
 kvq_status kvq_cuda_cross_entropy(float *logits, const int32_t *d_targets, int64_t m, int64_t n_vocab, float cap,
-                                  double scale, double *d_nll, kvq_stream stream, kvq_error *err) {
+                                  double scale, double *d_nll, void *stream, kvq_error *err) {
     double inverse_cap = cap > 0 ? 1.0 / (double)cap : 0;
     if (m <= 0) return KVQ_OK;
-    KVQ_LAUNCH(cross_entropy, op_blocks(m), OP_THREADS, 0, stream, logits, d_targets, m, (int)n_vocab, inverse_cap,
-               scale, d_nll);
+    KVQ_LAUNCH(cross_entropy, op_blocks(m), OP_THREADS, 0, op_stream(stream), logits, d_targets, m, (int)n_vocab,
+               inverse_cap, scale, d_nll);
     return op_launched("cross_entropy", err);
 }
 
 kvq_status kvq_cuda_compare(const float *logits_a, const float *logits_b, const int32_t *d_targets, int64_t m,
-                            int64_t n_vocab, kvq_position_score *d_out, kvq_stream stream, kvq_error *err) {
+                            int64_t n_vocab, kvq_position_score *d_out, void *stream, kvq_error *err) {
     if (m <= 0) return KVQ_OK;
-    KVQ_LAUNCH(compare, op_blocks(m), OP_THREADS, 0, stream, logits_a, logits_b, d_targets, m, (int)n_vocab, d_out);
+    KVQ_LAUNCH(compare, op_blocks(m), OP_THREADS, 0, op_stream(stream), logits_a, logits_b, d_targets, m, (int)n_vocab,
+               d_out);
     return op_launched("compare", err);
 }
 
 kvq_status kvq_cuda_sample(const float *logits, const double *d_u, int64_t m, int64_t n_vocab, int32_t *d_ids,
-                           kvq_stream stream, kvq_error *err) {
+                           void *stream, kvq_error *err) {
     if (m <= 0) return KVQ_OK;
-    KVQ_LAUNCH(sample, op_blocks(m), OP_THREADS, 0, stream, logits, d_u, m, (int)n_vocab, d_ids);
+    KVQ_LAUNCH(sample, op_blocks(m), OP_THREADS, 0, op_stream(stream), logits, d_u, m, (int)n_vocab, d_ids);
     return op_launched("sample", err);
 }
 

@@ -159,85 +159,86 @@ KVQ_KERNEL KVQ_BOUNDS(OP_THREADS)
 
 extern "C" {
 
-kvq_status kvq_cuda_add(float *y, const float *x, int64_t n, kvq_stream stream, kvq_error *err) {
+kvq_status kvq_cuda_add(float *y, const float *x, int64_t n, void *stream, kvq_error *err) {
     if (n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(add, op_blocks_of_elements(n), OP_THREADS, 0, stream, y, x, n);
+    KVQ_LAUNCH(add, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), y, x, n);
     return op_launched("add", err);
 }
 
-kvq_status kvq_cuda_rmsnorm(const float *x, const float *w, float eps, float *y, int64_t m, int64_t n,
-                            kvq_stream stream, kvq_error *err) {
+kvq_status kvq_cuda_rmsnorm(const float *x, const float *w, float eps, float *y, int64_t m, int64_t n, void *stream,
+                            kvq_error *err) {
     if (m <= 0 || n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(rmsnorm, op_blocks(m), OP_THREADS, 0, stream, x, w, eps, y, m, n);
+    KVQ_LAUNCH(rmsnorm, op_blocks(m), OP_THREADS, 0, op_stream(stream), x, w, eps, y, m, n);
     return op_launched("rmsnorm", err);
 }
 
 kvq_status kvq_cuda_rmsnorm_backward(const float *x, const float *w, float eps, const float *dy, float *dx, int64_t m,
-                                     int64_t n, kvq_stream stream, kvq_error *err) {
+                                     int64_t n, void *stream, kvq_error *err) {
     if (m <= 0 || n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(rmsnorm_backward, op_blocks(m), OP_THREADS, 0, stream, x, w, eps, dy, dx, m, n);
+    KVQ_LAUNCH(rmsnorm_backward, op_blocks(m), OP_THREADS, 0, op_stream(stream), x, w, eps, dy, dx, m, n);
     return op_launched("rmsnorm_backward", err);
 }
 
 kvq_status kvq_cuda_rope(float *x, const float *cos_table, const float *sin_table, int direction, float scale,
-                         int64_t m, int n_heads, int head_dim, int rot, kvq_stream stream, kvq_error *err) {
+                         int64_t m, int n_heads, int head_dim, int rot, void *stream, kvq_error *err) {
     float signed_scale = (direction < 0 ? -1.0f : 1.0f) * scale;
     if (m <= 0 || n_heads <= 0 || rot < 2) return KVQ_OK;
-    KVQ_LAUNCH(rope, op_blocks(m), OP_THREADS, 0, stream, x, cos_table, sin_table, signed_scale, scale, m, n_heads,
-               head_dim, rot / 2);
+    KVQ_LAUNCH(rope, op_blocks(m), OP_THREADS, 0, op_stream(stream), x, cos_table, sin_table, signed_scale, scale, m,
+               n_heads, head_dim, rot / 2);
     return op_launched("rope", err);
 }
 
-kvq_status kvq_cuda_gated_mul(kvq_gate_kind kind, const float *gate, const float *up, float *y, int64_t n,
-                              kvq_stream stream, kvq_error *err) {
+kvq_status kvq_cuda_gated_mul(kvq_gate_kind kind, const float *gate, const float *up, float *y, int64_t n, void *stream,
+                              kvq_error *err) {
     if (n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(gated_mul, op_blocks_of_elements(n), OP_THREADS, 0, stream, (int)kind, gate, up, y, n);
+    KVQ_LAUNCH(gated_mul, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), (int)kind, gate, up, y, n);
     return op_launched("gated_mul", err);
 }
 
 kvq_status kvq_cuda_gated_mul_backward(kvq_gate_kind kind, float *gate, float *up, const float *dy, int64_t n,
-                                       kvq_stream stream, kvq_error *err) {
+                                       void *stream, kvq_error *err) {
     if (n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(gated_mul_backward, op_blocks_of_elements(n), OP_THREADS, 0, stream, (int)kind, gate, up, dy, n);
+    KVQ_LAUNCH(gated_mul_backward, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), (int)kind, gate, up, dy,
+               n);
     return op_launched("gated_mul_backward", err);
 }
 
-kvq_status kvq_cuda_softcap(float cap, float *x, int64_t n, kvq_stream stream, kvq_error *err) {
+kvq_status kvq_cuda_softcap(float cap, float *x, int64_t n, void *stream, kvq_error *err) {
     if (n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(softcap, op_blocks_of_elements(n), OP_THREADS, 0, stream, cap, x, n);
+    KVQ_LAUNCH(softcap, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), cap, x, n);
     return op_launched("softcap", err);
 }
 
-kvq_status kvq_cuda_gather_rows(const float *x, const int32_t *d_rows, float *y, int64_t m, int64_t n,
-                                kvq_stream stream, kvq_error *err) {
+kvq_status kvq_cuda_gather_rows(const float *x, const int32_t *d_rows, float *y, int64_t m, int64_t n, void *stream,
+                                kvq_error *err) {
     if (m <= 0 || n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(gather_rows, op_blocks(m), OP_THREADS, 0, stream, x, d_rows, y, m, n);
+    KVQ_LAUNCH(gather_rows, op_blocks(m), OP_THREADS, 0, op_stream(stream), x, d_rows, y, m, n);
     return op_launched("gather_rows", err);
 }
 
 kvq_status kvq_cuda_scatter_rows(const float *x, const int32_t *d_rows, const float *d_scales, float *y, int64_t m,
-                                 int64_t n, kvq_stream stream, kvq_error *err) {
+                                 int64_t n, void *stream, kvq_error *err) {
     if (m <= 0 || n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(scatter_rows, op_blocks(m), OP_THREADS, 0, stream, x, d_rows, d_scales, y, m, n);
+    KVQ_LAUNCH(scatter_rows, op_blocks(m), OP_THREADS, 0, op_stream(stream), x, d_rows, d_scales, y, m, n);
     return op_launched("scatter_rows", err);
 }
 
-kvq_status kvq_cuda_find_nonfinite(const float *x, int64_t n, unsigned long long *d_first, kvq_stream stream,
+kvq_status kvq_cuda_find_nonfinite(const float *x, int64_t n, unsigned long long *d_first, void *stream,
                                    kvq_error *err) {
-    KVQ_LAUNCH(store_all_finite, 1, 1, 0, stream, d_first);
-    if (n > 0) KVQ_LAUNCH(find_nonfinite, op_blocks_of_elements(n), OP_THREADS, 0, stream, x, n, d_first);
+    KVQ_LAUNCH(store_all_finite, 1, 1, 0, op_stream(stream), d_first);
+    if (n > 0) KVQ_LAUNCH(find_nonfinite, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), x, n, d_first);
     return op_launched("find_nonfinite", err);
 }
 
-kvq_status kvq_cuda_bf16_of_float(const float *x, uint16_t *y, int64_t n, kvq_stream stream, kvq_error *err) {
+kvq_status kvq_cuda_bf16_of_float(const float *x, uint16_t *y, int64_t n, void *stream, kvq_error *err) {
     if (n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(bf16_of_float, op_blocks_of_elements(n), OP_THREADS, 0, stream, x, y, n);
+    KVQ_LAUNCH(bf16_of_float, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), x, y, n);
     return op_launched("bf16_of_float", err);
 }
 
-kvq_status kvq_cuda_float_of_bf16(const uint16_t *x, float *y, int64_t n, kvq_stream stream, kvq_error *err) {
+kvq_status kvq_cuda_float_of_bf16(const uint16_t *x, float *y, int64_t n, void *stream, kvq_error *err) {
     if (n <= 0) return KVQ_OK;
-    KVQ_LAUNCH(float_of_bf16, op_blocks_of_elements(n), OP_THREADS, 0, stream, x, y, n);
+    KVQ_LAUNCH(float_of_bf16, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), x, y, n);
     return op_launched("float_of_bf16", err);
 }
 
