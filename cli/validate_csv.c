@@ -2,8 +2,6 @@
 //
 // Errors of layers as comma-separated values, shares as fractions; what is not known is empty. All fields are numbers,
 // so nothing needs quotes.
-#include <math.h>
-
 #include "validate_report.h"
 
 static void add_value(FILE *out, double x) {
@@ -20,12 +18,12 @@ static void add_tensor(FILE *out, const kvq_heldout_report *e, double code_use) 
     add_value(out, code_use);
 }
 
-// Of calibration; n_tokens 0: it measured none.
-static void add_calibrated(FILE *out, const kvq_heldout_report *e) {
-    double unknown = (double)NAN;
-    add_value(out, e->n_tokens > 0 ? e->nmse : unknown);
-    add_value(out, e->n_tokens > 0 ? e->outlier_share : unknown);
-    add_value(out, e->n_tokens > 0 ? e->clipped_share : unknown);
+static void add_calibrated(FILE *out, const kvq_tensor_quant *t) {
+    calibrated_tensor c = calibrated_of(t);
+    add_value(out, c.nmse);
+    add_value(out, c.outlier_share);
+    add_value(out, c.clipped_share);
+    add_value(out, c.code_use);
 }
 
 kvq_status render_csv(kvq_cli *cli, const validate_report *r, FILE *out, kvq_error *err) {
@@ -34,8 +32,8 @@ kvq_status render_csv(kvq_cli *cli, const validate_report *r, FILE *out, kvq_err
     (void)fputs("layer,attention_error,attention_error_low,attention_error_high,"
                 "k_nmse,k_attention_error,k_outlier_share,k_clipped_share,k_code_use,"
                 "v_nmse,v_attention_error,v_outlier_share,v_clipped_share,v_code_use,"
-                "k_calibrated_nmse,k_calibrated_outlier_share,k_calibrated_clipped_share,"
-                "v_calibrated_nmse,v_calibrated_outlier_share,v_calibrated_clipped_share\n",
+                "k_calibrated_nmse,k_calibrated_outlier_share,k_calibrated_clipped_share,k_calibrated_code_use,"
+                "v_calibrated_nmse,v_calibrated_outlier_share,v_calibrated_clipped_share,v_calibrated_code_use\n",
                 out);
     for (int64_t l = 0; v->layers != NULL && l < v->n_layers; l++) {
         const kvq_layer_errors *e = &v->layers[l];
@@ -45,8 +43,8 @@ kvq_status render_csv(kvq_cli *cli, const validate_report *r, FILE *out, kvq_err
         add_value(out, e->attention_error.high);
         add_tensor(out, &e->k, e->k_code_use);
         add_tensor(out, &e->v, e->v_code_use);
-        add_calibrated(out, &r->artifact->layers[l].k.heldout);
-        add_calibrated(out, &r->artifact->layers[l].v.heldout);
+        add_calibrated(out, &r->artifact->layers[l].k);
+        add_calibrated(out, &r->artifact->layers[l].v);
         (void)fputc('\n', out);
     }
     return KVQ_OK;

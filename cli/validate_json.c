@@ -90,18 +90,19 @@ static void add_buckets(kvq_json *json, const char *key, const kvq_bucket *bucke
 // ---------------------------------------------------------------- layers
 
 static void add_tensor(kvq_json *json, cJSON *layer, const char *key, const kvq_heldout_report *now, double code_use,
-                       const kvq_heldout_report *calibrated) {
+                       const kvq_tensor_quant *calibrated) {
     cJSON *tensor = kvq_json_object(json, layer, key);
     kvq_json_number(json, tensor, "nmse", now->nmse);
     kvq_json_number(json, tensor, "attention_error", now->attention_error);
     kvq_json_number(json, tensor, "outlier_share", now->outlier_share);
     kvq_json_number(json, tensor, "clipped_share", now->clipped_share);
     kvq_json_number(json, tensor, "code_use", code_use);
-    if (calibrated->n_tokens == 0) return;
-    cJSON *then = kvq_json_object(json, tensor, "calibrated");
-    kvq_json_number(json, then, "nmse", calibrated->nmse);
-    kvq_json_number(json, then, "outlier_share", calibrated->outlier_share);
-    kvq_json_number(json, then, "clipped_share", calibrated->clipped_share);
+    calibrated_tensor c = calibrated_of(calibrated);
+    cJSON            *then = kvq_json_object(json, tensor, "calibrated");
+    kvq_json_number(json, then, "nmse", c.nmse);
+    kvq_json_number(json, then, "outlier_share", c.outlier_share);
+    kvq_json_number(json, then, "clipped_share", c.clipped_share);
+    kvq_json_number(json, then, "code_use", c.code_use);
 }
 
 static void add_layers(kvq_json *json, const validate_report *r) {
@@ -113,8 +114,8 @@ static void add_layers(kvq_json *json, const validate_report *r) {
         const kvq_layer_errors *e = &v->layers[l];
         cJSON                  *layer = kvq_json_object(json, layers, NULL);
         add_estimate(json, layer, "attention_error", e->attention_error);
-        add_tensor(json, layer, "k", &e->k, e->k_code_use, &r->artifact->layers[l].k.heldout);
-        add_tensor(json, layer, "v", &e->v, e->v_code_use, &r->artifact->layers[l].v.heldout);
+        add_tensor(json, layer, "k", &e->k, e->k_code_use, &r->artifact->layers[l].k);
+        add_tensor(json, layer, "v", &e->v, e->v_code_use, &r->artifact->layers[l].v);
     }
 }
 

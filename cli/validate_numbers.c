@@ -157,6 +157,28 @@ void visit_numbers(const validate_report *r, bool all, number_visitor *visit, vo
     visit_layers(&d, v);
 }
 
+// ---------------------------------------------------------------- calibration
+
+calibrated_tensor calibrated_of(const kvq_tensor_quant *t) {
+    const double          nan = (double)NAN;
+    const kvq_fit_report *fit = &t->fit;
+    double                n = (double)(fit->n_points + fit->n_outliers + fit->n_constant);
+    calibrated_tensor     c = {nan, nan, nan, nan};
+    if (fit->energy > 0 && n > 0 && t->bits > 0 && t->dim == 1) {
+        c = (calibrated_tensor){.nmse = kvq_fit_nmse(fit),
+                                .outlier_share = (double)fit->n_outliers / n,
+                                .clipped_share = (double)fit->n_clipped / n,
+                                .code_use = fit->entropy_bits / t->bits};
+        if (t->datatype == KVQ_INT_CLAMPED) c.nmse = c.code_use = nan; // see kvq_fit_report
+    }
+    if (t->heldout.n_tokens > 0) {
+        c.nmse = t->heldout.nmse;
+        c.outlier_share = t->heldout.outlier_share;
+        c.clipped_share = t->heldout.clipped_share;
+    }
+    return c;
+}
+
 // ---------------------------------------------------------------- gates
 
 named_number gate_number(const validate_report *r, int gate) {

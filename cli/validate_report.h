@@ -77,6 +77,13 @@ int report_facts(const validate_report *r, report_fact facts[MAX_FACTS]);
 // The layers with the largest errors of attention, at most n of them, the worst one first.
 int worst_layers(const validate_report *r, int64_t *layers, int n);
 
+// What calibration knew of a tensor, to be held against what is measured now: its held-out windows, or without them the
+// fit. NaN: not known.
+typedef struct calibrated_tensor {
+    double nmse, outlier_share, clipped_share, code_use;
+} calibrated_tensor;
+calibrated_tensor calibrated_of(const kvq_tensor_quant *t);
+
 // ---------------------------------------------------------------- files (validate_outputs.c)
 
 typedef struct validate_outputs {

@@ -156,6 +156,8 @@ EOF
   [ "$(tr -cd ',\n' <c.csv | sort -u | wc -l)" -eq 1 ]
   [ "$(sed -n 2p c.csv | cut -d, -f1,2,5)" = "0,$(base layers 0 attention_error mean),$(base layers 0 k nmse)" ]
   run ! grep -i nan c.csv
+  # what is measured and what calibration knew are of the same size
+  [ "$(awk -F, 'NR > 1 && ($9 < 0.7 * $18 || $9 > 1.3 * $18 || $14 < 0.7 * $22 || $14 > 1.3 * $22)' c.csv)" = "" ]
   fails 2 baseline_only --csv other.csv
   fails 2 validate --layer-windows 0 --csv other.csv
   contains "$stderr" "--csv" "--layer-windows"
