@@ -43,8 +43,12 @@ static int64_t prompt_of(const validate_options *o, const validate_report *r) {
     return o->prompt > 0 ? o->prompt : r->windows.seq_len / 2;
 }
 
+static kvq_protocol protocol_of(const validate_options *o) {
+    return o->protocol == VALIDATE_NO_PROTOCOL ? KVQ_PROTOCOL_PREFILL : (kvq_protocol)o->protocol;
+}
+
 static kvq_validate_options options_of(const validate_options *o, const validate_report *r) {
-    return (kvq_validate_options){.protocol = (kvq_protocol)o->protocol,
+    return (kvq_validate_options){.protocol = protocol_of(o),
                                   .n_prompt = prompt_of(o, r),
                                   .layer_windows = o->layer_windows,
                                   .noise_windows = o->noise_windows};
@@ -55,7 +59,7 @@ static kvq_status check_baseline(const validate_options *o, const validate_repor
     kvq_report_terms now = {.seq_len = r->windows.seq_len, .n_windows = r->windows.n_windows};
     if (o->baseline == NULL) return KVQ_OK;
     now.n_prompt = o->protocol == KVQ_PROTOCOL_DECODE ? prompt_of(o, r) : 0;
-    (void)snprintf(now.protocol, sizeof now.protocol, "%s", kvq_protocol_names[o->protocol]);
+    (void)snprintf(now.protocol, sizeof now.protocol, "%s", kvq_protocol_names[protocol_of(o)]);
     (void)snprintf(now.ids_sha256, sizeof now.ids_sha256, "%s", r->windows.ids_sha256);
     return kvq_report_baseline_matches(&r->earlier, o->baseline, &now, err);
 }

@@ -58,7 +58,7 @@ static const kvq_cli_option OPTIONS[] = {
 #undef AT
 
 const validate_options validate_defaults = {
-    .layer_windows = 4, .noise_windows = 2, .max_regression = VALIDATE_NOT_LIMITED};
+    .protocol = VALIDATE_NO_PROTOCOL, .layer_windows = 4, .noise_windows = 2, .max_regression = VALIDATE_NOT_LIMITED};
 
 const kvq_cli_program validate_program = {
     .name = "kvq-validate",
@@ -142,6 +142,10 @@ static kvq_status check_passkey(const validate_options *o, passkey_report *plan,
     }
     if (o->artifact == NULL)
         return kvq_fail(err, KVQ_ERR_USAGE, "add --artifact", "--passkey: there is no cache to decode with");
+    if (o->protocol == KVQ_PROTOCOL_PREFILL)
+        return kvq_fail(err, KVQ_ERR_USAGE, "leave --protocol out", "--passkey: its windows are always decoded");
+    if (o->layer_windows != validate_defaults.layer_windows || o->noise_windows != validate_defaults.noise_windows)
+        return kvq_fail(err, KVQ_ERR_USAGE, "measure a text for that", "--passkey: layers and noise are not measured");
     if (o->baseline != NULL)
         return kvq_fail(err, KVQ_ERR_USAGE, "compare reports of a text",
                         "--baseline: --passkey has no windows to pair");

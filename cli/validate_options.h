@@ -15,7 +15,7 @@ typedef struct validate_options {
     kvq_cli_seed     seed;
     kvq_cli_list     gates;
     kvq_cli_engine   engine;
-    int              protocol; // kvq_protocol
+    int              protocol; // kvq_protocol, VALIDATE_NO_PROTOCOL = not given, which means prefill
     int64_t          prompt;   // 0 = not given
     int64_t          layer_windows, noise_windows;
     int              gate_mode, inconclusive; // VALIDATE_BY_..., VALIDATE_OPEN_...
@@ -25,6 +25,7 @@ typedef struct validate_options {
     validate_outputs outputs;
 } validate_options;
 
+#define VALIDATE_NO_PROTOCOL (-1)
 #define VALIDATE_NOT_LIMITED (-1.0)
 enum { VALIDATE_BY_INTERVAL, VALIDATE_BY_POINT };
 enum { VALIDATE_OPEN_IS_A_CODE, VALIDATE_OPEN_PASSES, VALIDATE_OPEN_FAILS };

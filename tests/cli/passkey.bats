@@ -117,3 +117,11 @@ validate() { kvq-validate --model "$SHARED_DIR/model" --artifact "$SHARED_DIR/a.
   succeeds validate --passkey 400 --depths 0 --json
   [ "$(json memory)" = 4 ]
 }
+
+@test "what a test of pass keys does not measure is refused" {
+  fails 2 validate --passkey 400 --protocol prefill
+  contains "$stderr" "--passkey" "always decoded"
+  fails 2 validate --passkey 400 --noise-windows 0
+  fails 2 validate --passkey 400 --html out.html
+  succeeds validate --passkey 400 --depths 0.5 --protocol decode
+}
