@@ -28,7 +28,7 @@ void format_estimate(kvq_estimate x, double scale, int digits, const char *unit,
 static void print_row(const char *name, kvq_estimate x, double scale, int digits, const char *unit, const char *more) {
     char text[96];
     format_estimate(x, scale, digits, unit, text, sizeof text);
-    printf("%-16s %s%s\n", name, text, more);
+    printf("%-18s %s%s\n", name, text, more);
 }
 
 static void print_kld(const kvq_validation *v) {
@@ -39,11 +39,11 @@ static void print_kld(const kvq_validation *v) {
     print_row("KLD p90", v->kld_quantiles[KVQ_KLD_P90], 1, 4, "", "");
     print_row("KLD p99", v->kld_quantiles[KVQ_KLD_P99], 1, 4, "", "");
     print_row("KLD p99.9", v->kld_quantiles[KVQ_KLD_P999], 1, 3, "", "");
-    printf("%-16s %.3f\n", "KLD max", v->kld_max);
+    printf("%-18s %.3f\n", "KLD max", v->kld_max);
 }
 
 static void print_buckets(const char *name, const kvq_bucket *buckets, int n, int digits, bool inclusive) {
-    printf("%-16s", name);
+    printf("%-18s", name);
     for (int i = 0; i < n; i++) {
         printf("%s%.*f-%.*f: %.4f", i == 0 ? " " : ", ", digits, buckets[i].from, digits,
                buckets[i].to - (inclusive ? 1 : 0), buckets[i].kld.value);
@@ -65,7 +65,7 @@ static void print_layers(const kvq_validation *v) {
     int  a = worst(v, attention_of), k = worst(v, k_nmse_of), value = worst(v, v_nmse_of);
     char text[96];
     format_estimate(v->layers[a].attention_error, 100, 2, "%", text, sizeof text);
-    printf("%-16s attention %s in layer %d, K %.2e in layer %d, V %.2e in layer %d (%lld windows)\n", "worst layers",
+    printf("%-18s attention %s in layer %d, K %.2e in layer %d, V %.2e in layer %d (%lld windows)\n", "worst layers",
            text, a, v->layers[k].k.nmse, k, v->layers[value].v.nmse, value, (long long)v->options.layer_windows);
 }
 
@@ -80,11 +80,11 @@ static void print_quantized(const validate_report *r) {
     print_row("top-5 agreement", v->top5, 100, 2, "%", "");
     print_row("RMS of dp", v->dp_rms, 100, 2, "%", "");
     print_buckets("KLD by position", v->positions, v->n_positions, 0, true);
-    print_buckets("KLD by surety", v->confidences, v->n_confidences, 2, false);
+    print_buckets("KLD by confidence", v->confidences, v->n_confidences, 2, false);
     print_layers(v);
-    printf("%-16s %.3f per element of these windows, everything counted\n", "bits", v->effective_bits);
+    printf("%-18s %.3f per element of these windows, everything counted\n", "bits", v->effective_bits);
     if (kvq_artifact_is_allocated(r->artifact) && open > 0) {
-        printf("                 of which the last %lld tokens of a window, an open tile, count 16 bits\n",
+        printf("                   of which the last %lld tokens of a window, an open tile, count 16 bits\n",
                (long long)open);
     }
     if (v->has_regression) {
@@ -104,7 +104,7 @@ static void print_gate(const validate_report *r, int i) {
     bool                     percent = strchr(gate->expression, '%') != NULL;
     char                     text[96];
     format_estimate(j->measured, percent ? 100 : 1, percent ? 3 : 5, percent ? "%" : "", text, sizeof text);
-    printf("gate             %s  %s  measured %s", WORDS[j->verdict], gate->expression, text);
+    printf("gate               %s  %s  measured %s", WORDS[j->verdict], gate->expression, text);
     if (j->verdict == KVQ_INCONCLUSIVE && isfinite(j->tokens_to_decide) && r->passkey.n_lengths == 0)
         printf("; about %.0f scored tokens would decide", j->tokens_to_decide);
     else if (j->verdict == KVQ_INCONCLUSIVE)
