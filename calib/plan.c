@@ -66,12 +66,6 @@ static kvq_status fit_disk(const step_plan *steps, int64_t state_bytes, int64_t 
                     floor((double)limit / MIB), ceil((double)least / MIB));
 }
 
-// Of one layer, forward; attention sees half of the scores.
-static double layer_flops(const kvq_model_config *c, int64_t tokens, int64_t seq_len) {
-    double attention = 2.0 * (double)c->n_heads * c->head_dim * (double)seq_len;
-    return (double)tokens * (2.0 * (double)kvq_layer_products(c) + attention);
-}
-
 kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, const kvq_measure_options *options,
                                int64_t n_windows, int64_t seq_len, int64_t n_parts, kvq_calib_limits limits,
                                kvq_calib_plan *out, kvq_error *err) {
@@ -88,7 +82,7 @@ kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, c
     if (status != KVQ_OK) return status;
     // forward once, and for the gradients a recomputed forward and as much again; what the stride makes again; the head
     double passes = 2 + (gradients ? 1 : 0) + (double)(plan.stride - 1) / (double)plan.stride;
-    plan.tera_flops = ((double)c->n_layers * passes * layer_flops(c, tokens, seq_len) +
+    plan.tera_flops = ((double)c->n_layers * passes * ((double)tokens * kvq_layer_flops(c, seq_len)) +
                        (gradients ? 4.0 : 2.0) * (double)c->vocab_size * (double)c->hidden_size * (double)tokens) *
                       1e-12;
     *out = plan;

@@ -173,7 +173,7 @@ kvq_sensitivity_cost kvq_sensitivity_plan(const kvq_model *model, int64_t seq_le
     choose(&windows, n_tokens, &count, &length);
     int64_t state = count * length * c->hidden_size, d = (int64_t)c->n_kv_heads * c->head_dim;
     double  tokens = (double)(count * length), L = (double)c->n_layers;
-    double  layer = 2.0 * (double)kvq_layer_products(c) + 2.0 * (double)c->n_heads * c->head_dim * (double)length;
+    double  layer = kvq_layer_flops(c, length);
     double  head = 2.0 * (double)c->vocab_size * (double)c->hidden_size / SCORED_STRIDE;
     return (kvq_sensitivity_cost){.n_windows = count,
                                   .n_tokens = length,

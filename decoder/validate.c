@@ -273,12 +273,6 @@ static kvq_validate_options options_for(const kvq_validate_options *wanted, bool
     return o;
 }
 
-// A pass of one token through all layers, and attention of one token in all layers.
-static double layers_flops(const kvq_model_config *c) { return 2.0 * (double)(c->n_layers * kvq_layer_products(c)); }
-static double attention_flops(const kvq_model_config *c, int64_t seq_len) {
-    return 2.0 * (double)c->n_layers * (double)c->n_heads * (double)c->head_dim * (double)seq_len;
-}
-
 // Code and data of the libraries and buffers of the matrix library, measured as what is left of a peak.
 #define PROGRAM_BYTES      ((int64_t)60 << 20)
 #define WATCHED_ATTENTIONS 4 // of layer_errors.c: exact, and three of what is quantised
@@ -296,9 +290,10 @@ kvq_validate_cost kvq_validate_plan(const kvq_model *model, bool has_artifact, i
     if (has_artifact) floats += 3 * S * d; // K and V in f16 as floats, and coded
     if (o.layer_windows > 0) floats += layer_errors_floats(c, S);
     if (o.noise_windows > 0) floats += ((o.noise_windows < group ? o.noise_windows : group) + 1) * state;
-    double flops = passes * (double)S * (layers_flops(c) + attention_flops(c, S)) +
-                   WATCHED_ATTENTIONS * (double)(o.layer_windows * S) * attention_flops(c, S) +
-                   2 * compared * scored * (double)c->vocab_size * (double)c->hidden_size;
+    double layers = passes * (double)S * kvq_layer_flops(c, S) +
+                    WATCHED_ATTENTIONS * (double)(o.layer_windows * S) * kvq_attention_flops(c, S);
+    double flops =
+        (double)c->n_layers * layers + 2 * compared * scored * (double)c->vocab_size * (double)c->hidden_size;
     return (kvq_validate_cost){.bytes = (int64_t)sizeof(float) * floats + kvq_model_mapped_bytes(model) + PROGRAM_BYTES,
                                .tera_flops = flops * 1e-12};
 }

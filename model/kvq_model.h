@@ -32,10 +32,13 @@ typedef struct kvq_head  kvq_head;  // final norm and output matrix
 
 // What one layer keeps in memory. Of a mixture of experts that is one expert at a time (all of them in a resident
 // model): an expert is expanded from the checkpoint when a window has tokens for it, and again for the next window.
-int64_t    kvq_layer_floats(const kvq_model *model);
-int64_t    kvq_head_floats(const kvq_model *model);
-int64_t    kvq_layer_products(const kvq_model_config *config); // weights of a layer that one token is multiplied with
-int64_t    kvq_model_mapped_bytes(const kvq_model *model);     // of the file, in memory while weights are expanded
+int64_t kvq_layer_floats(const kvq_model *model);
+int64_t kvq_head_floats(const kvq_model *model);
+int64_t kvq_layer_products(const kvq_model_config *config); // weights of a layer that one token is multiplied with
+// Operations of one token: a forward pass through a layer, and what attention is of it, which sees half of the scores.
+double     kvq_layer_flops(const kvq_model_config *config, int64_t seq_len);
+double     kvq_attention_flops(const kvq_model_config *config, int64_t seq_len);
+int64_t    kvq_model_mapped_bytes(const kvq_model *model); // of the file, in memory while weights are expanded
 kvq_status kvq_layer_load(kvq_model *model, int64_t index, kvq_layer **out, kvq_error *err);
 void       kvq_layer_release(kvq_model *model, kvq_layer **layer);
 // Starts to expand a layer on one thread in the background; kvq_layer_load of the same layer waits for it and takes it,

@@ -269,6 +269,14 @@ int64_t kvq_layer_products(const kvq_model_config *c) {
     return c->hidden_size * (2 * q + 2 * d + 3 * n_mlps * c->intermediate_size + c->n_experts);
 }
 
+double kvq_attention_flops(const kvq_model_config *c, int64_t seq_len) {
+    return 2.0 * (double)c->n_heads * c->head_dim * (double)seq_len;
+}
+
+double kvq_layer_flops(const kvq_model_config *c, int64_t seq_len) {
+    return 2.0 * (double)kvq_layer_products(c) + kvq_attention_flops(c, seq_len);
+}
+
 void kvq_layer_destroy(const kvq_model *model, kvq_layer *layer) {
     if (layer == NULL) return;
     for (int64_t e = 0; layer->experts != NULL && e < model->config->n_experts; e++)

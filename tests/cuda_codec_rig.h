@@ -10,24 +10,25 @@
 
 #include <vector>
 
+#include "emulated_rig.h"
 #include "kvq_cuda_codec.h"
-#include "kvq_test.h"
-#include "simt.h"
 
 static inline double uniform(uint32_t stream, size_t index) {
     return kvq_rng_uniform(53, KVQ_RNG_TEST, stream, (uint64_t)index);
 }
 
-static inline void begin(uint64_t seed) {
-    simt::Options options;
-    options.seed = seed;
-    simt::begin(options);
-}
+// A spec of the device and the memory it points to.
+template <typename Spec, typename Packed, auto bytes_of, auto pack> struct OnDevice {
+    std::vector<unsigned char>  host;
+    simt::Buffer<unsigned char> memory;
+    Packed                      spec;
 
-// Asks once a test and not once an access: an assertion that holds is a system call in Check.
-static inline void expect_clean() {
-    if (!simt::reports().empty()) ck_abort_msg("%s", simt::report_text().c_str());
-}
+    explicit OnDevice(const Spec &from) : host(bytes_of(&from)), memory("tables", host.size()) {
+        kvq_error err;
+        kvq_test_ok(pack(&from, host.data(), memory.data(), &spec, &err), &err);
+        memory.set(host);
+    }
+};
 
 template <typename T> static const T *pointer_to(const std::vector<T> &values) {
     return values.empty() ? nullptr : values.data();

@@ -10,9 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "emulated_rig.h"
 #include "kvq_cuda_ops.h"
-#include "kvq_test.h"
-#include "simt.h"
 
 typedef std::vector<float> Floats;
 
@@ -26,14 +25,6 @@ static inline void rig_open() {
     kvq_test_ok(kvq_backend_cpu(&rig_context, KVQ_COMPUTE_F32, &cpu, NULL), NULL);
 }
 static inline void rig_close() { cpu->destroy(&cpu); }
-
-// Another order of threads and blocks; what was found before is forgotten.
-static inline void rig_begin(uint64_t seed) {
-    simt::Options options;
-    options.seed = seed;
-    simt::begin(options);
-}
-static inline void rig_expect_clean() { ck_assert_msg(simt::reports().empty(), "%s", simt::report_text().c_str()); }
 
 static inline double rig_uniform(uint32_t stream, size_t i) { return kvq_rng_uniform(5, KVQ_RNG_TEST, stream, i); }
 

@@ -11,8 +11,8 @@
 
 #include "kvq_calib.h"
 #include "kvq_decoder.h"
-#include "kvq_make_model.h"
 #include "kvq_test.h"
+#include "small_model.h"
 
 enum { L = 3, DIM = 16, D = 2 * DIM, C = 64, V = KVQ_MAKE_N_TOKENS, MOST_N = 8, MOST_S = 600, MOST_T = 512 };
 
@@ -28,18 +28,12 @@ typedef struct rig {
 } rig;
 
 static inline void rig_open(rig *r, int64_t n_windows, int64_t seq_len) {
-    kvq_error        err = {0};
-    char             path[256];
     kvq_make_options options = kvq_make_options_default();
     memset(r, 0, sizeof *r);
     r->ctx = kvq_test_context();
     options.n_layers = L;
     options.max_positions = 1024;
-    (void)snprintf(path, sizeof path, "%s/model", kvq_test_folder());
-    kvq_make_model_hf(&options, path);
-    kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, &err), &err);
-    kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
-    kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
+    small_model_open(&r->ctx, &options, false, &r->be, &r->checkpoint, &r->model);
     r->c = kvq_model_describe(r->model);
     ck_assert(r->c->hidden_size == C && r->c->vocab_size == V && r->c->n_kv_heads * r->c->head_dim == D);
     r->windows = (kvq_windows){.n_windows = n_windows, .seq_len = seq_len, .ids = r->ids, .source = "test"};
@@ -49,9 +43,7 @@ static inline void rig_open(rig *r, int64_t n_windows, int64_t seq_len) {
 
 static inline void rig_close(rig *r) {
     kvq_artifact_destroy(&r->ctx, &r->artifact);
-    kvq_model_destroy(&r->ctx, &r->model);
-    kvq_checkpoint_close(&r->ctx, &r->checkpoint);
-    r->be->destroy(&r->be);
+    small_model_close(&r->ctx, &r->be, &r->checkpoint, &r->model);
 }
 
 // ---------------------------------------------------------------- artifacts of this model

@@ -7,17 +7,9 @@
 #include <string.h>
 
 #include "attention_device.h"
+#include "emulated_rig.h"
 #include "kvq_exp_hd.h"
-#include "kvq_test.h"
 #include "rope.cuh"
-
-static void begin(uint64_t seed) {
-    simt::Options options;
-    options.seed = seed;
-    simt::begin(options);
-}
-
-static void expect_clean() { ck_assert_msg(simt::reports().empty(), "%s", simt::report_text().c_str()); }
 
 // ---------------------------------------------------------------- angles
 

@@ -154,14 +154,14 @@ static Floats output_of_cpu(const kvq_attention_shape &s, const Floats &q, const
 // Without a second set its pointers are NULL: they may not be read.
 static Floats output_of_device(const kvq_attention_shape &s, const Floats &q, const Floats &k, const Floats &v,
                                const Floats &k2, const Floats &v2, uint64_t seed) {
-    rig_begin(seed);
+    begin(seed);
     bool                used = kvq_second_set_used(&s.second);
     simt::Buffer<float> d_q("q", q), d_k("k", k), d_v("v", v), d_k2("second k", k2), d_v2("second v", v2),
         d_out("out", q.size());
     kvq_test_ok(kvq_cuda_attention(&s, d_q.data(), d_k.data(), d_v.data(), used ? d_k2.data() : NULL,
                                    used ? d_v2.data() : NULL, d_out.data(), NULL, NULL),
                 NULL);
-    rig_expect_clean();
+    expect_clean();
     return d_out.values();
 }
 
@@ -255,14 +255,14 @@ typedef struct three {
 
 static three gradients_of_device(const kvq_attention_shape &s, const Floats &q, const Floats &k, const Floats &v,
                                  const Floats &out, const Floats &dout, uint64_t seed) {
-    rig_begin(seed);
+    begin(seed);
     simt::Buffer<float> d_q("q", q), d_k("k", k), d_v("v", v), d_out("out", out), d_dout("dout", dout),
         d_dq("dq", q.size()), d_dk("dk", k.size()), d_dv("dv", v.size()),
         d_scratch("scratch", (size_t)kvq_cuda_attention_scratch_floats(&s, true));
     kvq_test_ok(kvq_cuda_attention_backward(&s, d_q.data(), d_k.data(), d_v.data(), d_out.data(), d_dout.data(),
                                             d_dq.data(), d_dk.data(), d_dv.data(), d_scratch.data(), NULL, NULL),
                 NULL);
-    rig_expect_clean();
+    expect_clean();
     return {d_dq.values(), d_dk.values(), d_dv.values()};
 }
 

@@ -7,7 +7,7 @@
 
 #include "attention_device.h"
 #include "attention_model.h"
-#include "kvq_test.h"
+#include "emulated_rig.h"
 
 enum { N_TOKENS = 161 }; // a tile is completed on the way
 
@@ -40,7 +40,7 @@ static void attend_on_device(void *user, const attention_step *step, float *out)
     device.call.out = result.data();
     device.call.workspace = workspace.data();
     kvq_test_ok(kvq_cuda_attention(&device.call, nullptr, &err), &err);
-    ck_assert_msg(simt::reports().empty(), "%s", simt::report_text().c_str());
+    expect_clean();
     Answer exact = exact_attention(query, tokens_of(step->rig, sequences[0]), q.data(), 2);
     for (size_t i = 0; i < size; i++) {
         double error = fabs((double)result.values()[i] - exact.out[i]);

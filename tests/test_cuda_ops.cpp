@@ -31,12 +31,12 @@ START_TEST(rmsnorm_has_the_bits_of_the_cpu) {
     Floats x = rig_wide_randoms((size_t)(m * n), 1), w = rig_randoms((size_t)n, 2, 2), expected(x.size());
     cpu->rmsnorm(cpu, x.data(), w.data(), 1e-5f, expected.data(), m, n);
     for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float> d_x("x", x), d_w("w", w), d_y("y", x.size());
         kvq_test_ok(kvq_cuda_rmsnorm(d_x.data(), d_w.data(), 1e-5f, d_y.data(), m, n, NULL, NULL), NULL);
         rig_same_bits(d_y.values(), expected, named("y", m, n));
         kvq_test_ok(kvq_cuda_rmsnorm(d_x.data(), d_w.data(), 1e-5f, d_x.data(), m, n, NULL, NULL), NULL);
-        rig_expect_clean();
+        expect_clean();
         rig_same_bits(d_x.values(), expected, named("y in place", m, n));
     }
     rig_close();
@@ -50,11 +50,11 @@ START_TEST(rmsnorm_backward_has_the_bits_of_the_cpu) {
            dy = rig_wide_randoms(x.size(), 5), dx = rig_randoms(x.size(), 6, 1), expected = dx;
     cpu->rmsnorm_backward(cpu, x.data(), w.data(), 1e-5f, dy.data(), expected.data(), m, n);
     for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float> d_x("x", x), d_w("w", w), d_dy("dy", dy), d_dx("dx", dx);
         kvq_test_ok(
             kvq_cuda_rmsnorm_backward(d_x.data(), d_w.data(), 1e-5f, d_dy.data(), d_dx.data(), m, n, NULL, NULL), NULL);
-        rig_expect_clean();
+        expect_clean();
         rig_same_bits(d_dx.values(), expected, named("dx", m, n));
     }
     rig_close();
@@ -81,12 +81,12 @@ START_TEST(rope_has_the_bits_of_the_cpu) {
     for (size_t i = 0; i < m * half; i++) c[i] = (float)cos(0.7 * (double)i), s[i] = (float)sin(0.7 * (double)i);
     cpu->rope(cpu, expected.data(), c.data(), s.data(), r.direction, r.scale, r.m, r.n_heads, r.head_dim, r.rot);
     for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float> d_x("x", x), d_c("cos", c), d_s("sin", s);
         kvq_test_ok(kvq_cuda_rope(d_x.data(), d_c.data(), d_s.data(), r.direction, r.scale, r.m, r.n_heads, r.head_dim,
                                   r.rot, NULL, NULL),
                     NULL);
-        rig_expect_clean();
+        expect_clean();
         rig_same_bits(d_x.values(), expected, "x");
     }
     rig_close();
@@ -103,11 +103,11 @@ START_TEST(sums_and_caps_have_the_bits_of_the_cpu) {
     cpu->add(cpu, sum.data(), x.data(), (int64_t)n);
     cpu->softcap(cpu, 30, capped.data(), (int64_t)n);
     for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float> d_x("x", x), d_y("y", y), d_z("z", y);
         kvq_test_ok(kvq_cuda_add(d_y.data(), d_x.data(), (int64_t)n, NULL, NULL), NULL);
         kvq_test_ok(kvq_cuda_softcap(30, d_z.data(), (int64_t)n, NULL, NULL), NULL);
-        rig_expect_clean();
+        expect_clean();
         rig_same_bits(d_y.values(), sum, "y + x");
         rig_same_bits(d_z.values(), capped, "capped");
     }
@@ -127,13 +127,13 @@ START_TEST(gates_have_the_bits_of_the_cpu) {
     cpu->gated_mul(cpu, kind, gate.data(), up.data(), y.data(), (int64_t)n);
     cpu->gated_mul_backward(cpu, kind, dgate.data(), dup.data(), dy.data(), (int64_t)n);
     for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float> d_gate("gate", gate), d_up("up", up), d_dy("dy", dy), d_y("y", n), d_over("over", gate);
         kvq_test_ok(kvq_cuda_gated_mul(kind, d_gate.data(), d_up.data(), d_y.data(), (int64_t)n, NULL, NULL), NULL);
         kvq_test_ok(kvq_cuda_gated_mul(kind, d_over.data(), d_up.data(), d_over.data(), (int64_t)n, NULL, NULL), NULL);
         kvq_test_ok(kvq_cuda_gated_mul_backward(kind, d_gate.data(), d_up.data(), d_dy.data(), (int64_t)n, NULL, NULL),
                     NULL);
-        rig_expect_clean();
+        expect_clean();
         rig_same_bits(d_y.values(), y, "y");
         rig_same_bits(d_over.values(), y, "y in place");
         rig_same_bits(d_gate.values(), dgate, "dgate");
@@ -149,10 +149,10 @@ START_TEST(bf16_is_rounded_as_on_the_host) {
     x[300] = INFINITY, x[301] = 3.4e38f, x[302] = -0.0f;
     simt::Buffer<float>    d_x("x", x), d_z("z", x.size());
     simt::Buffer<uint16_t> d_y("y", x.size());
-    rig_begin(1);
+    begin(1);
     kvq_test_ok(kvq_cuda_bf16_of_float(d_x.data(), d_y.data(), 1000, NULL, NULL), NULL);
     kvq_test_ok(kvq_cuda_float_of_bf16(d_y.data(), d_z.data(), 1000, NULL, NULL), NULL);
-    rig_expect_clean();
+    expect_clean();
     for (size_t i = 0; i < x.size(); i++) {
         ck_assert_uint_eq(d_y.values()[i], kvq_bf16_of_float(x[i]));
         ck_assert_uint_eq(kvq_bits_of_float(d_z.values()[i]), (uint32_t)kvq_bf16_of_float(x[i]) << 16);
@@ -173,13 +173,13 @@ START_TEST(rows_are_gathered_and_scattered_as_on_the_cpu) {
     cpu->gather_rows(cpu, x.data(), rows.data(), y.data(), m, n);
     cpu->scatter_rows(cpu, y.data(), rows.data(), scales.data(), expected.data(), m, n);
     for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float>   d_x("x", x), d_y("y", y.size()), d_sum("sum", sum), d_scales("scales", scales);
         simt::Buffer<int32_t> d_rows("rows", rows);
         kvq_test_ok(kvq_cuda_gather_rows(d_x.data(), d_rows.data(), d_y.data(), m, n, NULL, NULL), NULL);
         kvq_test_ok(kvq_cuda_scatter_rows(d_y.data(), d_rows.data(), d_scales.data(), d_sum.data(), m, n, NULL, NULL),
                     NULL);
-        rig_expect_clean();
+        expect_clean();
         rig_same_bits(d_y.values(), y, named("gathered", m, n));
         rig_same_bits(d_sum.values(), expected, named("scattered", m, n));
     }
@@ -193,7 +193,7 @@ START_TEST(the_first_nonfinite_value_is_found) {
     const size_t places[] = {0, 1, 255, 256, 767, 768, 4095, 5300};
     size_t       n = 5301;
     Floats       x = rig_randoms(n, 17, 1e30);
-    rig_begin(1);
+    begin(1);
     simt::Buffer<unsigned long long> d_first("first", 1);
     simt::Buffer<float>              d_x("x", x);
     for (size_t i = 8; i-- > 0;) {
@@ -203,7 +203,7 @@ START_TEST(the_first_nonfinite_value_is_found) {
         ck_assert_uint_eq(d_first.values()[0], places[i]);
         kvq_test_ok(kvq_cuda_find_nonfinite(d_x.data(), (int64_t)places[i], d_first.data(), NULL, NULL), NULL);
         ck_assert(d_first.values()[0] == KVQ_CUDA_ALL_FINITE);
-        rig_expect_clean();
+        expect_clean();
     }
 }
 END_TEST
@@ -244,14 +244,14 @@ START_TEST(cross_entropy_has_the_bits_of_the_cpu) {
     std::vector<double>  nll((size_t)m);
     cpu->cross_entropy(cpu, gradient.data(), targets.data(), m, n, cap, scale, nll.data());
     for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float>   d_logits("logits", logits);
         simt::Buffer<int32_t> d_targets("targets", targets);
         simt::Buffer<double>  d_nll("nll", nll.size());
         kvq_test_ok(
             kvq_cuda_cross_entropy(d_logits.data(), d_targets.data(), m, n, cap, scale, d_nll.data(), NULL, NULL),
             NULL);
-        rig_expect_clean();
+        expect_clean();
         rig_same_bits(d_logits.values(), gradient, named("gradient", m, n));
         for (size_t i = 0; i < nll.size(); i++)
             ck_assert_msg(memcmp(&nll[i], &d_nll.values()[i], sizeof(double)) == 0, "nll[%zu]: %.17g instead of %.17g",
@@ -284,13 +284,13 @@ START_TEST(comparisons_have_the_bits_of_the_cpu) {
     cpu->compare(cpu, a.data(), b.data(), targets.data(), m, n, expected.data());
     cpu->compare(cpu, a.data(), a.data(), targets.data(), m, n, same.data());
     for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float>              d_a("a", a), d_b("b", b);
         simt::Buffer<int32_t>            d_targets("targets", targets);
         simt::Buffer<kvq_position_score> d_out("scores", expected.size()), d_same("scores of equals", same.size());
         kvq_test_ok(kvq_cuda_compare(d_a.data(), d_b.data(), d_targets.data(), m, n, d_out.data(), NULL, NULL), NULL);
         kvq_test_ok(kvq_cuda_compare(d_a.data(), d_a.data(), d_targets.data(), m, n, d_same.data(), NULL, NULL), NULL);
-        rig_expect_clean();
+        expect_clean();
         for (size_t i = 0; i < expected.size(); i++) {
             same_score(d_out.values()[i], expected[i], named("scores", m, n));
             same_score(d_same.values()[i], same[i], named("scores of equals", m, n));
@@ -316,12 +316,12 @@ START_TEST(ties_go_to_lower_ids_across_threads) {
         int32_t            target = places[c][3];
         kvq_position_score expected;
         cpu->compare(cpu, a.data(), b.data(), &target, 1, N, &expected);
-        rig_begin((uint64_t)c);
+        begin((uint64_t)c);
         simt::Buffer<float>              d_a("a", a), d_b("b", b);
         simt::Buffer<int32_t>            d_target("target", std::vector<int32_t>(1, target));
         simt::Buffer<kvq_position_score> d_out("score", 1);
         kvq_test_ok(kvq_cuda_compare(d_a.data(), d_b.data(), d_target.data(), 1, N, d_out.data(), NULL, NULL), NULL);
-        rig_expect_clean();
+        expect_clean();
         same_score(d_out.values()[0], expected, "ties");
     }
     rig_close();
@@ -346,12 +346,12 @@ START_TEST(the_same_tokens_are_drawn) {
             u[(size_t)i] = round == 3 ? 1 - 0x1p-53 : fmin(fmax(border, 0), 1 - 0x1p-53);
         }
         cpu->sample(cpu, logits.data(), u.data(), m, n, expected.data());
-        rig_begin((uint64_t)round);
+        begin((uint64_t)round);
         simt::Buffer<float>   d_logits("logits", logits);
         simt::Buffer<double>  d_u("u", u);
         simt::Buffer<int32_t> d_ids("ids", expected.size());
         kvq_test_ok(kvq_cuda_sample(d_logits.data(), d_u.data(), m, n, d_ids.data(), NULL, NULL), NULL);
-        rig_expect_clean();
+        expect_clean();
         for (size_t i = 0; i < expected.size(); i++) ck_assert_int_eq(d_ids.values()[i], expected[i]);
     }
     rig_close();
@@ -397,12 +397,12 @@ START_TEST(linear_equals_the_product) {
         }
     }
     for (uint64_t seed = 0; seed < 2; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float> d_x("x", x), d_w("w", w), d_bias("bias", bias), d_y("y", m * n);
         kvq_test_ok(kvq_cuda_linear_plain(d_x.data(), d_w.data(), _i % 2 == 0 ? d_bias.data() : NULL, d_y.data(),
                                           (int64_t)m, (int64_t)n, (int64_t)k, NULL, NULL),
                     NULL);
-        rig_expect_clean();
+        expect_clean();
         close_to(d_y.values(), of_cpu, exact, magnitude, (double)k + 1, "y");
         if (seed > 0) rig_same_bits(d_y.values(), first, "y in another order of threads");
         first = d_y.values();
@@ -429,13 +429,13 @@ START_TEST(linear_backward_equals_the_product) {
         }
     }
     for (uint64_t seed = 0; seed < 2; seed++) {
-        rig_begin(seed);
+        begin(seed);
         simt::Buffer<float>  d_dy("dy", dy), d_w("w", w), d_new("dx", m * k), d_old("dx", dx);
         simt::Buffer<float> &d_dx = adds ? d_old : d_new;
         kvq_test_ok(kvq_cuda_linear_backward_plain(d_dy.data(), d_w.data(), d_dx.data(), (int64_t)m, (int64_t)n,
                                                    (int64_t)k, adds, NULL, NULL),
                     NULL);
-        rig_expect_clean();
+        expect_clean();
         close_to(d_dx.values(), of_cpu, exact, magnitude, (double)n + 1, "dx");
         if (seed > 0) rig_same_bits(d_dx.values(), first, "dx in another order of threads");
         first = d_dx.values();

@@ -90,18 +90,7 @@ static void point_spec(Example *e, const Shape &shape) {
     e->spec.clamp_zero = !shape.is_key && shape.clamped;
 }
 
-// A spec of the device and the memory it points to.
-struct DeviceSpec {
-    std::vector<unsigned char>  host;
-    simt::Buffer<unsigned char> memory;
-    kvq_block_spec              spec;
-
-    explicit DeviceSpec(const kvq_block_spec &from) : host(kvq_cuda_rows_bytes(&from)), memory("tables", host.size()) {
-        kvq_error err;
-        kvq_test_ok(kvq_cuda_rows_pack(&from, host.data(), memory.data(), &spec, &err), &err);
-        memory.set(host);
-    }
-};
+typedef OnDevice<kvq_block_spec, kvq_block_spec, kvq_cuda_rows_bytes, kvq_cuda_rows_pack> DeviceSpec;
 
 static void expect_same(const Example &e, const Shape &s, const char *what, const void *found, const void *expected,
                         size_t bytes) {

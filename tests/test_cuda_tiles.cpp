@@ -126,18 +126,7 @@ static void code_on_cpu(Example *e, const Shape &shape) {
     }
 }
 
-// A spec of the device and the memory it points to.
-struct DeviceSpec {
-    std::vector<unsigned char>  host;
-    simt::Buffer<unsigned char> memory;
-    kvq_cuda_tiles              tiles;
-
-    explicit DeviceSpec(const kvq_tile_spec &from) : host(kvq_cuda_tiles_bytes(&from)), memory("tables", host.size()) {
-        kvq_error err;
-        kvq_test_ok(kvq_cuda_tiles_pack(&from, host.data(), memory.data(), &tiles, &err), &err);
-        memory.set(host);
-    }
-};
+typedef OnDevice<kvq_tile_spec, kvq_cuda_tiles, kvq_cuda_tiles_bytes, kvq_cuda_tiles_pack> DeviceSpec;
 
 static void expect_same(const Example &e, const Shape &s, const char *what, const void *found, const void *expected,
                         size_t bytes) {
@@ -155,10 +144,10 @@ static void expect_same(const Example &e, const Shape &s, const char *what, cons
 static void encode_on_device(const Example &e, const Shape &shape, const DeviceSpec &on_device, float *x,
                              uint8_t *tiles, int *first_bad) {
     kvq_error                   err;
-    size_t                      n = kvq_cuda_tiles_scratch_bytes(&on_device.tiles, shape.n_tokens);
+    size_t                      n = kvq_cuda_tiles_scratch_bytes(&on_device.spec, shape.n_tokens);
     simt::Buffer<unsigned char> scratch("scratch", n);
-    kvq_test_ok(kvq_cuda_encode_tiles(&on_device.tiles, x, shape.first, shape.n_tokens, tiles, scratch.data(),
-                                      first_bad, nullptr, &err),
+    kvq_test_ok(kvq_cuda_encode_tiles(&on_device.spec, x, shape.first, shape.n_tokens, tiles, scratch.data(), first_bad,
+                                      nullptr, &err),
                 &err);
     ck_assert_int_eq((int)(n > 0), e.spec.n_slots > 0);
     expect_clean();
@@ -180,7 +169,7 @@ static void compare_on_device(const Example &e, const Shape &shape) {
     if (e.first_bad != INT_MAX) return;
     expect_same(e, shape, "tiles", tiles.data(), e.tiles.data(), e.tiles.size());
     kvq_test_ok(
-        kvq_cuda_decode_tiles(&on_device.tiles, tiles.data(), shape.first, shape.n_tokens, y.data(), nullptr, &err),
+        kvq_cuda_decode_tiles(&on_device.spec, tiles.data(), shape.first, shape.n_tokens, y.data(), nullptr, &err),
         &err);
     expect_clean();
     expect_same(e, shape, "decoded tiles", y.data(), expected.data(), expected.size() * sizeof(float));

@@ -7,8 +7,8 @@
 #include <string.h>
 
 #include "kvq_decoder.h"
-#include "kvq_make_model.h"
 #include "kvq_test.h"
+#include "small_model.h"
 
 static const double DEPTHS[] = {0, 0.25, 0.5, 0.75, 1};
 enum { N_DEPTHS = 5, N_TRIALS = 3 };
@@ -319,14 +319,9 @@ static void fill_tensor(machine *m, kvq_tensor_quant *t, kvq_axis axis) {
 // A small random model, and an artifact whose two bits ruin it unless all tokens are sinks, which are kept in f16.
 static void machine_open(machine *m) {
     kvq_error        err = {0};
-    char             path[256];
     kvq_make_options options = kvq_make_options_default();
     *m = (machine){.ctx = kvq_test_context()};
-    (void)snprintf(path, sizeof path, "%s/model", kvq_test_folder());
-    kvq_make_model_hf(&options, path);
-    kvq_test_ok(kvq_backend_cpu(&m->ctx, KVQ_COMPUTE_F32, &m->be, &err), &err);
-    kvq_test_ok(kvq_checkpoint_open(&m->ctx, path, &m->checkpoint, &err), &err);
-    kvq_test_ok(kvq_model_create(&m->ctx, m->be, m->checkpoint, true, &m->model, &err), &err);
+    small_model_open(&m->ctx, &options, true, &m->be, &m->checkpoint, &m->model);
     m->c = kvq_model_describe(m->model);
     kvq_test_ok(kvq_artifact_create(&m->ctx, m->c->n_layers, &m->a, &err), &err);
     m->a->model.n_kv_heads = m->c->n_kv_heads;
@@ -339,9 +334,7 @@ static void machine_open(machine *m) {
 
 static void machine_close(machine *m) {
     kvq_artifact_destroy(&m->ctx, &m->a);
-    kvq_model_destroy(&m->ctx, &m->model);
-    kvq_checkpoint_close(&m->ctx, &m->checkpoint);
-    m->be->destroy(&m->be);
+    small_model_close(&m->ctx, &m->be, &m->checkpoint, &m->model);
 }
 
 // Fills ids [S] from AT on with what the model chooses itself, token by token.

@@ -6,8 +6,8 @@
 #include <string.h>
 
 #include "kvq_decoder.h"
-#include "kvq_make_model.h"
 #include "kvq_test.h"
+#include "small_model.h"
 
 enum { L = 3, S = 24, MOST_N = 4, SINKS = 2, DIM = 16, D = 2 * DIM, BITS = 3 };
 
@@ -68,17 +68,11 @@ static void make_artifact(rig *r, kvq_axis k_axis, kvq_key_domain domain) {
 }
 
 static void rig_open(rig *r, int64_t n_windows, kvq_axis k_axis, kvq_key_domain domain) {
-    kvq_error        err = {0};
-    char             path[256];
     kvq_make_options options = kvq_make_options_default();
     memset(r, 0, sizeof *r);
     r->ctx = kvq_test_context();
     options.n_layers = L;
-    (void)snprintf(path, sizeof path, "%s/model", kvq_test_folder());
-    kvq_make_model_hf(&options, path);
-    kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, &err), &err);
-    kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
-    kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
+    small_model_open(&r->ctx, &options, false, &r->be, &r->checkpoint, &r->model);
     r->c = kvq_model_describe(r->model);
     ck_assert_int_eq(r->c->n_kv_heads * r->c->head_dim, D);
     r->windows = (kvq_windows){.n_windows = n_windows, .seq_len = S, .ids = r->ids, .source = "test"};
@@ -89,9 +83,7 @@ static void rig_open(rig *r, int64_t n_windows, kvq_axis k_axis, kvq_key_domain 
 
 static void rig_close(rig *r) {
     kvq_artifact_destroy(&r->ctx, &r->a);
-    kvq_model_destroy(&r->ctx, &r->model);
-    kvq_checkpoint_close(&r->ctx, &r->checkpoint);
-    r->be->destroy(&r->be);
+    small_model_close(&r->ctx, &r->be, &r->checkpoint, &r->model);
 }
 
 // ---------------------------------------------------------------- the keys

@@ -6,19 +6,11 @@
 
 #include <string>
 
+#include "emulated_rig.h"
 #include "faulty_kernels.h"
-#include "kvq_test.h"
 #include "sample_kernels.h"
 
 enum { N_SEEDS = 20 };
-
-static void begin(uint64_t seed) {
-    simt::Options options;
-    options.seed = seed;
-    simt::begin(options);
-}
-
-static void expect_clean() { ck_assert_msg(simt::reports().empty(), "%s", simt::report_text().c_str()); }
 
 // Line of a source of the emulator's tests that ends in "// here: `mark`"; 0: none.
 static int line_of(const char *file, const std::string &mark) {

@@ -4,18 +4,10 @@
 #include <math.h>
 #include <string.h>
 
-#include "kvq_test.h"
+#include "emulated_rig.h"
 #include "sample_kernels.h"
 
 enum { N_SEEDS = 20 };
-
-static void begin(uint64_t seed) {
-    simt::Options options;
-    options.seed = seed;
-    simt::begin(options);
-}
-
-static void expect_clean() { ck_assert_msg(simt::reports().empty(), "%s", simt::report_text().c_str()); }
 
 static uint32_t bits_of(uint32_t stream, uint64_t index) {
     return (uint32_t)kvq_rng_below(5, KVQ_RNG_TEST, stream, index, (uint64_t)1 << 32);
