@@ -267,6 +267,7 @@ static kvq_status run_windows(sweep *s, int64_t index, kvq_error *err) {
     for (s->local = first; s->local < s->n_windows; s->local++) {
         s->window = s->local * stride + s->options->shard * s->processes->n_ranks + s->processes->rank;
         KVQ_TRY(run_window(s, at, err));
+        KVQ_TRY(s->be->check(s->be, err)); // before anything of it is saved
         report(s, at, s->local + 1);
         bool stop = kvq_stop_requested(s->ctx), last = s->local + 1 == s->n_windows;
         if (last || (!stop && kvq_now_s() < s->saved_at_s + SAVE_INTERVAL_S)) continue;

@@ -24,7 +24,7 @@ static kvq_status write_token(void *user, int64_t n_seqs, const int32_t *ids, co
     if (status != KVQ_OK) return status;
     w->be->sample(w->be, logits, u, n_seqs, w->vocab_size, next);
     kvq_report_progress(&w->cli->ctx, "write", -1, ++w->n_done, w->n_total);
-    return KVQ_OK;
+    return w->be->check(w->be, err);
 }
 
 // The model's own BOS, else the one its tokenizer names. A checkpoint without a tokenizer can write as well.

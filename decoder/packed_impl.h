@@ -79,13 +79,9 @@ static inline int64_t packed_half_bytes(const kvq_packed_layer *cache, int64_t n
     return n_tokens * cache->d * (int64_t)sizeof(uint16_t);
 }
 
-// x [n] of the backend -> f16 on the host (`to` may be NULL: only looked at). Returns the index of the first number
-// that does not fit, or -1.
-int64_t packed_store_halves(const kvq_backend *be, const float *x, int64_t n, uint16_t *to);
-void    packed_load_halves(const kvq_backend *be, const uint16_t *from, int64_t n, float *x);
-void    packed_round_to_half(const kvq_backend *be, float *x, int64_t n);
-// "a number does not fit into f16", naming layer, tensor and position
-kvq_status packed_does_not_fit(const kvq_packed_layer *cache, int tensor, int64_t position, kvq_error *err);
+// "a number does not fit into f16", naming layer, tensor and position; or, when the backend has failed, that.
+kvq_status packed_does_not_fit(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, int64_t position,
+                               kvq_error *err);
 
 // A copy into `to` (same artifact, layer and capacity) in two steps: `reserve_like` makes room for what `of` holds,
 // which may be the cache itself, and leaves what `to` holds alone; `assign` cannot fail.

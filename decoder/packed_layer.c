@@ -61,18 +61,28 @@ void kvq_packed_layer_reset(kvq_packed_layer *cache) {
 
 // ---------------------------------------------------------------- append
 
+kvq_status packed_does_not_fit(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, int64_t position,
+                               kvq_error *err) {
+    kvq_status status = be->check(be, err);
+    if (status != KVQ_OK) return status;
+    return kvq_fail(err, KVQ_ERR_NUMERICAL,
+                    "this model's activations need more than 16-bit floats; kvq cannot store them",
+                    "layer %lld, %s, position %lld: a number does not fit into f16", (long long)cache->layer,
+                    tensor == 0 ? "K" : "V", (long long)position);
+}
+
 static kvq_status prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x, int64_t n,
                           kvq_error *err) {
-    int64_t bad = packed_store_halves(be, x, packed_sinks(cache, cache->length, n) * cache->d, NULL);
-    if (bad >= 0) return packed_does_not_fit(cache, tensor, cache->length + bad / cache->d, err);
+    int64_t bad = be->store_halves(be, x, packed_sinks(cache, cache->length, n) * cache->d, NULL);
+    if (bad >= 0) return packed_does_not_fit(be, cache, tensor, cache->length + bad / cache->d, err);
     return cache->tiled ? packed_tiles_prepare(be, cache, tensor, x, n, err)
                         : packed_rows_prepare(be, cache, tensor, x, n, err);
 }
 
 static void commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n) {
     int64_t d = cache->d;
-    (void)packed_store_halves(be, x, packed_sinks(cache, cache->length, n) * d,
-                              cache->sinks[tensor] + packed_smaller(cache->length, cache->n_sinks) * d);
+    (void)be->store_halves(be, x, packed_sinks(cache, cache->length, n) * d,
+                           cache->sinks[tensor] + packed_smaller(cache->length, cache->n_sinks) * d);
     if (cache->tiled)
         packed_tiles_commit(be, cache, tensor, x, n);
     else
@@ -155,7 +165,7 @@ done:
 void kvq_packed_layer_decode(const kvq_backend *be, const kvq_packed_layer *cache, float *k, float *v) {
     float *const to[2] = {k, v};
     for (int i = 0; i < 2; i++) {
-        packed_load_halves(be, cache->sinks[i], packed_smaller(cache->length, cache->n_sinks) * cache->d, to[i]);
+        be->load_halves(be, cache->sinks[i], packed_smaller(cache->length, cache->n_sinks) * cache->d, to[i]);
         if (cache->tiled)
             packed_tiles_decode(be, cache, i, to[i]);
         else
@@ -172,8 +182,8 @@ kvq_status kvq_packed_layer_prefill(const kvq_backend *be, kvq_packed_layer *cac
     if (k_recent != NULL) {
         be->copy(be, k_recent, k, n * cache->d);
         be->copy(be, v_recent, v, n * cache->d);
-        packed_round_to_half(be, k_recent, n * cache->d);
-        packed_round_to_half(be, v_recent, n * cache->d);
+        be->round_halves(be, k_recent, n * cache->d);
+        be->round_halves(be, v_recent, n * cache->d);
     }
     kvq_packed_layer_decode(be, cache, k, v);
 

@@ -59,7 +59,7 @@ static kvq_status encode(const kvq_backend *be, const kvq_packed_layer *cache, i
     for (int64_t done = 0, run; done < n; done += run) {
         uint8_t *rows = rows_at(cache, tensor, first + done, n - done, &run);
         int64_t  bad = be->encode(be, &cache->rows.specs[tensor], x + done * cache->d, run, rows);
-        if (bad >= 0) return packed_does_not_fit(cache, tensor, cache->n_sinks + first + done + bad, err);
+        if (bad >= 0) return packed_does_not_fit(be, cache, tensor, cache->n_sinks + first + done + bad, err);
     }
     return KVQ_OK;
 }
@@ -77,11 +77,11 @@ static kvq_status encode_leaving(const kvq_backend *be, const kvq_packed_layer *
         n = packed_smaller(end - first, STAGED_TOKENS);
         for (int64_t i = 0; i < n; i++) {
             if (first + i < first_new)
-                packed_load_halves(be, packed_rows_recent(cache, tensor, first + i), d, staged + i * d);
+                be->load_halves(be, packed_rows_recent(cache, tensor, first + i), d, staged + i * d);
             else
                 be->copy(be, staged + i * d, x + (first + i - first_new) * d, d);
         }
-        packed_round_to_half(be, staged, n * d); // what came from the window stays as it is
+        be->round_halves(be, staged, n * d); // what came from the window stays as it is
         KVQ_TRY(encode(be, cache, tensor, staged, first, n, err));
     }
 
@@ -122,8 +122,8 @@ kvq_status packed_rows_prepare(const kvq_backend *be, const kvq_packed_layer *ca
     arrival      a = arrival_of(cache, n);
     const float *behind = x + a.n_sinks * cache->d;
     if (cache->rows.n_recent > 0) {
-        int64_t bad = packed_store_halves(be, x, n * cache->d, NULL);
-        if (bad >= 0) return packed_does_not_fit(cache, tensor, cache->length + bad / cache->d, err);
+        int64_t bad = be->store_halves(be, x, n * cache->d, NULL);
+        if (bad >= 0) return packed_does_not_fit(be, cache, tensor, cache->length + bad / cache->d, err);
         return encode_leaving(be, cache, tensor, a.n_rows, a.old, behind, err);
     }
     return n > a.n_sinks ? encode(be, cache, tensor, behind, a.old, n - a.n_sinks, err) : KVQ_OK;
@@ -133,7 +133,7 @@ void packed_rows_commit(const kvq_backend *be, kvq_packed_layer *cache, int tens
     arrival a = arrival_of(cache, n);
     int64_t d = cache->d;
     for (int64_t token = a.old > a.n_rows ? a.old : a.n_rows; token < a.old + n - a.n_sinks; token++)
-        (void)packed_store_halves(be, x + (a.n_sinks + token - a.old) * d, d, packed_rows_recent(cache, tensor, token));
+        (void)be->store_halves(be, x + (a.n_sinks + token - a.old) * d, d, packed_rows_recent(cache, tensor, token));
 }
 
 void packed_rows_advance(kvq_packed_layer *cache, int64_t n) { cache->rows.n_rows = arrival_of(cache, n).n_rows; }
@@ -166,7 +166,7 @@ void packed_rows_decode(const kvq_backend *be, const kvq_packed_layer *cache, in
         be->decode(be, &r->specs[tensor], rows, run, x + (n_sinks + first) * d);
     }
     for (int64_t token = r->n_rows; token < end; token++)
-        packed_load_halves(be, packed_rows_recent(cache, tensor, token), d, x + (n_sinks + token) * d);
+        be->load_halves(be, packed_rows_recent(cache, tensor, token), d, x + (n_sinks + token) * d);
 }
 
 int64_t packed_rows_bytes(const kvq_packed_layer *cache) {

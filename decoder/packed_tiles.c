@@ -76,12 +76,12 @@ static kvq_status encode(const kvq_backend *be, const kvq_packed_layer *cache, i
     int64_t    d = cache->d, n = end - first, bad = -1;
     int64_t    waiting = cache->length > first ? packed_smaller(cache->length - first, n) : 0; // in the open tile
     kvq_status status = KVQ_OK;
-    packed_load_halves(be, cache->tiles.open[tensor], waiting * d, staged);
+    be->load_halves(be, cache->tiles.open[tensor], waiting * d, staged);
     if (n > waiting) be->copy(be, staged + waiting * d, x + (first + waiting - cache->length) * d, (n - waiting) * d);
-    packed_round_to_half(be, staged, n * d);
+    be->round_halves(be, staged, n * d);
     KVQ_TRY(be->encode_tiles(be, &cache->tiles.views[tensor].spec, staged, packed_sinks(cache, first, n), n, tiles,
                              &bad, err));
-    if (bad >= 0) KVQ_TRY(packed_does_not_fit(cache, tensor, first + bad, err));
+    if (bad >= 0) KVQ_TRY(packed_does_not_fit(be, cache, tensor, first + bad, err));
 
 done:
     return status;
@@ -107,16 +107,16 @@ done:
 
 kvq_status packed_tiles_prepare(const kvq_backend *be, const kvq_packed_layer *cache, int tensor, const float *x,
                                 int64_t n, kvq_error *err) {
-    int64_t bad = packed_store_halves(be, x, n * cache->d, NULL);
-    if (bad >= 0) return packed_does_not_fit(cache, tensor, cache->length + bad / cache->d, err);
+    int64_t bad = be->store_halves(be, x, n * cache->d, NULL);
+    if (bad >= 0) return packed_does_not_fit(be, cache, tensor, cache->length + bad / cache->d, err);
     return encode_completed(be, cache, tensor, x, n, err);
 }
 
 void packed_tiles_commit(const kvq_backend *be, kvq_packed_layer *cache, int tensor, const float *x, int64_t n) {
     int64_t open = whole(cache->length + n), from = cache->length > open ? cache->length : open;
     int64_t d = cache->d;
-    (void)packed_store_halves(be, x + (from - cache->length) * d, (cache->length + n - from) * d,
-                              cache->tiles.open[tensor] + (from - open) * d);
+    (void)be->store_halves(be, x + (from - cache->length) * d, (cache->length + n - from) * d,
+                           cache->tiles.open[tensor] + (from - open) * d);
 }
 
 kvq_status packed_tiles_reserve_closed(kvq_packed_layer *cache, kvq_error *err) {
@@ -175,7 +175,7 @@ void packed_tiles_decode(const kvq_backend *be, const kvq_packed_layer *cache, i
     if (t->flushed)
         be->decode_tiles(be, spec, t->closed[tensor], sinks, n_open, x + end * d);
     else
-        packed_load_halves(be, t->open[tensor] + sinks * d, (n_open - sinks) * d, x + (end + sinks) * d);
+        be->load_halves(be, t->open[tensor] + sinks * d, (n_open - sinks) * d, x + (end + sinks) * d);
 }
 
 // Sinks are in f16 already when they lie in the open tile.

@@ -25,6 +25,11 @@ static void add_floats(const kvq_backend *be, float *y, const float *x, int64_t 
     for (int64_t i = 0; i < n; i++) y[i] += x[i];
 }
 
+static kvq_status check(const kvq_backend *be, kvq_error *err) { // every call has done what it was asked for
+    (void)be, (void)err;
+    return KVQ_OK;
+}
+
 static int64_t find_nonfinite(const kvq_backend *be, const float *x, int64_t n) {
     (void)be;
     return kvq_find_nonfinite(x, n);
@@ -49,9 +54,11 @@ kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_compute compute, kvq_back
     be = &cpu->table;
     *be = (kvq_backend){
         .name = "cpu",
+        .device = "this processor",
         .matmul = kvq_gemm_prepare(),
         .ctx = ctx,
         .destroy = destroy,
+        .check = check,
         .alloc = alloc_floats,
         .release = release_floats,
         .upload = copy_floats,
@@ -85,6 +92,9 @@ kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_compute compute, kvq_back
         .decode = kvq_decode_cpu,
         .encode_tiles = kvq_encode_tiles_cpu,
         .decode_tiles = kvq_decode_tiles_cpu,
+        .store_halves = kvq_store_halves_cpu,
+        .load_halves = kvq_load_halves_cpu,
+        .round_halves = kvq_round_halves_cpu,
         .find_nonfinite = find_nonfinite,
     };
     if (compute == KVQ_COMPUTE_BF16) status = kvq_use_bf16(cpu, err);

@@ -134,3 +134,28 @@ void kvq_decode_tiles_cpu(const kvq_backend *be, const kvq_tile_spec *spec, cons
                     .tile_bytes = kvq_tile_bytes(spec)};
     kvq_parallel_for(be->ctx, (n_tokens + KVQ_TILE_TOKENS - 1) / KVQ_TILE_TOKENS, decode_tile, &job);
 }
+
+// ---------------------------------------------------------------- halves
+
+// An exponent of all ones: infinite, or NaN.
+static bool is_beyond_f16(uint16_t half) { return (half & 0x7c00u) == 0x7c00u; }
+
+int64_t kvq_store_halves_cpu(const kvq_backend *be, const float *x, int64_t n, uint16_t *to) {
+    (void)be;
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t half = kvq_half_of_float(x[i]);
+        if (is_beyond_f16(half)) return i;
+        if (to != NULL) to[i] = half;
+    }
+    return -1;
+}
+
+void kvq_load_halves_cpu(const kvq_backend *be, const uint16_t *from, int64_t n, float *x) {
+    (void)be;
+    for (int64_t i = 0; i < n; i++) x[i] = kvq_float_of_half(from[i]);
+}
+
+void kvq_round_halves_cpu(const kvq_backend *be, float *x, int64_t n) {
+    (void)be;
+    for (int64_t i = 0; i < n; i++) x[i] = kvq_float_of_half(kvq_half_of_float(x[i]));
+}

@@ -130,4 +130,8 @@ kvq_status kvq_encode_tiles_cpu(const kvq_backend *be, const kvq_tile_spec *spec
 void       kvq_decode_tiles_cpu(const kvq_backend *be, const kvq_tile_spec *spec, const uint8_t *tiles, int64_t first,
                                 int64_t n_tokens, float *x);
 
+int64_t kvq_store_halves_cpu(const kvq_backend *be, const float *x, int64_t n, uint16_t *to);
+void    kvq_load_halves_cpu(const kvq_backend *be, const uint16_t *from, int64_t n, float *x);
+void    kvq_round_halves_cpu(const kvq_backend *be, float *x, int64_t n);
+
 #endif

@@ -69,11 +69,18 @@ typedef struct kvq_position_score {
 
 typedef struct kvq_backend kvq_backend;
 struct kvq_backend {
-    const char        *name;   // "cpu"
-    const char        *matmul; // library behind `linear` and its factors: "onednn", "onednn-bf16", "cblas"
-    const kvq_context *ctx;    // borrowed for the life of the backend
+    const char        *name;   // "cpu", "cuda"
+    const char        *device; // what a person calls it: "this processor", "cuda:0, NVIDIA H200"
+    const char        *matmul; // what decides the bits of `linear`: "onednn", "onednn-bf16", "cublas 13.2 sm_90" ..
+    char               fallback[256]; // why "auto" took no faster device; empty when it was not asked, or took one
+    const kvq_context *ctx;           // borrowed for the life of the backend
 
     void (*destroy)(kvq_backend **be);
+
+    // Waits for everything that was asked for and tells what has gone wrong since the backend was made. A device may
+    // fail between two calls; from then on every number that comes from it is NaN, every index the first one, and this
+    // says why. Asked for at the end of each pass over a layer and of each use of the head.
+    kvq_status (*check)(const kvq_backend *be, kvq_error *err);
 
     // ---- memory
     kvq_status (*alloc)(const kvq_backend *be, int64_t n_floats, const char *what, float **out,
@@ -88,7 +95,8 @@ struct kvq_backend {
     // ---- linear layers; w is [n_out, n_in] as checkpoints store it, in the backend's own form (f32, or bf16 when the
     // backend computes in it): sized, filled row by row, and used through these functions only.
     int64_t (*weights_floats)(const kvq_backend *be, int64_t n_out, int64_t n_in); // floats to alloc for one matrix
-    // rows [row, row + n_rows) of w; may be called from several threads for different rows
+    // Rows [row, row + n_rows) of w, which may be used after `check`. Called from several threads for different rows,
+    // also while another thread uses other memory of the backend; so are alloc, release and upload.
     void (*upload_weights)(const kvq_backend *be, float *w, int64_t n_in, int64_t row, int64_t n_rows,
                            const float *host_from);
     // y [m, n_out] = x [m, n_in] w^T + bias [n_out] (NULL = none)
@@ -161,12 +169,13 @@ struct kvq_backend {
     void (*sample)(const kvq_backend *be, const float *logits, const double *host_u, int64_t m, int64_t n_vocab,
                    int32_t *host_ids);
 
-    // ---- KV codec: `spec` and `rows` are host memory today; x [m, d]
+    // ---- KV codec: `spec`, its tables and `rows` are host memory; x [m, d]
     // encode returns the index of the first row with a number that f16 cannot hold, or -1
     int64_t (*encode)(const kvq_backend *be, const kvq_block_spec *spec, const float *x, int64_t m, uint8_t *rows);
     void (*decode)(const kvq_backend *be, const kvq_block_spec *spec, const uint8_t *rows, int64_t m, float *x);
 
-    // The channel-allocated codec (kvq_tile_hd.h), also on host memory: x [n_tokens, d] are the tokens of positions 0
+    // The channel-allocated codec (kvq_tile_hd.h), spec and tiles in host memory: x [n_tokens, d] are the tokens of
+    // positions 0
     // .. n_tokens - 1 counted from the start of a tile. Those before `first` (sinks), 0 .. n_tokens, are not coded, in
     // whichever tile they lie, and decoding leaves their rows alone. tiles [ceil(n_tokens / KVQ_TILE_TOKENS),
     // kvq_tile_bytes]; the last one may be short. *bad = the first token with a number that f16 cannot hold (the tiles
@@ -175,6 +184,13 @@ struct kvq_backend {
                                int64_t n_tokens, uint8_t *tiles, int64_t *bad, kvq_error *err);
     void (*decode_tiles)(const kvq_backend *be, const kvq_tile_spec *spec, const uint8_t *tiles, int64_t first,
                          int64_t n_tokens, float *x);
+
+    // ---- numbers in f16 (to the nearest, ties to even), as caches keep what they do not code; x [n]
+    // Returns the index of the first number that f16 cannot hold, the others being stored or not, or -1. host_to NULL:
+    // they are only looked at.
+    int64_t (*store_halves)(const kvq_backend *be, const float *x, int64_t n, uint16_t *host_to);
+    void (*load_halves)(const kvq_backend *be, const uint16_t *host_from, int64_t n, float *x);
+    void (*round_halves)(const kvq_backend *be, float *x, int64_t n); // too large becomes infinite
 
     // Index of the first element of x [n] that is NaN or infinite, or -1.
     int64_t (*find_nonfinite)(const kvq_backend *be, const float *x, int64_t n);
@@ -190,8 +206,12 @@ extern const char *const kvq_compute_names[]; // "f32", "bf16", NULL at the end
 // The CPU backend. `ctx` is borrowed and must outlive it; release with be->destroy(&be). KVQ_ERR_UNSUPPORTED when bf16
 // is asked of a processor without instructions for it, or of a build without oneDNN.
 kvq_status kvq_backend_cpu(const kvq_context *ctx, kvq_compute compute, kvq_backend **out, kvq_error *err);
-// The backend of a device: "cpu", or "auto", the fastest there is, which in this version is the CPU. KVQ_ERR_UNSUPPORTED
-// for "cuda" and "cuda:N", KVQ_ERR_USAGE for any other word.
+// Device `index` of CUDA (kernels/cuda). KVQ_ERR_UNSUPPORTED, with what to install, when this build has no CUDA or the
+// machine no such device; KVQ_ERR_MEMORY. What one thread asks for happens in order; only what upload_weights says may
+// be called while another thread uses the backend.
+kvq_status kvq_backend_cuda(const kvq_context *ctx, int index, kvq_compute compute, kvq_backend **out, kvq_error *err);
+// The backend of a device: "cpu", "cuda" (the first one), "cuda:N", or "auto": the first CUDA device when there is one,
+// and otherwise the CPU, with the reason in `fallback`. KVQ_ERR_USAGE for any other word.
 kvq_status kvq_backend_open(const kvq_context *ctx, const char *device, kvq_compute compute, kvq_backend **out,
                             kvq_error *err);
 

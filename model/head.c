@@ -12,6 +12,8 @@ kvq_status kvq_head_apply(const kvq_model *model, const kvq_head *head, const fl
     kvq_linear_forward(be, &head->output, normed, logits, n_rows);
     int64_t at = be->find_nonfinite(be, logits, n_rows * c->vocab_size); // a soft cap would hide an infinity
     if (at >= 0) {
+        kvq_status status = be->check(be, err);
+        if (status != KVQ_OK) return status;
         return kvq_fail(err, KVQ_ERR_NUMERICAL, NULL, "output head, row %lld, token %lld: the logit is not finite",
                         (long long)(first_row + at / c->vocab_size), (long long)(at % c->vocab_size));
     }
@@ -47,7 +49,7 @@ kvq_status kvq_head_loss(kvq_model *model, const kvq_head *head, kvq_workspace *
         kvq_linear_gradient(be, &head->output, ws->logits, ws->mlp.dnormed, rows, false);
         be->rmsnorm_backward(be, x + t * C, head->norm, c->rms_norm_eps, ws->mlp.dnormed, dx + t * C, rows, C);
     }
-    return KVQ_OK;
+    return be->check(be, err);
 }
 
 kvq_status kvq_head_compare(kvq_model *model, const kvq_head *head, kvq_workspace *ws, const int32_t *ids,
@@ -64,5 +66,5 @@ kvq_status kvq_head_compare(kvq_model *model, const kvq_head *head, kvq_workspac
         model->be->compare(model->be, ws->logits, ws->logits_b, ids + t + 1, rows, model->config->vocab_size,
                            host_scores + t);
     }
-    return KVQ_OK;
+    return model->be->check(model->be, err);
 }

@@ -136,6 +136,8 @@ static kvq_status check_finite(const kvq_model *model, const float *x, int64_t m
                                const char *tensor, kvq_error *err) {
     int64_t at = model->be->find_nonfinite(model->be, x, m * width);
     if (at < 0) return KVQ_OK;
+    kvq_status status = model->be->check(model->be, err); // a device that has failed gives no numbers
+    if (status != KVQ_OK) return status;
     return kvq_fail(err, KVQ_ERR_NUMERICAL, NULL,
                     "layer %lld, %s, position %lld, channel %lld: the value is not finite", (long long)layer, tensor,
                     (long long)(at / width), (long long)(at % width));

@@ -145,6 +145,7 @@ static kvq_status fill_slots(const kvq_model *model, const kvq_context *ctx, con
         storage += slot_floats(model, &list->slots[i]);
         KVQ_TRY(fill_slot(model, ctx, &list->slots[i], &job, err));
     }
+    status = model->be->check(model->be, err);
 
 done:
     kvq_free(ctx, job.blocks);

@@ -158,8 +158,8 @@ static Floats output_of_device(const kvq_attention_shape &s, const Floats &q, co
     bool                used = kvq_second_set_used(&s.second);
     simt::Buffer<float> d_q("q", q), d_k("k", k), d_v("v", v), d_k2("second k", k2), d_v2("second v", v2),
         d_out("out", q.size());
-    kvq_test_ok(kvq_cuda_attention(&s, d_q.data(), d_k.data(), d_v.data(), used ? d_k2.data() : NULL,
-                                   used ? d_v2.data() : NULL, d_out.data(), NULL, NULL),
+    kvq_test_ok(kvq_cuda_window_attention(&s, d_q.data(), d_k.data(), d_v.data(), used ? d_k2.data() : NULL,
+                                          used ? d_v2.data() : NULL, d_out.data(), NULL, NULL),
                 NULL);
     expect_clean();
     return d_out.values();
@@ -258,9 +258,9 @@ static three gradients_of_device(const kvq_attention_shape &s, const Floats &q, 
     begin(seed);
     simt::Buffer<float> d_q("q", q), d_k("k", k), d_v("v", v), d_out("out", out), d_dout("dout", dout),
         d_dq("dq", q.size()), d_dk("dk", k.size()), d_dv("dv", v.size()),
-        d_scratch("scratch", (size_t)kvq_cuda_attention_scratch_floats(&s, true));
-    kvq_test_ok(kvq_cuda_attention_backward(&s, d_q.data(), d_k.data(), d_v.data(), d_out.data(), d_dout.data(),
-                                            d_dq.data(), d_dk.data(), d_dv.data(), d_scratch.data(), NULL, NULL),
+        d_scratch("scratch", (size_t)kvq_cuda_window_scratch_floats(&s, true));
+    kvq_test_ok(kvq_cuda_window_attention_backward(&s, d_q.data(), d_k.data(), d_v.data(), d_out.data(), d_dout.data(),
+                                                   d_dq.data(), d_dk.data(), d_dv.data(), d_scratch.data(), NULL, NULL),
                 NULL);
     expect_clean();
     return {d_dq.values(), d_dk.values(), d_dv.values()};

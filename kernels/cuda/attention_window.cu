@@ -340,21 +340,22 @@ static dim3 grid_of(const window_shape *s, int n_heads, bool sliced) {
 
 extern "C" {
 
-int64_t kvq_cuda_attention_scratch_floats(const kvq_attention_shape *shape, bool backward) {
+int64_t kvq_cuda_window_scratch_floats(const kvq_attention_shape *shape, bool backward) {
     return backward ? 3 * shape->n_tokens * shape->n_heads : 0;
 }
 
-kvq_status kvq_cuda_attention(const kvq_attention_shape *shape, const float *q, const float *k, const float *v,
-                              const float *k_recent, const float *v_recent, float *out, void *stream, kvq_error *err) {
+kvq_status kvq_cuda_window_attention(const kvq_attention_shape *shape, const float *q, const float *k, const float *v,
+                                     const float *k_recent, const float *v_recent, float *out, void *stream,
+                                     kvq_error *err) {
     if (shape->n_tokens <= 0) return KVQ_OK;
     KVQ_LAUNCH(attention, grid_of(shape, shape->n_heads, true), OP_THREADS, 0, op_stream(stream), *shape, q, k, v,
                k_recent, v_recent, out);
     return op_launched("attention", err);
 }
 
-kvq_status kvq_cuda_attention_backward(const kvq_attention_shape *shape, const float *q, const float *k, const float *v,
-                                       const float *out, const float *dout, float *dq, float *dk, float *dv,
-                                       float *scratch, void *stream, kvq_error *err) {
+kvq_status kvq_cuda_window_attention_backward(const kvq_attention_shape *shape, const float *q, const float *k,
+                                              const float *v, const float *out, const float *dout, float *dq, float *dk,
+                                              float *dv, float *scratch, void *stream, kvq_error *err) {
     kvq_attention_shape s = *shape;
     if (s.n_tokens <= 0) return KVQ_OK;
     s.second.recent = s.second.tile = s.second.prompt = 0;
