@@ -147,7 +147,8 @@ typedef struct kvq_calib_limits {
     int64_t memory_bytes, scratch_bytes; // 0 = none
 } kvq_calib_limits;
 typedef struct kvq_calib_plan {
-    int64_t memory_bytes;                                     // resident, at the worst moment; the sum of the next four
+    int64_t memory_bytes;                                     // resident, at the worst moment: the next four, but ..
+    int64_t device_bytes;                                     // .. what of them is in the memory of a device
     int64_t weight_bytes, activation_bytes, statistics_bytes; // layers or head; one window; what one layer collects
     int64_t program_bytes;                                    // code, libraries, and what they keep
     int64_t scratch_bytes;                                    // work directory of this process at its largest

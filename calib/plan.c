@@ -15,28 +15,50 @@ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ---------------------------------------------------------------- memory and disk
 
-static int64_t weight_bytes(const kvq_model *model, bool prefetch) {
+// What is the backend's of weights and of one window's activations; the rest of both is the host's.
+static int64_t backend_weight_bytes(const kvq_model *model, bool prefetch) {
     int64_t layer = 4 * kvq_layer_floats(model), head = 4 * kvq_head_floats(model);
-    return larger(layer, head) + (prefetch ? layer : 0) + kvq_model_mapped_bytes(model);
+    return larger(layer, head) + (prefetch ? layer : 0);
 }
 
-// Beside the model's own: hidden states, and of K and V the values, gradients, squared gradients and normalised
-// elements on the host; rotated keys and queries where they are wanted.
-static int64_t activation_bytes(const kvq_model *model, const kvq_measure_options *options, int64_t seq_len) {
+// Beside the model's own: a hidden state, its gradient, and rotated keys where they are wanted.
+static int64_t backend_activation_bytes(const kvq_model *model, const kvq_measure_options *options, int64_t seq_len) {
     const kvq_model_config *c = kvq_model_describe(model);
-    bool                    gradients = measure_needs_gradients(options);
-    int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim, width = 3 * c->hidden_size;
-    width += (gradients ? 8 : 4) * d + (options->k_domain == KVQ_KEYS_POST_ROPE ? d : 0);
-    if (options->moments) width += (int64_t)c->n_heads * c->head_dim;
-    return 4 * (kvq_workspace_floats(model, seq_len, gradients) + seq_len * width);
+    int64_t                 width = 2 * c->hidden_size;
+    if (options->k_domain == KVQ_KEYS_POST_ROPE) width += (int64_t)c->n_kv_heads * c->head_dim;
+    return 4 * (kvq_workspace_floats(model, seq_len, measure_needs_gradients(options)) + seq_len * width);
 }
 
-static kvq_status fit_memory(const kvq_model *model, int64_t limit, kvq_calib_plan *plan, kvq_error *err) {
+// A hidden state, and of K and V the values, gradients, squared gradients and normalised elements; queries where they
+// are wanted.
+static int64_t host_activation_bytes(const kvq_model *model, const kvq_measure_options *options, int64_t seq_len) {
+    const kvq_model_config *c = kvq_model_describe(model);
+    int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim;
+    int64_t                 width = c->hidden_size + (measure_needs_gradients(options) ? 8 : 4) * d;
+    if (options->moments) width += (int64_t)c->n_heads * c->head_dim;
+    return 4 * seq_len * width;
+}
+
+static kvq_status fit_memory(const kvq_model *model, int64_t limit, int64_t backend_activations, kvq_calib_plan *plan,
+                             kvq_error *err) {
+    int64_t device = kvq_model_backend(model)->memory_bytes;
     for (plan->prefetch = true;; plan->prefetch = false) {
-        plan->weight_bytes = weight_bytes(model, plan->prefetch);
-        plan->memory_bytes = plan->weight_bytes + plan->activation_bytes + plan->statistics_bytes + plan->program_bytes;
-        if (limit == 0 || plan->memory_bytes <= limit) return KVQ_OK;
+        int64_t backend_weights = backend_weight_bytes(model, plan->prefetch);
+        plan->weight_bytes = backend_weights + kvq_model_mapped_bytes(model);
+        plan->device_bytes = device > 0 ? backend_weights + backend_activations : 0;
+        plan->memory_bytes = plan->weight_bytes + plan->activation_bytes + plan->statistics_bytes +
+                             plan->program_bytes - plan->device_bytes;
+        bool fits = limit == 0 || plan->memory_bytes <= limit, fits_device = plan->device_bytes <= device;
+        if (fits && fits_device) return KVQ_OK;
         if (plan->prefetch) continue;
+        if (!fits_device) {
+            return kvq_fail(err, KVQ_ERR_MEMORY, "use shorter windows, compute in bf16, or take --device cpu",
+                            "%s has %.0f MiB of memory: the least for windows of this length is %.0f MiB (weights of "
+                            "one layer or the head %.0f, activations of one window %.0f)",
+                            kvq_model_backend(model)->device, floor((double)device / MIB),
+                            ceil((double)plan->device_bytes / MIB), (double)backend_weights / MIB,
+                            (double)backend_activations / MIB);
+        }
         return kvq_fail(err, KVQ_ERR_MEMORY, "use shorter windows or fewer threads, compute in bf16, or allow more",
                         "a memory limit of %.0f MiB: the least for windows of this length is %.0f MiB (weights of one "
                         "layer or the head %.0f, activations of one window %.0f, statistics %.0f, program %.0f)",
@@ -75,9 +97,10 @@ kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, c
     step_plan               steps = {.n_layers = c->n_layers, .second_pass = true, .gradients = gradients};
     kvq_calib_plan          plan = {.program_bytes = PROGRAM_BYTES};
     (void)ctx;
-    plan.activation_bytes = activation_bytes(model, options, seq_len);
+    int64_t backend_activations = backend_activation_bytes(model, options, seq_len);
+    plan.activation_bytes = backend_activations + host_activation_bytes(model, options, seq_len);
     plan.statistics_bytes = measure_bytes(options, measure_shape_of(c, seq_len, n_windows));
-    kvq_status status = fit_memory(model, limits.memory_bytes, &plan, err);
+    kvq_status status = fit_memory(model, limits.memory_bytes, backend_activations, &plan, err);
     if (status == KVQ_OK) status = fit_disk(&steps, 4 * tokens * c->hidden_size, limits.scratch_bytes, &plan, err);
     if (status != KVQ_OK) return status;
     // forward once, and for the gradients a recomputed forward and as much again; what the stride makes again; the head
@@ -104,21 +127,37 @@ typedef struct probe {
     float             *x, *y, *dx;                            // [S, C]
     int32_t           *ids;                                   // [S]
     double            *nll;                                   // [S]
+    float             *host[4];                               // [S, H D] or [S, d]: what the observer sees
     double             load_s, forward_s, loss_s, backward_s; // of one layer, one window
 } probe;
 
-// K and V are host memory in the CPU backend, so the observer may see them where they are.
+static int64_t kv_floats(const probe *p) {
+    const kvq_model_config *c = kvq_model_describe(p->model);
+    return p->seq_len * c->n_kv_heads * c->head_dim;
+}
+
+static int64_t q_floats(const probe *p) {
+    const kvq_model_config *c = kvq_model_describe(p->model);
+    return p->seq_len * c->n_heads * c->head_dim;
+}
+
 static kvq_status see_forward(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
-    kvq_observer o = measure_observer(user);
-    kvq_seen     seen = {.q = x->q, .k = x->k, .v = x->v};
+    probe       *p = user;
+    kvq_observer o = measure_observer(p->m);
+    kvq_seen     seen = {.q = p->host[0], .k = p->host[1], .v = p->host[2]};
     (void)n_tokens;
+    p->be->download(p->be, p->host[0], x->q, q_floats(p));
+    p->be->download(p->be, p->host[1], x->k, kv_floats(p));
+    p->be->download(p->be, p->host[2], x->v, kv_floats(p));
     return o.window(o.user, KVQ_PASS_FORWARD, layer, &seen, err);
 }
 
 static kvq_status see_backward(probe *p, kvq_error *err) {
     kvq_observer o = measure_observer(p->m);
     kvq_kv_view  view = kvq_workspace_kv(p->ws);
-    kvq_seen     seen = {.k = view.k, .v = view.v, .dk = view.dk, .dv = view.dv};
+    const float *from[4] = {view.k, view.v, view.dk, view.dv};
+    kvq_seen     seen = {.k = p->host[0], .v = p->host[1], .dk = p->host[2], .dv = p->host[3]};
+    for (int i = 0; i < 4; i++) p->be->download(p->be, p->host[i], from[i], kv_floats(p));
     return o.window(o.user, KVQ_PASS_BACKWARD, 0, &seen, err);
 }
 
@@ -132,7 +171,7 @@ static kvq_status pass_once(probe *p, kvq_error *err) {
     KVQ_TRY(kvq_model_embed(p->model, p->ids, S, p->x, err));
     double start = kvq_now_s();
     p->be->copy(p->be, p->y, p->x, n);
-    KVQ_TRY(kvq_layer_forward(p->model, p->layer, p->ws, S, p->y, see_forward, p->m, err));
+    KVQ_TRY(kvq_layer_forward(p->model, p->layer, p->ws, S, p->y, see_forward, p, err));
     p->forward_s = kvq_now_s() - start;
     start = kvq_now_s();
     KVQ_TRY(kvq_head_loss(p->model, p->head, p->ws, p->ids, S, p->y, p->gradients ? p->dx : NULL, p->nll, err));
@@ -161,6 +200,8 @@ static kvq_status prepare_probe(probe *p, const kvq_measure_options *options, kv
     KVQ_TRY(p->be->alloc(p->be, n, "gradient", &p->dx, err));
     KVQ_TRY(KVQ_NEW(p->ctx, S, "token ids", &p->ids, err));
     KVQ_TRY(KVQ_NEW(p->ctx, S, "losses", &p->nll, err));
+    for (int i = 0; i < 4; i++)
+        KVQ_TRY(KVQ_NEW(p->ctx, i == 0 ? q_floats(p) : kv_floats(p), "K and V", &p->host[i], err));
     for (int64_t t = 0; t < S; t++)
         p->ids[t] = (int32_t)kvq_rng_below(0, KVQ_RNG_WINDOWS, 1, (uint64_t)t, (uint64_t)c->vocab_size);
     double start = kvq_now_s();
@@ -191,6 +232,7 @@ done:
     be->release(be, p.x);
     be->release(be, p.y);
     be->release(be, p.dx);
+    for (int i = 0; i < 4; i++) kvq_free(ctx, p.host[i]);
     kvq_free(ctx, p.ids);
     kvq_free(ctx, p.nll);
     return status;

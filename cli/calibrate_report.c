@@ -12,7 +12,8 @@
 
 static void print_needs(kvq_cli *cli, const calibration *c) {
     const kvq_calib_plan *p = &c->plan;
-    char                  total[32], weights[32], activations[32], statistics[32], scratch[32];
+    char                  total[32], weights[32], activations[32], statistics[32], scratch[32], device[32];
+    char                  compute[CLI_COMPUTE_TEXT];
     kvq_cli_format_bytes((double)p->memory_bytes, total, sizeof total);
     kvq_cli_format_bytes((double)p->weight_bytes, weights, sizeof weights);
     kvq_cli_format_bytes((double)p->activation_bytes, activations, sizeof activations);
@@ -22,10 +23,12 @@ static void print_needs(kvq_cli *cli, const calibration *c) {
         kvq_cli_say(cli, "processes  %d; what follows is for each of them", c->processes.n_ranks);
     kvq_cli_say(cli, "memory     peak about %s (weights %s%s, activations %s, statistics %s)", total, weights,
                 p->prefetch ? " with the next layer's" : "", activations, statistics);
+    kvq_cli_format_bytes((double)p->device_bytes, device, sizeof device);
+    if (p->device_bytes > 0) kvq_cli_say(cli, "           and %s of the device's, for weights and activations", device);
     kvq_cli_say(cli, "disk       %s in %s%s", scratch, c->work_dir,
                 p->stride > 1 ? ", with layers recomputed to keep within the limit" : "");
-    kvq_cli_say(cli, "work       %.3g TFLOP on %d %s threads with %s", p->tera_flops, cli->ctx.n_threads, c->be->name,
-                c->be->matmul);
+    kvq_cli_compute_text(cli, c->be, compute);
+    kvq_cli_say(cli, "work       %.3g TFLOP on %s", p->tera_flops, compute);
     if (c->kl_tokens > 0) {
         kvq_sensitivity_cost cost = kvq_sensitivity_plan(c->model, c->seq_len, c->o->samples, c->kl_tokens);
         kvq_cli_say(cli, "           and %.3g TFLOP to measure the KL of each K and V alone on %lld x %lld tokens",

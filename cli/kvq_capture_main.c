@@ -166,7 +166,7 @@ static kvq_status make_plan(kvq_cli *cli, capture_run *r, kvq_error *err) {
 static void print_plan(kvq_cli *cli, const capture_run *r) {
     const kvq_model_config *c = kvq_checkpoint_config(r->checkpoint);
     const capture_options  *o = r->o;
-    char                    size[32], scratch[32], memory[32];
+    char                    size[32], scratch[32], memory[32], compute[CLI_COMPUTE_TEXT];
     int64_t                 n_layers = 0;
     for (int64_t layer = 0; layer < c->n_layers; layer++) n_layers += kvq_capture_has_layer(&r->info, layer);
     kvq_cli_format_bytes((double)kvq_capture_bytes(&r->info), size, sizeof size);
@@ -182,6 +182,8 @@ static void print_plan(kvq_cli *cli, const capture_run *r) {
     }
     kvq_cli_say(cli, "captures   %lld layers  K V%s as %s%s", (long long)n_layers, o->with_query ? " Q" : "",
                 DTYPE_NAMES[o->dtype], o->with_fisher ? "  squared gradients as f32" : "");
+    kvq_cli_compute_text(cli, r->be, compute);
+    kvq_cli_say(cli, "compute    %s", compute);
     kvq_cli_say(cli, "memory     peak about %s", memory);
     kvq_cli_say(cli, "disk       %s in %s, at most %s in %s", size, o->output, scratch, r->work_dir);
 }

@@ -180,13 +180,16 @@ typedef struct kvq_cli_engine {
 
 // clang-format off
 #define CLI_ENGINE_ROWS                                                                                                \
-    {"device", 0, CLI_TEXT, AT(engine.device), "DEV", .help = "cpu, or auto: the fastest there is, today the CPU",     \
+    {"device", 0, CLI_TEXT, AT(engine.device), "DEV", .help = "cpu, cuda, cuda:N, or auto: a GPU when there is one",   \
      .rare = true},                                                                                                    \
     {"compute", 0, CLI_CHOICE, AT(engine.compute), "TYPE",                                                             \
-     .help = "type of the factors in linear layers: f32 (default), or bf16 where the processor has it",                \
+     .help = "type of the factors in linear layers: f32 (default), or bf16 where the device has it",                \
      .choices = kvq_compute_names}
 // clang-format on
 kvq_status kvq_cli_backend(kvq_cli *cli, const kvq_cli_engine *engine, kvq_backend **out, kvq_error *err);
+// "2 threads of this processor with onednn", "cuda:0, NVIDIA H200, with cublas ..", and why `auto` took no other.
+#define CLI_COMPUTE_TEXT 640
+void kvq_cli_compute_text(const kvq_cli *cli, const kvq_backend *be, char out[CLI_COMPUTE_TEXT]);
 
 // ---------------------------------------------------------------- tokens (tokens.c, texts.c, self_text.c)
 

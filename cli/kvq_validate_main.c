@@ -115,6 +115,7 @@ static void warn_of_ranges(kvq_cli *cli, const validate_options *o, const valida
 }
 
 static void print_plan(kvq_cli *cli, const validate_options *o, const kvq_backend *be, const validate_report *r) {
+    char compute[CLI_COMPUTE_TEXT];
     kvq_cli_say(cli, "model      %s  %s  %lld layers  %d KV heads x %d", r->identity.name, r->config->architecture,
                 (long long)r->config->n_layers, r->config->n_kv_heads, r->config->head_dim);
     if (r->artifact != NULL)
@@ -126,7 +127,8 @@ static void print_plan(kvq_cli *cli, const validate_options *o, const kvq_backen
                     (long long)r->windows.n_available, (long long)r->windows.n_windows, (long long)r->windows.seq_len,
                     r->windows.bos_added ? "added" : "not added");
     if (r->self || r->passkey.n_lengths > 0) kvq_cli_say(cli, "seed       %llu", (unsigned long long)r->seed);
-    kvq_cli_say(cli, "compute    %d %s threads with %s", cli->ctx.n_threads, be->name, be->matmul);
+    kvq_cli_compute_text(cli, be, compute);
+    kvq_cli_say(cli, "compute    %s", compute);
 }
 
 static kvq_status take_windows(kvq_cli *cli, const validate_options *o, const kvq_backend *be,
@@ -243,6 +245,7 @@ kvq_status validate_run(kvq_cli *cli, void *options, int *exit_code, kvq_error *
     r.artifact = artifact;
     r.artifact_name = o->artifact != NULL ? kvq_file_name(o->artifact) : NULL;
     KVQ_TRY(kvq_cli_backend(cli, &o->engine, &be, err));
+    r.be = be;
     KVQ_TRY(take_windows(cli, o, be, checkpoint, &r, err));
     print_plan(cli, o, be, &r);
     KVQ_TRY(check_baseline(o, &r, err));

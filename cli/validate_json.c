@@ -192,6 +192,13 @@ static void add_measured(kvq_json *json, const validate_report *r) {
     if (r->artifact != NULL) add_quantized(json, r);
 }
 
+static void add_device(kvq_json *json, const kvq_backend *be) {
+    cJSON *device = kvq_json_object(json, json->root, "device");
+    kvq_json_text(json, device, "name", be->device);
+    kvq_json_text(json, device, "products", be->matmul);
+    if (be->fallback[0] != 0) kvq_json_text(json, device, "fallback", be->fallback);
+}
+
 kvq_status print_report_json(const validate_report *r, kvq_error *err) {
     const kvq_validation *v = &r->validation;
     bool                  passkey = r->passkey.n_lengths > 0;
@@ -202,6 +209,7 @@ kvq_status print_report_json(const validate_report *r, kvq_error *err) {
     add_model(&json, r);
     if (!passkey) add_text(&json, r);
     kvq_json_text(&json, json.root, "compute", kvq_compute_names[r->compute]);
+    add_device(&json, r->be);
     kvq_json_text(&json, json.root, "protocol", kvq_protocol_names[v->options.protocol]);
     if (passkey)
         passkey_add(&json, &r->passkey, r->seed, r->bos, &r->tokenizer);

@@ -297,6 +297,7 @@ int report_facts(const validate_report *r, report_fact facts[MAX_FACTS]) {
         (void)snprintf(f->text, sizeof f->text, "%s, measured by kvq %s", r->earlier_name, r->earlier.kvq_version);
     }
     f = add_fact(facts, &n, "Measured by");
-    (void)snprintf(f->text, sizeof f->text, "kvq %s, factors in %s", KVQ_VERSION, kvq_compute_names[r->compute]);
+    (void)snprintf(f->text, sizeof f->text, "kvq %s on %s with %s, factors in %s", KVQ_VERSION, r->be->device,
+                   r->be->matmul, kvq_compute_names[r->compute]);
     return n;
 }

@@ -13,6 +13,7 @@
 typedef struct validate_report {
     const kvq_model_config *config;   // borrowed, as are artifact and gates
     const kvq_artifact     *artifact; // NULL: baseline only
+    const kvq_backend      *be;       // what computed
     const char             *artifact_name;
     char                    artifact_sha256[KVQ_SHA256_HEX];
     kvq_checkpoint_identity identity;

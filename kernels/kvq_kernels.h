@@ -73,6 +73,7 @@ struct kvq_backend {
     const char        *device; // what a person calls it: "this processor", "cuda:0, NVIDIA H200"
     const char        *matmul; // what decides the bits of `linear`: "onednn", "onednn-bf16", "cublas 13.2 sm_90" ..
     char               fallback[256]; // why "auto" took no faster device; empty when it was not asked, or took one
+    int64_t            memory_bytes;  // what `alloc` can give at most; 0: it gives of the process's memory
     const kvq_context *ctx;           // borrowed for the life of the backend
 
     void (*destroy)(kvq_backend **be);

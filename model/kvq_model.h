@@ -24,6 +24,7 @@ kvq_status kvq_model_create(const kvq_context *ctx, const kvq_backend *be, const
                             bool resident, kvq_model **out, kvq_error *err);
 void       kvq_model_destroy(const kvq_context *ctx, kvq_model **model);
 const kvq_model_config *kvq_model_describe(const kvq_model *model);
+const kvq_backend      *kvq_model_backend(const kvq_model *model); // the one it was created with
 
 // ---------------------------------------------------------------- weights
 

@@ -401,6 +401,8 @@ void kvq_model_destroy(const kvq_context *ctx, kvq_model **model) {
 
 const kvq_model_config *kvq_model_describe(const kvq_model *model) { return model->config; }
 
+const kvq_backend *kvq_model_backend(const kvq_model *model) { return model->be; }
+
 int64_t kvq_model_mapped_bytes(const kvq_model *model) { return kvq_checkpoint_largest_tensor(model->checkpoint); }
 
 kvq_status kvq_model_embed(kvq_model *model, const int32_t *ids, int64_t n_tokens, float *x, kvq_error *err) {

@@ -41,7 +41,7 @@ void rig_open(rig *r, const char *path, const int32_t *ids, int64_t S, int n_thr
     memset(r, 0, sizeof *r);
     r->ctx = kvq_test_context();
     r->ctx.n_threads = n_threads;
-    kvq_test_ok(kvq_backend_cpu(&r->ctx, KVQ_COMPUTE_F32, &r->be, &err), &err);
+    kvq_test_ok(kvq_backend_open(&r->ctx, KVQ_RIG_DEVICE, KVQ_COMPUTE_F32, &r->be, &err), &err);
     kvq_test_ok(kvq_checkpoint_open(&r->ctx, path, &r->checkpoint, &err), &err);
     r->c = kvq_checkpoint_config(r->checkpoint);
     kvq_test_ok(kvq_model_create(&r->ctx, r->be, r->checkpoint, false, &r->model, &err), &err);
@@ -52,12 +52,13 @@ void rig_open(rig *r, const char *path, const int32_t *ids, int64_t S, int n_thr
     r->ids = ids;
     kvq_test_ok(r->be->alloc(r->be, (r->c->n_layers + 1) * S * r->C, "states", &r->states, &err), &err);
     float **kv[] = {&r->k, &r->v, &r->dk, &r->dv};
-    for (int i = 0; i < 4; i++) kvq_test_ok(r->be->alloc(r->be, r->c->n_layers * S * r->d, "kv", kv[i], &err), &err);
+    for (int i = 0; i < 4; i++) *kv[i] = malloc((size_t)(r->c->n_layers * S * r->d) * sizeof **kv[i]);
 }
 
 void rig_close(rig *r) {
-    float *all[] = {r->states, r->k, r->v, r->dk, r->dv};
-    for (int i = 0; i < 5; i++) r->be->release(r->be, all[i]);
+    float *host[] = {r->k, r->v, r->dk, r->dv};
+    for (int i = 0; i < 4; i++) free(host[i]);
+    r->be->release(r->be, r->states);
     kvq_head_release(r->model, &r->head);
     kvq_workspace_destroy(r->model, &r->ws);
     kvq_model_destroy(&r->ctx, &r->model);
@@ -65,11 +66,25 @@ void rig_close(rig *r) {
     r->be->destroy(&r->be);
 }
 
+float *rig_host(const rig *r, const float *x, int64_t n) {
+    float *host = malloc((size_t)n * sizeof *host);
+    r->be->download(r->be, host, x, n);
+    return host;
+}
+
+float *rig_backend(const rig *r, const float *host_x, int64_t n) {
+    kvq_error err = {0};
+    float    *x = NULL;
+    kvq_test_ok(r->be->alloc(r->be, n, "numbers of a test", &x, &err), &err);
+    r->be->upload(r->be, x, host_x, n);
+    return x;
+}
+
 static kvq_status keep(void *user, int64_t layer, kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
     rig *r = user;
     (void)err;
-    r->be->copy(r->be, r->k + layer * r->S * r->d, x->k, n_tokens * r->d);
-    r->be->copy(r->be, r->v + layer * r->S * r->d, x->v, n_tokens * r->d);
+    r->be->download(r->be, r->k + layer * r->S * r->d, x->k, n_tokens * r->d);
+    r->be->download(r->be, r->v + layer * r->S * r->d, x->v, n_tokens * r->d);
     return KVQ_OK;
 }
 
@@ -102,9 +117,11 @@ double rig_backward(rig *r) {
         kvq_test_ok(kvq_layer_load(r->model, l, &layer, &err), &err);
         kvq_test_ok(kvq_layer_backward(r->model, layer, r->ws, r->S, r->states + l * n, dx, &err), &err);
         kvq_kv_view view = kvq_workspace_kv(r->ws);
-        ck_assert_mem_eq(view.k, r->k + l * kv, (size_t)kv * sizeof(float)); // recomputation gives the same bits
-        r->be->copy(r->be, r->dk + l * kv, view.dk, kv);
-        r->be->copy(r->be, r->dv + l * kv, view.dv, kv);
+        float      *again = rig_host(r, view.k, kv);
+        ck_assert_mem_eq(again, r->k + l * kv, (size_t)kv * sizeof(float)); // recomputation gives the same bits
+        free(again);
+        r->be->download(r->be, r->dk + l * kv, view.dk, kv);
+        r->be->download(r->be, r->dv + l * kv, view.dv, kv);
         kvq_layer_release(r->model, &layer);
     }
     r->be->release(r->be, dx);
@@ -119,5 +136,7 @@ float *rig_logits(rig *r, int64_t first) {
     kvq_test_ok(
         kvq_head_logits(r->model, r->head, r->ws, r->states + (r->c->n_layers * r->S + first) * r->C, n, logits, &err),
         &err);
-    return logits;
+    float *host = rig_host(r, logits, n * r->c->vocab_size);
+    r->be->release(r->be, logits);
+    return host;
 }

@@ -28,7 +28,12 @@ enum {
 void make_tiny(char *path, size_t size, int which);
 void random_ids(int32_t *ids, int n, int64_t vocab);
 
-// Everything one checkpoint needs to run a window.
+// Everything one checkpoint needs to run a window, on the CPU or, where a suite is compiled for it, on another device.
+// KVQ_RIG_SLOW: an emulated one, for which thousands of tokens take minutes.
+#ifndef KVQ_RIG_DEVICE
+#define KVQ_RIG_DEVICE "cpu"
+#define KVQ_RIG_SLOW   0
+#endif
 typedef struct rig {
     kvq_context             ctx;
     kvq_backend            *be;
@@ -39,8 +44,8 @@ typedef struct rig {
     kvq_head               *head;
     int64_t                 S, C, d;
     const int32_t          *ids;
-    float                  *states; // [L + 1, S, C]: layer inputs and the final state
-    float                  *k, *v;  // [L, S, d]
+    float                  *states; // backend memory [L + 1, S, C]: layer inputs and the final state
+    float                  *k, *v;  // host memory [L, S, d]
     float                  *dk, *dv;
 } rig;
 
@@ -49,6 +54,9 @@ void rig_close(rig *r);
 void rig_forward(rig *r); // fills states, k, v
 // Returns the mean loss; leaves the gradients of every layer's K and V in dk, dv.
 double rig_backward(rig *r);
-float *rig_logits(rig *r, int64_t first); // of the rows from `first` on
+float *rig_logits(rig *r, int64_t first); // of the rows from `first` on, for the caller to free
+// x [n] of the backend in new host memory, and the other way round.
+float *rig_host(const rig *r, const float *x, int64_t n);
+float *rig_backend(const rig *r, const float *host_x, int64_t n);
 
 #endif

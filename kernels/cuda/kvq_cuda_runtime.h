@@ -43,7 +43,7 @@ void       kvq_cuda_free_pinned(kvq_cuda_device *device, void *p);
 
 // ---------------------------------------------------------------- order
 
-// A stream is a cudaStream_t, an event a cudaEvent_t.
+// A stream is a cudaStream_t, an event a cudaEvent_t. To destroy NULL does nothing; a stream is waited for.
 kvq_status kvq_cuda_stream_create(kvq_cuda_device *device, void **stream, kvq_error *err);
 void       kvq_cuda_stream_destroy(kvq_cuda_device *device, void *stream);
 kvq_status kvq_cuda_event_create(kvq_cuda_device *device, void **event, kvq_error *err);

@@ -313,10 +313,10 @@ limited() {
 @test "a device that there is not" {
   for program in "kvq-calibrate -o out.kvq.h5 $SMALL" "kvq-capture -o out.kvqc.h5 $SMALL" "kvq-validate --seq-len 32"; do
     fails 3 $program --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" --device cuda:1
-    contains "$stderr" "--device cuda:1" "on the CPU only"
+    contains "$stderr" "--device cuda:1" "CUDA" "--device cpu"
     fails 2 $program --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" --device cuda:x
     contains "$stderr" "cpu, cuda, cuda:N or auto"
   done
   succeeds kvq-validate --seq-len 32 --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" --device auto
-  contains "$stderr" "cpu threads"
+  contains "$stderr" "of this processor" "(no GPU:"
 }

@@ -30,7 +30,7 @@
 #define KVQ_DYNAMIC_SHARED(T, name) const ::simt::Pointer<T, ::simt::SHARED> name(::simt::dynamic_shared(), 0)
 
 #define KVQ_LAUNCH(kernel, grid, block, dynamic_bytes, stream, ...)                                                    \
-    ((void)(stream), ::simt::launch(#kernel, grid, block, dynamic_bytes, kernel, __VA_ARGS__))
+    ::simt::launch(#kernel, grid, block, dynamic_bytes, stream, kernel, __VA_ARGS__)
 
 #define KVQ_ALLOW_SHARED(kernel, bytes) ::simt::allow_shared(reinterpret_cast<const void *>(kernel), bytes)
 

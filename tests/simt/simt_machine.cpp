@@ -7,6 +7,7 @@
 namespace simt {
 
 Machine machine;
+Hooks   hooks;
 Thread *self;
 dim3    grid_dim, block_dim;
 

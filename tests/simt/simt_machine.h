@@ -129,6 +129,12 @@ void report(Kind kind, Space space, Place at, const Actor *other, const std::str
 // The running thread cannot go on, nor the launch.
 [[noreturn]] void abandon();
 
+// Called around every launch, for whoever has streams and other threads (simt_runtime.cpp); NULL: nobody has.
+struct Hooks {
+    void (*before)(void *stream), (*after)();
+};
+extern Hooks hooks;
+
 // Kernels are told apart by their address.
 void run_grid(const char *name, const void *kernel, dim3 grid, dim3 block, size_t dynamic_bytes,
               const std::function<void()> &body);

@@ -153,7 +153,16 @@ template <typename T, Space S, typename F> std::remove_cv_t<T> update(Pointer<T,
 
 // Runs a kernel; what it gets is converted once, as a device copies it once.
 template <typename... P, typename... A>
-void launch(const char *name, dim3 grid, dim3 block, size_t dynamic_bytes, void (*kernel)(P...), A &&...arguments) {
+void launch(const char *name, dim3 grid, dim3 block, size_t dynamic_bytes, void *stream, void (*kernel)(P...),
+            A &&...arguments) {
+    struct Turn {
+        explicit Turn(void *of) {
+            if (hooks.before != nullptr) hooks.before(of);
+        }
+        ~Turn() {
+            if (hooks.after != nullptr) hooks.after();
+        }
+    } turn(stream);
     std::tuple<std::remove_cv_t<P>...> copies(static_cast<A &&>(arguments)...);
     run_grid(name, reinterpret_cast<const void *>(kernel), grid, block, dynamic_bytes,
              [&copies, kernel]() { std::apply(kernel, copies); });
