@@ -11,7 +11,7 @@
 // About the 8 lanes of a sum, a warp, a block, and the tile of 2048; also more rows than the KVQ_CUDA_MAX_BLOCKS of the
 // build of this suite.
 static const int64_t SIZES[][2] = {{1, 1},   {3, 7},   {2, 8},    {5, 9},    {1, 31},   {2, 33},   {2, 255}, {7, 256},
-                                   {2, 257}, {4, 333}, {2, 2047}, {2, 2048}, {2, 2049}, {5, 4103}, {17, 3}};
+                                   {2, 257}, {4, 333}, {2, 2047}, {2, 2048}, {2, 2049}, {5, 4103}, {17, 3},  {257, 31}};
 enum { N_SIZES = sizeof SIZES / sizeof *SIZES };
 
 // Also more elements than so many blocks have threads.
@@ -160,7 +160,119 @@ START_TEST(bf16_is_rounded_as_on_the_host) {
 }
 END_TEST
 
+// ---------------------------------------------------------------- halves
+
+// Everything about the edges of f16: overflow at 65520, the largest one, the smallest normal and subnormal ones and
+// what rounds to them or away, ties, zeros with signs, numbers beyond, and those that are none.
+static const float EDGES[] = {65504,           65519.996f,   65520,      65536,      3e38f,       0x1p-14f,
+                              0x1.ffcp-15f,    0x1.ffep-15f, 0x1p-24f,   0x1p-25f,   0x1.8p-25f,  0x1p-149f,
+                              0x1.000002p-25f, 1.5f,         0x1.002p0f, 0x1.006p0f, 0x1.0021p0f, 0,
+                              1e-40f,          INFINITY,     NAN};
+enum { N_EDGES = sizeof EDGES / sizeof *EDGES };
+
+// The edges with both signs, and numbers of all magnitudes that f16 has; n below twice the edges has the first of them.
+static Floats numbers_about_f16(size_t n) {
+    Floats x = rig_randoms(n, 50, 1);
+    for (size_t i = 0; i < n; i++) x[i] = ldexpf(x[i], (int)(44 * rig_uniform(51, i)) - 28);
+    for (size_t i = 0; i < 2 * N_EDGES && i < n; i++) x[i] = i % 2 == 0 ? EDGES[i / 2] : -EDGES[i / 2];
+    return x;
+}
+
+START_TEST(halves_are_rounded_as_on_the_cpu) {
+    size_t n = (size_t)LENGTHS[_i];
+    rig_open();
+    Floats                x = numbers_about_f16(n), rounded = x, loaded(n);
+    std::vector<uint16_t> halves(n);
+    cpu->round_halves(cpu, rounded.data(), (int64_t)n);
+    for (size_t i = 0; i < n; i++) halves[i] = kvq_half_of_float(x[i]); // the table's stops at the first bad one
+    cpu->load_halves(cpu, halves.data(), (int64_t)n, loaded.data());
+    for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
+        begin(seed);
+        simt::Buffer<float>              d_x("x", x), d_loaded("loaded", n);
+        simt::Buffer<uint16_t>           d_halves("halves", n);
+        simt::Buffer<unsigned long long> d_first("first", 1);
+        kvq_test_ok(kvq_cuda_store_halves(d_x.data(), (int64_t)n, d_halves.data(), d_first.data(), NULL, NULL), NULL);
+        kvq_test_ok(kvq_cuda_load_halves(d_halves.data(), (int64_t)n, d_loaded.data(), NULL, NULL), NULL);
+        kvq_test_ok(kvq_cuda_round_halves(d_x.data(), (int64_t)n, NULL, NULL), NULL);
+        expect_clean();
+        ck_assert(d_halves.values() == halves);
+        ck_assert(d_first.values()[0] == (unsigned long long)cpu->store_halves(cpu, x.data(), (int64_t)n, NULL));
+        rig_same_bits(d_loaded.values(), loaded, "loaded");
+        rig_same_bits(d_x.values(), rounded, "rounded");
+    }
+    rig_close();
+}
+END_TEST
+
+// All 65536, of which the encoder above makes few; NaN keeps its payload.
+START_TEST(every_half_is_loaded_as_on_the_cpu) {
+    std::vector<uint16_t> halves(65536);
+    for (size_t i = 0; i < halves.size(); i++) halves[i] = (uint16_t)i;
+    rig_open();
+    Floats expected(halves.size());
+    cpu->load_halves(cpu, halves.data(), (int64_t)halves.size(), expected.data());
+    begin(1);
+    simt::Buffer<uint16_t> d_halves("halves", halves);
+    simt::Buffer<float>    d_x("x", halves.size());
+    kvq_test_ok(kvq_cuda_load_halves(d_halves.data(), (int64_t)halves.size(), d_x.data(), NULL, NULL), NULL);
+    expect_clean();
+    rig_same_bits(d_x.values(), expected, "x");
+    rig_close();
+}
+END_TEST
+
+// From the last place to the first one, so that each has bad numbers behind it; with and without storing, and of the
+// numbers before it.
+START_TEST(the_first_number_beyond_f16_is_found) {
+    const size_t places[] = {0, 1, 255, 256, 767, 768, 4095, 5300};
+    const float  bad[] = {65520, -INFINITY, NAN, -65520};
+    const size_t n = 5301;
+    rig_open();
+    Floats x = rig_randoms(n, 52, 65504);
+    for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
+        begin(seed);
+        Floats                           with_bad = x;
+        simt::Buffer<unsigned long long> d_first("first", 1);
+        simt::Buffer<uint16_t>           d_to("to", n);
+        simt::Buffer<float>              d_x("x", x);
+        for (size_t i = 8; i-- > 0;) {
+            with_bad[places[i]] = bad[i % 4];
+            d_x.set(with_bad);
+            for (int stores = 0; stores < 2; stores++) {
+                uint16_t *to = stores ? d_to.data() : NULL;
+                kvq_test_ok(kvq_cuda_store_halves(d_x.data(), (int64_t)n, to, d_first.data(), NULL, NULL), NULL);
+                ck_assert_uint_eq(d_first.values()[0], places[i]);
+                ck_assert_int_eq(cpu->store_halves(cpu, with_bad.data(), (int64_t)n, NULL), (int64_t)places[i]);
+                kvq_test_ok(kvq_cuda_store_halves(d_x.data(), (int64_t)places[i], to, d_first.data(), NULL, NULL),
+                            NULL);
+                ck_assert(d_first.values()[0] == KVQ_CUDA_ALL_FINITE);
+                expect_clean();
+            }
+        }
+    }
+    rig_close();
+}
+END_TEST
+
 // ---------------------------------------------------------------- rows
+
+// The product of a library has no bias yet: y + bias, rounded once.
+START_TEST(a_bias_is_added_to_every_row) {
+    int64_t m = SIZES[_i][0], n = SIZES[_i][1];
+    Floats  y = rig_wide_randoms((size_t)(m * n), 53), bias = rig_wide_randoms((size_t)n, 54), expected = y;
+    for (size_t i = 0; i < expected.size(); i++) expected[i] += bias[i % (size_t)n];
+    for (uint64_t seed = 0; seed < RIG_SEEDS; seed++) {
+        begin(seed);
+        simt::Buffer<float> d_y("y", y), d_bias("bias", bias);
+        kvq_test_ok(kvq_cuda_add_bias(d_y.data(), d_bias.data(), 0, n, NULL, NULL), NULL);
+        kvq_test_ok(kvq_cuda_add_bias(d_y.data(), d_bias.data(), m, 0, NULL, NULL), NULL);
+        rig_same_bits(d_y.values(), y, "y without a row");
+        kvq_test_ok(kvq_cuda_add_bias(d_y.data(), d_bias.data(), m, n, NULL, NULL), NULL);
+        expect_clean();
+        rig_same_bits(d_y.values(), expected, named("y + bias", m, n));
+    }
+}
+END_TEST
 
 START_TEST(rows_are_gathered_and_scattered_as_on_the_cpu) {
     int64_t m = SIZES[_i][0], n = SIZES[_i][1], all = m + 5;
@@ -451,6 +563,10 @@ static const kvq_test_case cases[] = {
     KVQ_LOOP(sums_and_caps_have_the_bits_of_the_cpu, N_LENGTHS),
     KVQ_LOOP(gates_have_the_bits_of_the_cpu, 2 * N_LENGTHS),
     KVQ_CASE(bf16_is_rounded_as_on_the_host),
+    KVQ_LOOP(halves_are_rounded_as_on_the_cpu, N_LENGTHS),
+    KVQ_CASE(every_half_is_loaded_as_on_the_cpu),
+    KVQ_CASE(the_first_number_beyond_f16_is_found),
+    KVQ_LOOP(a_bias_is_added_to_every_row, N_SIZES),
     KVQ_LOOP(rows_are_gathered_and_scattered_as_on_the_cpu, N_SIZES),
     KVQ_CASE(the_first_nonfinite_value_is_found),
     KVQ_LOOP(cross_entropy_has_the_bits_of_the_cpu, 3 * N_LOGITS),

@@ -2,7 +2,7 @@
 //
 // Operations on rows and elements: each reads its inputs and writes its outputs once, so memory is what they cost, and
 // none needs more than one thread per element or one block per row. Norms add as the CPU does (block_sum.cuh);
-// everything else has no sums. So all results have the bits of row_ops_cpu.c and experts_cpu.c.
+// everything else has no sums. So all results have the bits of row_ops_cpu.c, experts_cpu.c and codec_cpu.c.
 #include "block_sum.cuh"
 #include "kvq_cuda_ops.h"
 #include "kvq_gate_hd.h"
@@ -123,6 +123,12 @@ KVQ_KERNEL KVQ_BOUNDS(OP_THREADS) float_of_bf16(KVQ_GLOBAL(const uint16_t) x, KV
 
 // ---------------------------------------------------------------- rows
 
+KVQ_KERNEL KVQ_BOUNDS(OP_THREADS) add_bias(KVQ_GLOBAL(float) y, KVQ_GLOBAL(const float) bias, int64_t m, int64_t n) {
+    for (int64_t i = blockIdx.x; i < m; i += gridDim.x) {
+        for (int64_t c = threadIdx.x; c < n; c += OP_THREADS) y[i * n + c] += bias[c];
+    }
+}
+
 KVQ_KERNEL KVQ_BOUNDS(OP_THREADS)
     gather_rows(KVQ_GLOBAL(const float) x, KVQ_GLOBAL(const int32_t) rows, KVQ_GLOBAL(float) y, int64_t m, int64_t n) {
     for (int64_t i = blockIdx.x; i < m; i += gridDim.x) {
@@ -155,6 +161,30 @@ KVQ_KERNEL KVQ_BOUNDS(OP_THREADS)
     }
 }
 
+// ---------------------------------------------------------------- halves
+
+// All are stored, also those behind the first that f16 cannot hold: what is there does not depend on who came first. A
+// thread's numbers come in their order, so only its first bad one can be the first of all. to: not used unless `stores`
+KVQ_KERNEL KVQ_BOUNDS(OP_THREADS) store_halves(KVQ_GLOBAL(const float) x, int64_t n, KVQ_GLOBAL(uint16_t) to,
+                                               bool stores, KVQ_GLOBAL_ALIASED(unsigned long long) first) {
+    bool reported = false;
+    for (int64_t i = op_first(); i < n; i += op_stride()) {
+        uint16_t half = kvq_half_of_float(x[i]);
+        if (stores) to[i] = half;
+        if (reported || (half & 0x7c00u) != 0x7c00u) continue;
+        atomicMin(first, (unsigned long long)i);
+        reported = true;
+    }
+}
+
+KVQ_KERNEL KVQ_BOUNDS(OP_THREADS) load_halves(KVQ_GLOBAL(const uint16_t) from, int64_t n, KVQ_GLOBAL(float) x) {
+    for (int64_t i = op_first(); i < n; i += op_stride()) x[i] = kvq_float_of_half(from[i]);
+}
+
+KVQ_KERNEL KVQ_BOUNDS(OP_THREADS) round_halves(KVQ_GLOBAL(float) x, int64_t n) {
+    for (int64_t i = op_first(); i < n; i += op_stride()) x[i] = kvq_float_of_half(kvq_half_of_float(x[i]));
+}
+
 // ---------------------------------------------------------------- launches
 
 extern "C" {
@@ -177,6 +207,12 @@ kvq_status kvq_cuda_rmsnorm_backward(const float *x, const float *w, float eps, 
     if (m <= 0 || n <= 0) return KVQ_OK;
     KVQ_LAUNCH(rmsnorm_backward, op_blocks(m), OP_THREADS, 0, op_stream(stream), x, w, eps, dy, dx, m, n);
     return op_launched("rmsnorm_backward", err);
+}
+
+kvq_status kvq_cuda_add_bias(float *y, const float *bias, int64_t m, int64_t n, void *stream, kvq_error *err) {
+    if (m <= 0 || n <= 0) return KVQ_OK;
+    KVQ_LAUNCH(add_bias, op_blocks(m), OP_THREADS, 0, op_stream(stream), y, bias, m, n);
+    return op_launched("add_bias", err);
 }
 
 kvq_status kvq_cuda_rope(float *x, const float *cos_table, const float *sin_table, int direction, float scale,
@@ -228,6 +264,27 @@ kvq_status kvq_cuda_find_nonfinite(const float *x, int64_t n, unsigned long long
     KVQ_LAUNCH(store_all_finite, 1, 1, 0, op_stream(stream), d_first);
     if (n > 0) KVQ_LAUNCH(find_nonfinite, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), x, n, d_first);
     return op_launched("find_nonfinite", err);
+}
+
+kvq_status kvq_cuda_store_halves(const float *x, int64_t n, uint16_t *d_to, unsigned long long *d_first, void *stream,
+                                 kvq_error *err) {
+    KVQ_LAUNCH(store_all_finite, 1, 1, 0, op_stream(stream), d_first);
+    if (n > 0)
+        KVQ_LAUNCH(store_halves, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), x, n, d_to, d_to != NULL,
+                   d_first);
+    return op_launched("store_halves", err);
+}
+
+kvq_status kvq_cuda_load_halves(const uint16_t *d_from, int64_t n, float *x, void *stream, kvq_error *err) {
+    if (n <= 0) return KVQ_OK;
+    KVQ_LAUNCH(load_halves, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), d_from, n, x);
+    return op_launched("load_halves", err);
+}
+
+kvq_status kvq_cuda_round_halves(float *x, int64_t n, void *stream, kvq_error *err) {
+    if (n <= 0) return KVQ_OK;
+    KVQ_LAUNCH(round_halves, op_blocks_of_elements(n), OP_THREADS, 0, op_stream(stream), x, n);
+    return op_launched("round_halves", err);
 }
 
 kvq_status kvq_cuda_bf16_of_float(const float *x, uint16_t *y, int64_t n, void *stream, kvq_error *err) {

@@ -22,6 +22,7 @@ REGISTERS = 128
 ALLOWED = [
     ("loss.cu:", {"double"}),  # log-sum-exp and losses are f64 by definition
     ("row_ops.cu:rmsnorm", {"double"}),  # as is the mean of squares
+    ("experts.cu:", {"double"}),  # logits of routers, their softmax and its gradient, dot products of rows
     ("attention_window.cu:statistics", {"double"}),  # and the product of an output and its gradient
     ("attention_window.cu:", 192),  # tiles of scores, of which one block at a time is enough
 ]

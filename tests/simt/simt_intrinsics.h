@@ -176,6 +176,7 @@ static inline unsigned vote(const char *name, unsigned mask, bool yes, Place at)
 SIMT_SHUFFLES(int)
 SIMT_SHUFFLES(unsigned)
 SIMT_SHUFFLES(float)
+SIMT_SHUFFLES(double)
 SIMT_SHUFFLES(unsigned long long)
 #undef SIMT_SHUFFLES
 
