@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Chooses the library for matrix products; the target kvq_matmul carries it.
+# Chooses the library for matrix products; the target kvq_matmul carries it. `plain`: none, loops of our own, slow.
 add_library(kvq_matmul INTERFACE)
 find_library(KVQ_DNNL_LIBRARY dnnl)
 find_path(KVQ_DNNL_INCLUDE oneapi/dnnl/dnnl.h)
@@ -17,7 +17,7 @@ if(KVQ_MATMUL_CHOSEN STREQUAL "onednn")
   endif()
   target_include_directories(kvq_matmul SYSTEM INTERFACE ${KVQ_DNNL_INCLUDE})
   target_link_libraries(kvq_matmul INTERFACE ${KVQ_DNNL_LIBRARY})
-else()
+elseif(NOT KVQ_MATMUL_CHOSEN STREQUAL "plain")
   pkg_check_modules(OPENBLAS REQUIRED IMPORTED_TARGET openblas)
   target_link_libraries(kvq_matmul INTERFACE PkgConfig::OPENBLAS)
 endif()

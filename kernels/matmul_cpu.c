@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Linear layers. The product is cut into tiles whose shape depends on the problem alone; each tile is one library call
-// on one thread. Threading the tiles instead of the library makes the result independent of the thread count.
+// (or our own loops, where there is no library) on one thread. Threading the tiles instead of the library makes the
+// result independent of the thread count.
 #include <string.h>
 
 #include "kernels_impl.h"
@@ -16,7 +17,35 @@ void kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t 
     if (status != dnnl_success) spoil(c, ldc, m, n);
 }
 
-const char *kvq_gemm_prepare(void) { return "onednn"; } // its threads are kept at one by core/parallel.c
+const char   *kvq_gemm_prepare(void) { return "onednn"; } // its threads are kept at one by core/parallel.c
+#elif defined KVQ_MATMUL_PLAIN
+// For machines that have neither library, such as those on which tests/device runs. Rows of b are added up, so that the
+// inner loop is one over columns, which a compiler turns into vector code; with b transposed it is a dot product.
+static float plain_dot(int64_t k, const float *a, int64_t a_step, const float *b) {
+    float sum = 0;
+    for (int64_t i = 0; i < k; i++) sum += a[i * a_step] * b[i];
+    return sum;
+}
+
+static void plain_row(bool transpose_b, int64_t n, int64_t k, float alpha, const float *a, int64_t a_step,
+                      const float *b, int64_t ldb, float *c) {
+    for (int64_t j = 0; j < n && transpose_b; j++) c[j] += alpha * plain_dot(k, a, a_step, b + j * ldb);
+    for (int64_t i = 0; i < k && !transpose_b; i++) {
+        float factor = alpha * a[i * a_step];
+        for (int64_t j = 0; j < n; j++) c[j] += factor * b[i * ldb + j];
+    }
+}
+
+void kvq_gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, float alpha, const float *a,
+              int64_t lda, const float *b, int64_t ldb, float beta, float *c, int64_t ldc) {
+    for (int64_t i = 0; i < m; i++) {
+        float *row = c + i * ldc;
+        for (int64_t j = 0; j < n; j++) row[j] = beta == 0 ? 0 : beta * row[j]; // what is overwritten may be a NaN
+        plain_row(transpose_b, n, k, alpha, transpose_a ? a + i : a + i * lda, transpose_a ? lda : 1, b, ldb, row);
+    }
+}
+
+const char *kvq_gemm_prepare(void) { return "plain"; }
 #else
 #include <cblas.h>
 

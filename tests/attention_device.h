@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sequences of the packed cache laid out in the emulator's memory as an engine has them: pools of pages in which
+// Sequences of the packed cache laid out in device memory as an engine has them: pools of pages in which
 // sequences lie scattered, one table of pages, sinks and f16 tokens by sequence. What no token was written to is
 // undefined there, so that a kernel which reads it is reported.
 #ifndef ATTENTION_DEVICE_H
@@ -15,19 +15,8 @@
 #include "kvq_cuda_attention.h"
 #include "simt.h"
 
-// A buffer of which parts are written.
-template <typename T> class Partly {
-    simt::Buffer<T> buffer;
-
-  public:
-    Partly(const char *name, size_t n) : buffer(name, n) {}
-    T   *data() { return buffer.data(); }
-    void put(size_t at, const void *from, size_t n) {
-        simt::Memory *memory = simt::find_memory(buffer.data());
-        memcpy(buffer.data() + at, from, n * sizeof(T));
-        memset(memory->defined.data() + at * sizeof(T), 1, n * sizeof(T));
-    }
-};
+// A buffer of which parts are written, by put.
+template <typename T> using Partly = simt::Buffer<T>;
 
 // Buffers of any type that live as long as this.
 class Owned {

@@ -48,9 +48,10 @@ START_TEST(angles_are_right_at_any_position) {
     const float2        *d_offsets = (const float2 *)owned.copy("offsets", offsets.data(), offsets.size());
     KVQ_LAUNCH(turn, (unsigned)n, ROPE_PAIRS, 0, nullptr, d_bases, d_offsets, turns[_i].first, out.data());
     expect_clean();
+    std::vector<float2> angles = out.values();
     for (int i = 0; i < n * ROPE_PAIRS; i++) {
         double angle = (double)(turns[_i].first + i / ROPE_PAIRS) * frequency[(size_t)(i % ROPE_PAIRS)];
-        float2 is = out.values()[(size_t)i];
+        float2 is = angles[(size_t)i];
         worst = fmax(worst, fabs((double)is.x - turns[_i].amplitude * cos(angle)));
         worst = fmax(worst, fabs((double)is.y - turns[_i].amplitude * sin(angle)));
     }

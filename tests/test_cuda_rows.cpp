@@ -118,10 +118,10 @@ static void compare_on_device(const Example &e, const Shape &shape) {
     expect_clean();
     ck_assert_int_eq(first_bad.values()[0], e.first_bad);
     size_t sound = e.first_bad == INT_MAX ? (size_t)e.m : (size_t)e.first_bad;
-    expect_same(e, shape, "rows", rows.data(), e.rows.data(), sound * e.row_bytes);
+    expect_same(e, shape, "rows", rows.values().data(), e.rows.data(), sound * e.row_bytes);
     kvq_test_ok(kvq_cuda_decode_rows(&on_device.spec, rows.data(), (int64_t)sound, y.data(), nullptr, &err), &err);
     expect_clean();
-    expect_same(e, shape, "decoded rows", y.data(), e.y.data(), sound * (size_t)e.spec.d * sizeof(float));
+    expect_same(e, shape, "decoded rows", y.values().data(), e.y.data(), sound * (size_t)e.spec.d * sizeof(float));
 }
 
 static void compare(const Shape &shape, uint32_t problem, uint64_t seed) {

@@ -167,12 +167,12 @@ static void compare_on_device(const Example &e, const Shape &shape) {
     encode_on_device(e, shape, on_device, x.data(), tiles.data(), first_bad.data());
     ck_assert_int_eq(first_bad.values()[0], e.first_bad);
     if (e.first_bad != INT_MAX) return;
-    expect_same(e, shape, "tiles", tiles.data(), e.tiles.data(), e.tiles.size());
+    expect_same(e, shape, "tiles", tiles.values().data(), e.tiles.data(), e.tiles.size());
     kvq_test_ok(
         kvq_cuda_decode_tiles(&on_device.spec, tiles.data(), shape.first, shape.n_tokens, y.data(), nullptr, &err),
         &err);
     expect_clean();
-    expect_same(e, shape, "decoded tiles", y.data(), expected.data(), expected.size() * sizeof(float));
+    expect_same(e, shape, "decoded tiles", y.values().data(), expected.data(), expected.size() * sizeof(float));
 }
 
 static void compare(const Shape &shape, uint32_t problem, uint64_t seed) {

@@ -3,8 +3,10 @@
 """What compiled device code must not contain. Usage: gates.py FOLDER_OF_NVCC [SOURCE.cu ...]
 
 Every source is compiled for every architecture; ptxas says what registers, stack and spills a kernel has, and the
-disassembly what it executes. Prints a table, and ends with 1 when a gate fails."""
+disassembly what it executes. Without sources, the suites of tests/device are built as well, as one more gate. Prints a
+table, and ends with 1 when a gate fails."""
 import concurrent.futures
+import os
 import pathlib
 import re
 import subprocess
@@ -109,6 +111,12 @@ def blind(tools, folder):
                        for kernel, bad in found.items())]
 
 
+def device_suites(tools):
+    """Whether the suites of device code compile and link for a device (there is none here to run them)."""
+    script = ROOT / "tests/device/run.sh"
+    return subprocess.run([script, "--build-only"], env={**os.environ, "CUDA_HOME": tools.resolve().parent}).returncode == 0
+
+
 def main():
     tools = pathlib.Path(sys.argv[1])
     with tempfile.TemporaryDirectory() as folder:
@@ -126,7 +134,12 @@ def main():
         failed += bool(bad)
         print(f"{'FAIL' if bad else 'ok':4}  {architecture}  {registers:3} registers  {source:24} {kernel}"
               + "".join(f"\n      {fault}" for fault in bad))
-    print(f"cuda gates: {len(rows) - failed} passed, {failed} failed, 0 skipped")
+    n_gates = len(rows)
+    if len(sys.argv) == 2:
+        sys.stdout.flush()
+        n_gates += 1
+        failed += not device_suites(tools)
+    print(f"cuda gates: {n_gates - failed} passed, {failed} failed, 0 skipped")
     sys.exit(failed > 0)
 
 

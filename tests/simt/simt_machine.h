@@ -15,6 +15,9 @@
 
 namespace simt {
 
+// By how many units in the last place log and exp of f64 may differ from the host's; a device has another number.
+enum { LIBRARY_UNITS = 0 };
+
 struct Options {
     uint64_t seed = 1;
     unsigned preempt_every = 12;                 // accesses to memory between two preemptions, on average

@@ -188,9 +188,12 @@ template <typename T> class Buffer {
 
     T                    *data() { return elements.data(); }
     const std::vector<T> &values() const { return elements; }
-    void                  set(const std::vector<T> &values) {
-                         memcpy(elements.data(), values.data(), values.size() * sizeof(T));
-                         memset(memory->defined.data(), 1, values.size() * sizeof(T));
+    void                  set(const std::vector<T> &values) { put(0, values.data(), values.size()); }
+    // A part of it: n elements from `at` on.
+    void put(size_t at, const void *from, size_t n) {
+        if (n == 0) return;
+        memcpy(static_cast<void *>(elements.data() + at), from, n * sizeof(T));
+        memset(memory->defined.data() + at * sizeof(T), 1, n * sizeof(T));
     }
 };
 
