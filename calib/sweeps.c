@@ -93,6 +93,8 @@ static kvq_status observe(sweep *s, kvq_pass pass, int64_t layer, const kvq_qkv 
     }
     download_keys(s, layer, KVQ_ROTATE_FORWARD, x->k, s->k);
     s->be->download(s->be, s->v, x->v, n_tokens * s->d);
+    kvq_status status = s->be->check(s->be, err); // the observer would take what is no number for the model's
+    if (status != KVQ_OK) return status;
     return s->observer->window(s->observer->user, pass, layer, &seen, err);
 }
 
@@ -124,6 +126,7 @@ static kvq_status backward_window(sweep *s, int64_t l, kvq_error *err) {
     download_keys(s, l, KVQ_ROTATE_GRADIENT, view.dk, s->dk);
     s->be->download(s->be, s->v, view.v, n);
     s->be->download(s->be, s->dv, view.dv, n);
+    KVQ_TRY(s->be->check(s->be, err));
     KVQ_TRY(name_window(s, s->observer->window(s->observer->user, KVQ_PASS_BACKWARD, l, &seen, err), err));
     if (l > 0) KVQ_TRY(store_state(s, "g", l, s->dx, err));
 done:

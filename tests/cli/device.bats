@@ -78,7 +78,7 @@ hash() { kvq-inspect "$1" | sed -n 's/.*content sha256 \([0-9a-f]*\).*/\1/p'; }
 
 @test "a run that a device ends goes on with the same bytes" {
   calibrate -q -o whole.kvq.h5
-  KVQ_SIMT_CALLS=3000 run --separate-stderr calibrate -o a.kvq.h5
+  KVQ_SIMT_CALLS=1400 run --separate-stderr calibrate -o a.kvq.h5
   show
   [ "$status" -eq 70 ]
   contains "$stderr" "cuda:0, emulated device" "it stopped working"
@@ -90,7 +90,7 @@ hash() { kvq-inspect "$1" | sed -n 's/.*content sha256 \([0-9a-f]*\).*/\1/p'; }
 }
 
 @test "another device does not continue what one has begun" {
-  KVQ_SIMT_CALLS=3000 run calibrate -o a.kvq.h5
+  KVQ_SIMT_CALLS=1400 run calibrate -o a.kvq.h5
   run --separate-stderr kvq-calibrate --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" $SMALL -o a.kvq.h5
   show
   [ "$status" -eq 2 ]
@@ -100,7 +100,7 @@ hash() { kvq-inspect "$1" | sed -n 's/.*content sha256 \([0-9a-f]*\).*/\1/p'; }
 @test "a device that is too small, or that there is not" {
   KVQ_SIMT_MEMORY=100000 fails 6 calibrate -o a.kvq.h5
   contains "$stderr" "cuda:0, emulated device has" "--device cpu"
-  KVQ_SIMT_MEMORY=40000000 fails 6 on_gpu kvq-validate --text "$SHARED_DIR/held.txt" --seq-len 32 --device cuda
+  KVQ_SIMT_MEMORY=300000 fails 6 on_gpu kvq-validate --text "$SHARED_DIR/held.txt" --seq-len 32 --device cuda
   fails 3 calibrate --device cuda:1 -o a.kvq.h5
   contains "$stderr" "--device cuda:1" "there is 1"
 }
