@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the backend asks of a device beside its own kernels: memory, streams, events, copies, products. runtime.cu asks
+// What the backend asks of a device beside its own kernels: memory, streams, events, copies, products. runtime.cpp asks
 // the CUDA runtime and cuBLAS for it; tests/simt/simt_runtime.cpp gives it on the emulated device. So the backend is
 // plain C, and what is tested without a GPU is what runs on one.
 //
