@@ -140,7 +140,9 @@ kvq_status kvq_cli_backend(kvq_cli *cli, const kvq_cli_engine *engine, kvq_backe
 void kvq_cli_compute_text(const kvq_cli *cli, const kvq_backend *be, char out[CLI_COMPUTE_TEXT]) {
     char threads[32] = "";
     bool on_host = be->memory_bytes == 0;
-    if (on_host) (void)snprintf(threads, sizeof threads, "%d threads of ", cli->ctx.n_threads);
+    if (on_host)
+        (void)snprintf(threads, sizeof threads, "%d thread%s of ", cli->ctx.n_threads,
+                       cli->ctx.n_threads > 1 ? "s" : "");
     (void)snprintf(out, CLI_COMPUTE_TEXT, "%s%s%s with %s%s%s%s", threads, be->device, on_host ? "" : ",", be->matmul,
                    be->fallback[0] != 0 ? " (no GPU: " : "", be->fallback, be->fallback[0] != 0 ? ")" : "");
 }

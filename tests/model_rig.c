@@ -36,6 +36,16 @@ void random_ids(int32_t *ids, int n, int64_t vocab) {
     for (int i = 0; i < n; i++) ids[i] = (int32_t)kvq_rng_below(8, KVQ_RNG_TEST, 50, (uint64_t)i, (uint64_t)vocab);
 }
 
+bool rig_has_device(char *why, size_t size) {
+    kvq_context  ctx = kvq_test_context();
+    kvq_error    err = {0};
+    kvq_backend *be = NULL;
+    bool         found = kvq_backend_open(&ctx, KVQ_RIG_DEVICE, KVQ_COMPUTE_F32, &be, &err) == KVQ_OK;
+    (void)snprintf(why, size, "%s", err.message);
+    if (found) be->destroy(&be);
+    return found;
+}
+
 void rig_open(rig *r, const char *path, const int32_t *ids, int64_t S, int n_threads) {
     kvq_error err = {0};
     memset(r, 0, sizeof *r);

@@ -49,6 +49,7 @@ typedef struct rig {
     float                  *dk, *dv;
 } rig;
 
+bool rig_has_device(char *why, size_t size); // and if not, why
 void rig_open(rig *r, const char *path, const int32_t *ids, int64_t S, int n_threads);
 void rig_close(rig *r);
 void rig_forward(rig *r); // fills states, k, v

@@ -277,7 +277,6 @@ static kvq_status check(const kvq_backend *be, kvq_error *err) {
     own = c->failure;
     (void)pthread_mutex_unlock(&c->lock);
     if (err != NULL) *err = own;
-    kvq_error_prefix(err, "%s: ", c->table.device);
     return own.status;
 }
 
@@ -296,7 +295,7 @@ static void fill_table(cuda_backend *c, const kvq_context *ctx) {
         .name = "cuda",
         .device = c->device_text,
         .matmul = c->matmul_text,
-        .memory_bytes = kvq_cuda_describe(c->device)->memory_bytes,
+        .memory_bytes = kvq_cuda_describe(c->device)->free_bytes,
         .ctx = ctx,
         .destroy = destroy,
         .check = check,

@@ -22,7 +22,7 @@ typedef struct kvq_cuda_about {
     char    name[128];           // "NVIDIA H200"
     char    library[64];         // of products, with its version: "cublas 13.2"
     int     index, major, minor; // compute capability major.minor
-    int64_t memory_bytes;
+    int64_t memory_bytes, free_bytes;    // in all, and free when it was opened
 } kvq_cuda_about;
 
 // Device `index`. KVQ_ERR_UNSUPPORTED: there is no driver, no such device, or one that the kernels were not compiled

@@ -195,6 +195,13 @@ static kvq_status open_products(kvq_cuda_device *device, kvq_error *err) {
     return told_by_library(index, code, "opening cuBLAS", err);
 }
 
+static kvq_status look_at_memory(kvq_cuda_device *device, kvq_error *err) {
+    size_t     free_bytes = 0, all_bytes = 0;
+    kvq_status status = ask(device, "its memory", err, [&] { return cudaMemGetInfo(&free_bytes, &all_bytes); });
+    device->about.free_bytes = (int64_t)free_bytes;
+    return status;
+}
+
 kvq_status kvq_cuda_open(const kvq_context *ctx, int index, kvq_cuda_device **out, kvq_error *err) {
     kvq_cuda_device *device = NULL;
     kvq_cuda_about   about = {};
@@ -205,6 +212,7 @@ kvq_status kvq_cuda_open(const kvq_context *ctx, int index, kvq_cuda_device **ou
     device->about = about;
     (void)pthread_mutex_init(&device->lock, NULL); // with default attributes it cannot fail
     status = open_products(device, err);
+    if (status == KVQ_OK) status = look_at_memory(device, err);
     if (status != KVQ_OK)
         kvq_cuda_close(ctx, &device);
     else

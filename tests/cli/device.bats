@@ -93,8 +93,8 @@ hash() { kvq-inspect "$1" | sed -n 's/.*content sha256 \([0-9a-f]*\).*/\1/p'; }
   KVQ_SIMT_CALLS=1400 run calibrate -o a.kvq.h5
   run --separate-stderr kvq-calibrate --model "$SHARED_DIR/model" --text "$SHARED_DIR/text.txt" $SMALL -o a.kvq.h5
   show
-  [ "$status" -eq 2 ]
-  contains "$stderr" "matrix_products"
+  [ "$status" -eq 3 ]
+  contains "$stderr" "belongs to another run" "matrix_products"
 }
 
 @test "a device that is too small, or that there is not" {

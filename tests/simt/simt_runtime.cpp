@@ -126,7 +126,7 @@ void define(void *p, size_t bytes) {
 }
 
 kvq_status invalid(const char *what, kvq_error *err) {
-    return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "emulated device: %s", what);
+    return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "cuda:0, emulated device: %s", what);
 }
 
 // Counts a call that may fail.
@@ -143,7 +143,7 @@ uint64_t number_of(const char *variable, uint64_t otherwise) {
 
 kvq_status findings(kvq_error *err) {
     if (simt::reports().empty()) return KVQ_OK;
-    return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "emulated device: %s", simt::report_text().c_str());
+    return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "cuda:0, emulated device: %s", simt::report_text().c_str());
 }
 
 } // namespace
@@ -160,7 +160,7 @@ kvq_status kvq_cuda_open(const kvq_context *ctx, int index, kvq_cuda_device **ou
                         index);
     }
     kvq_cuda_device *device = new kvq_cuda_device();
-    device->about = {"emulated device", "the processor's products", 0, 0, 0, 0};
+    device->about = {"emulated device", "the processor's products", 0, 0, 0, 0, 0};
     device->ctx = *ctx;
     kvq_status status = kvq_backend_cpu(&device->ctx, KVQ_COMPUTE_F32, &device->products, err);
     if (status != KVQ_OK) {
@@ -169,7 +169,7 @@ kvq_status kvq_cuda_open(const kvq_context *ctx, int index, kvq_cuda_device **ou
     }
     world.wanted = {number_of("KVQ_SIMT_SEED", 1), number_of("KVQ_SIMT_MEMORY", (uint64_t)16 << 30),
                     number_of("KVQ_SIMT_CALLS", UINT64_MAX)};
-    device->about.memory_bytes = (int64_t)world.wanted.memory;
+    device->about.memory_bytes = device->about.free_bytes = (int64_t)world.wanted.memory;
     simt::Options options;
     options.seed = world.wanted.seed;
     options.preempt_every = 1u << 20; // the order of threads is the subject of the suites of kernels
@@ -204,7 +204,7 @@ kvq_status kvq_cuda_alloc(kvq_cuda_device *, size_t bytes, const char *what, voi
                      ? MAP_FAILED
                      : mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (base == MAP_FAILED)
-        return kvq_fail(err, KVQ_ERR_MEMORY, NULL, "emulated device: no %zu bytes for %s", bytes, what);
+        return kvq_fail(err, KVQ_ERR_MEMORY, NULL, "cuda:0, emulated device: no %zu bytes for %s", bytes, what);
     memset(base, 0xff, bytes); // floats: NaN
     world.blocks[base] = mapped;
     (void)simt::add_memory(what, base, bytes, false);
