@@ -105,6 +105,17 @@ hash() { kvq-inspect "$1" | sed -n 's/.*content sha256 \([0-9a-f]*\).*/\1/p'; }
   contains "$stderr" "--device cuda:1" "there is 1"
 }
 
+@test "a model larger than the device is calibrated, and with the same bytes" {
+  kvq_make_model_tool big --layers 16 --hidden 128 --ffn 384
+  common="--model big --text $SHARED_DIR/text.txt --samples 2 --seq-len 32 --threads 1 --device cuda --bos never"
+  succeeds "$KVQ_BUILD/emulated/kvq-calibrate" $common -o whole.kvq.h5
+  needs=$(sed -n 's/^ *and \([0-9.]*\) MiB of the device.*/\1/p' <<<"$stderr")
+  memory=$(awk -v n="$needs" 'BEGIN { printf "%d", n * 1048576 + 1000000 }') # buffers of transfers, rounding to pages
+  [ "$(stat -c %s big/model.safetensors)" -gt "$((2 * memory))" ]
+  KVQ_SIMT_MEMORY=$memory succeeds "$KVQ_BUILD/emulated/kvq-calibrate" $common -o a.kvq.h5
+  cmp a.kvq.h5 whole.kvq.h5
+}
+
 @test "auto takes the device" {
   succeeds on_gpu kvq-validate --text "$SHARED_DIR/held.txt" --seq-len 32
   contains "$stderr" "cuda:0, emulated device"
