@@ -10,6 +10,7 @@
 
 #define MAX_SLOTS      24
 #define STAGING_FLOATS 65536
+#define EMBEDDED       64 // rows of the embedding that are handed to the backend together
 
 typedef enum slot_kind {
     SLOT_PLAIN,  // f32 as stored: biases, routers
@@ -405,23 +406,30 @@ const kvq_backend *kvq_model_backend(const kvq_model *model) { return model->be;
 
 int64_t kvq_model_mapped_bytes(const kvq_model *model) { return kvq_checkpoint_largest_tensor(model->checkpoint); }
 
-kvq_status kvq_model_embed(kvq_model *model, const int32_t *ids, int64_t n_tokens, float *x, kvq_error *err) {
+static kvq_status read_embedding(const kvq_model *model, int64_t position, int32_t id, float *row, kvq_error *err) {
     const kvq_model_config *c = model->config;
-    float                  *row = NULL;
-    kvq_status              status = KVQ_NEW(model->ctx, c->hidden_size, "embedding row", &row, err);
-    for (int64_t t = 0; t < n_tokens && status == KVQ_OK; t++) {
-        if (ids[t] < 0 || ids[t] >= c->vocab_size) {
-            status = kvq_fail(err, KVQ_ERR_INPUT, "use token ids made by this model's tokenizer",
-                              "position %lld: token id %d is outside the vocabulary of %lld", (long long)t, (int)ids[t],
-                              (long long)c->vocab_size);
-            break;
-        }
-        status = kvq_checkpoint_read(model->checkpoint, "model.embed_tokens.weight", c->vocab_size, c->hidden_size,
-                                     ids[t], 1, row, err);
-        for (int64_t i = 0; i < c->hidden_size; i++) row[i] *= c->embedding_scale;
-        if (status == KVQ_OK) model->be->upload(model->be, x + t * c->hidden_size, row, c->hidden_size);
+    if (id < 0 || id >= c->vocab_size) {
+        return kvq_fail(err, KVQ_ERR_INPUT, "use token ids made by this model's tokenizer",
+                        "position %lld: token id %d is outside the vocabulary of %lld", (long long)position, (int)id,
+                        (long long)c->vocab_size);
+    }
+    kvq_status status = kvq_checkpoint_read(model->checkpoint, "model.embed_tokens.weight", c->vocab_size,
+                                            c->hidden_size, id, 1, row, err);
+    for (int64_t i = 0; i < c->hidden_size; i++) row[i] *= c->embedding_scale;
+    return status;
+}
+
+kvq_status kvq_model_embed(kvq_model *model, const int32_t *ids, int64_t n_tokens, float *x, kvq_error *err) {
+    int64_t    C = model->config->hidden_size, most = n_tokens < EMBEDDED ? n_tokens : EMBEDDED;
+    float     *rows = NULL;
+    kvq_status status = KVQ_NEW(model->ctx, most * C, "embedding rows", &rows, err);
+    for (int64_t first = 0, n; first < n_tokens && status == KVQ_OK; first += n) {
+        n = n_tokens - first < most ? n_tokens - first : most;
+        for (int64_t t = 0; t < n && status == KVQ_OK; t++)
+            status = read_embedding(model, first + t, ids[first + t], rows + t * C, err);
+        if (status == KVQ_OK) model->be->upload(model->be, x + first * C, rows, n * C);
     }
     if (!model->resident) kvq_checkpoint_forget(model->checkpoint, "model.embed_tokens.weight");
-    kvq_free(model->ctx, row);
+    kvq_free(model->ctx, rows);
     return status;
 }

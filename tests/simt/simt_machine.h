@@ -52,12 +52,12 @@ struct Cell {
 // A variable in shared memory or a buffer in global memory. Pointers carry it with them, so that running from one into
 // another is noticed.
 struct Memory {
-    Space                space;
-    std::string          name;
-    unsigned char       *base;
-    size_t               bytes;
-    Cell                *cells;   // [bytes], or NULL: races are not looked for
-    std::vector<uint8_t> defined; // [bytes]
+    Space          space;
+    std::string    name;
+    unsigned char *base;
+    size_t         bytes;
+    Cell          *cells;   // [bytes], or NULL: races are not looked for
+    uint8_t       *defined; // [bytes]; pages of it that nobody asks about cost nothing
 
     Memory(Space in, const char *called, void *address, size_t size, bool traced, bool is_defined);
     Memory(const Memory &) = delete;

@@ -15,18 +15,21 @@ static unsigned char *aligned_bytes(size_t bytes) {
     return static_cast<unsigned char *>(base);
 }
 
-static Cell *new_cells(size_t bytes) {
-    Cell *cells = static_cast<Cell *>(calloc(bytes > 0 ? bytes : 1, sizeof(Cell)));
-    if (cells == nullptr) abort();
-    return cells;
+template <typename T> static T *zeros(size_t n) {
+    T *all = static_cast<T *>(calloc(n > 0 ? n : 1, sizeof(T)));
+    if (all == nullptr) abort();
+    return all;
 }
 
 Memory::Memory(Space in, const char *called, void *address, size_t size, bool traced, bool is_defined)
     : space(in), name(called), base(static_cast<unsigned char *>(address)), bytes(size),
-      cells(traced ? new_cells(size) : nullptr), defined(size, is_defined) {}
+      cells(traced ? zeros<Cell>(size) : nullptr), defined(zeros<uint8_t>(size)) {
+    if (is_defined) memset(defined, 1, size);
+}
 
 Memory::~Memory() {
     free(cells);
+    free(defined);
     if (space == SHARED) free(base);
 }
 
@@ -59,7 +62,7 @@ static Memory *shared_memory(const char *name, size_t bytes, const void *tag) {
     std::unique_ptr<Memory> &m = machine.shared[tag];
     if (m == nullptr || m->bytes != bytes) m.reset(new Memory(SHARED, name, aligned_bytes(bytes), bytes, true, false));
     memset(m->base, static_cast<int>(draw(256)), bytes);
-    m->defined.assign(bytes, 0);
+    memset(m->defined, 0, bytes);
     machine.of_block.push_back(m.get());
     machine.shared_bytes += (bytes + 15) / 16 * 16;
     return m.get();
@@ -199,7 +202,7 @@ void *touch(Memory *m, ptrdiff_t offset, size_t bytes, size_t align, Use use, Pl
     if (!in_bounds(m, offset, bytes, use, at)) return nullptr;
     if (reinterpret_cast<uintptr_t>(m->base + offset) % align != 0)
         report(MISALIGNED, m->space, at, nullptr, std::string(verb(use)) + " " + where(m, offset, bytes));
-    uint8_t *defined = m->defined.data() + offset;
+    uint8_t *defined = m->defined + offset;
     if (use != WRITE && memchr(defined, 0, bytes) != nullptr)
         report(UNINITIALISED, m->space, at, nullptr, std::string(verb(use)) + " " + where(m, offset, bytes));
     memset(defined, 1, bytes); // a fault is told once
@@ -232,7 +235,7 @@ void copy_async(Memory *to, ptrdiff_t to_offset, Memory *from, ptrdiff_t from_of
     if (reinterpret_cast<uintptr_t>(to->base + to_offset) % 16 != 0)
         report(MISALIGNED, to->space, at, nullptr, "copies to " + where(to, to_offset, 16));
     trace(to, to_offset, 16, WRITE, PENDING, at);
-    memset(to->defined.data() + to_offset, 1, 16); // whoever reads too early is told so
+    memset(to->defined + to_offset, 1, 16); // whoever reads too early is told so
     self->copies.push_back({to, from, to_offset, from_offset, valid, self->n_groups});
 }
 

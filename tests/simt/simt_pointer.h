@@ -193,7 +193,7 @@ template <typename T> class Buffer {
     void put(size_t at, const void *from, size_t n) {
         if (n == 0) return;
         memcpy(static_cast<void *>(elements.data() + at), from, n * sizeof(T));
-        memset(memory->defined.data() + at * sizeof(T), 1, n * sizeof(T));
+        memset(memory->defined + at * sizeof(T), 1, n * sizeof(T));
     }
 };
 

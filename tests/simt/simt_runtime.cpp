@@ -122,7 +122,7 @@ bool on_device(const void *p, size_t bytes) {
 
 void define(void *p, size_t bytes) {
     simt::Memory *m = simt::find_memory(p);
-    memset(m->defined.data() + (static_cast<unsigned char *>(p) - m->base), 1, bytes);
+    memset(m->defined + (static_cast<unsigned char *>(p) - m->base), 1, bytes);
 }
 
 kvq_status invalid(const char *what, kvq_error *err) {
