@@ -15,20 +15,14 @@ static int cuda_index(const char *device) {
     return device[5] >= '0' && device[5] <= '9' && index <= MAX_INDEX ? index : -1;
 }
 
-// The first CUDA device. What speaks against it is a reason to take the CPU, and is told; but not a lack of memory,
-// which would come back somewhere else.
+// The first CUDA device; whatever speaks against it is a reason to take the CPU, and is told.
 static kvq_status open_fastest(const kvq_context *ctx, kvq_compute compute, kvq_backend **out, kvq_error *err) {
-    kvq_error  why = {KVQ_OK, "", ""};
-    kvq_status status = kvq_backend_cuda(ctx, 0, compute, out, &why);
-    if (status == KVQ_OK) return KVQ_OK;
-    if (status != KVQ_ERR_UNSUPPORTED) {
-        if (err != NULL) *err = why;
-        return status;
-    }
-    status = kvq_backend_cpu(ctx, compute, out, err);
-    if (status == KVQ_OK)
-        (void)snprintf((*out)->fallback, sizeof(*out)->fallback, "%.*s", (int)sizeof(*out)->fallback - 1, why.message);
-    return status;
+    kvq_error why = {KVQ_OK, "", ""};
+    if (kvq_backend_cuda(ctx, 0, compute, out, &why) == KVQ_OK) return KVQ_OK;
+    kvq_status status = kvq_backend_cpu(ctx, compute, out, err);
+    if (status != KVQ_OK) return status;
+    (void)snprintf((*out)->fallback, sizeof(*out)->fallback, "%.*s", (int)sizeof(*out)->fallback - 1, why.message);
+    return KVQ_OK;
 }
 
 kvq_status kvq_backend_open(const kvq_context *ctx, const char *device, kvq_compute compute, kvq_backend **out,

@@ -116,7 +116,10 @@ hash() { kvq-inspect "$1" | sed -n 's/.*content sha256 \([0-9a-f]*\).*/\1/p'; }
   cmp a.kvq.h5 whole.kvq.h5
 }
 
-@test "auto takes the device" {
+@test "auto takes the device, and the CPU where it does not work" {
+  KVQ_SIMT_CALLS=2 succeeds on_gpu kvq-validate --text "$SHARED_DIR/held.txt" --seq-len 32 --json
+  contains "$stderr" "of this processor" "(no GPU: cuda:0, emulated device: it stopped working)"
+  contains "$(json device fallback)" "stopped working"
   succeeds on_gpu kvq-validate --text "$SHARED_DIR/held.txt" --seq-len 32
   contains "$stderr" "cuda:0, emulated device"
   succeeds on_gpu kvq-validate --text "$SHARED_DIR/held.txt" --seq-len 32 --device cpu
