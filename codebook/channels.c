@@ -266,7 +266,7 @@ static kvq_status check_channels(const channel_job *job, kvq_error *err) {
         return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "counts of %d channels, ranges of %d", job->counts->d,
                         spec->r != NULL ? spec->d : 0);
     }
-    return codebook_check_spec(spec, 1, err);
+    return kvq_count_check(spec, 1, err);
 }
 
 kvq_status kvq_count_channels(const kvq_context *ctx, const kvq_block_spec *spec, const float *x,

@@ -76,7 +76,6 @@ static inline void codebook_selection_init(codebook_selection *s) {
 }
 
 kvq_status codebook_check_row(const float *x, int d, kvq_error *err);
-kvq_status codebook_check_spec(const kvq_block_spec *spec, int n_heads, kvq_error *err);
 
 // Keeps the lowest item that failed.
 static inline void codebook_note_failure(_Atomic int64_t *first, int64_t item) {

@@ -237,7 +237,7 @@ static void try_count(void *user, int64_t item, int worker) {
     if (count_head(user, item, NULL) != KVQ_OK) codebook_note_failure(&((count_job *)user)->first_failed, item);
 }
 
-kvq_status codebook_check_spec(const kvq_block_spec *spec, int n_heads, kvq_error *err) {
+kvq_status kvq_count_check(const kvq_block_spec *spec, int n_heads, kvq_error *err) {
     if (spec->d < 1 || spec->d >= (int)KVQ_NO_CHANNEL || spec->n_side < 0 || spec->n_side > KVQ_BLOCK_MAX_SIDE ||
         2 * spec->n_side >= spec->d) {
         return kvq_fail(err, KVQ_ERR_USAGE, "lower the share of outliers",
@@ -264,7 +264,7 @@ kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensor
                         (long long)options.n_skip);
     }
     for (int i = 0; i < n_tensors; i++) {
-        kvq_status status = codebook_check_spec(tensors[i].spec, options.n_heads, err);
+        kvq_status status = kvq_count_check(tensors[i].spec, options.n_heads, err);
         if (status == KVQ_OK) continue;
         kvq_error_prefix(err, "%s: ", tensors[i].name);
         return status;

@@ -81,6 +81,17 @@ void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from) {
     merge_sums(into, from);
 }
 
+// The histogram at the beginning gets pointers to the bins behind it, in the order of weightings.
+void kvq_histogram_merge_counters(kvq_histogram *into, void *counters) {
+    kvq_histogram *from = counters;
+    uint8_t       *bins = (uint8_t *)(from + 1);
+    for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
+        from->by[w].bins = into->by[w].bins != NULL ? (kvq_bin *)(void *)bins : NULL;
+        if (into->by[w].bins != NULL) bins += KVQ_HISTOGRAM_BINS * sizeof(kvq_bin);
+    }
+    kvq_histogram_merge(into, from);
+}
+
 // ---------------------------------------------------------------- as bytes
 
 // A header, which is the histogram itself without its pointers, and the bins of each weighting that is counted.

@@ -86,6 +86,8 @@ int64_t    kvq_histogram_bytes(kvq_weighting_set weightings);
 void       kvq_histogram_clear(kvq_histogram *h);
 // Both count the same weightings.
 void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from);
+// Adds what a device has counted: a piece of kvq_counters_bytes, of the same weightings; aligned for 64-bit integers.
+void kvq_histogram_merge_counters(kvq_histogram *into, void *counters);
 // Elements x [n], clipped to [-1, 1], with weights[w] [n] of each weighting w that is counted, 0 <= weight < 2^15, or
 // NULL for 1 each.
 void kvq_histogram_add(kvq_histogram *h, const float *x, const double *const weights[KVQ_N_WEIGHTINGS], int64_t n);
@@ -120,7 +122,9 @@ typedef struct kvq_count_options {
 // for a non-finite element, a squared gradient that is negative, not finite, or beyond the range of the sums, or the
 // range of a token beyond f16; the histograms then hold a part of the rows. KVQ_ERR_USAGE when the outliers leave
 // nothing of a row.
-int64_t    kvq_count_scratch_floats(int64_t n_rows, int64_t d);
+int64_t kvq_count_scratch_floats(int64_t n_rows, int64_t d);
+// What is wrong with a spec, whoever counts by it: KVQ_ERR_USAGE, or KVQ_ERR_NUMERICAL for a range of a channel.
+kvq_status kvq_count_check(const kvq_block_spec *spec, int n_heads, kvq_error *err);
 kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensors, int n_tensors, int64_t n_rows,
                           kvq_count_options options, float *scratch, kvq_error *err);
 
