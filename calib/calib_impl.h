@@ -149,10 +149,9 @@ void       device_counts_destroy(const kvq_context *ctx, device_counts **counts)
 kvq_status device_counts_begin(device_counts *counts, kvq_error *err); // makes empty ones
 void       device_counts_drop(device_counts *counts);                  // frees them
 // Rows of a tensor of one window, x and dx (NULL = no weighting needs it) [S, d] in memory of the backend, into the
-// histograms [n_kv_heads] from `first` on. *bad: one of them cannot be counted, and nothing was; kvq_count_rows says
-// why.
-kvq_status device_counts_add(device_counts *counts, int first, const kvq_block_spec *spec, const float *x,
-                             const float *dx, bool *bad, kvq_error *err);
+// histograms [n_kv_heads] from `first` on. False: they cannot be counted, and nothing was; kvq_count_rows says why,
+// unless the backend has failed.
+bool device_counts_add(device_counts *counts, int first, const kvq_block_spec *spec, const float *x, const float *dx);
 // Adds all to histograms [n_fractions, 2, n_kv_heads] and begins anew.
 kvq_status device_counts_take(device_counts *counts, kvq_histogram *const *histograms, kvq_error *err);
 

@@ -339,15 +339,13 @@ done:
 static kvq_status count_there(measure *m, int64_t layer, kvq_kv_view there, kvq_error *err) {
     if (!kvq_weightings_need_gradients(m->options->weightings)) there.dk = there.dv = NULL;
     const float *x[] = {there.k, there.v}, *dx[] = {there.dk, there.dv};
-    bool         bad = false;
-    for (int i = 0; i < m->options->n_fractions * N_TENSORS && !bad; i++) {
+    for (int i = 0; i < m->options->n_fractions * N_TENSORS; i++) {
         int            tensor = i % N_TENSORS;
         kvq_block_spec spec = spec_of(m, layer, i / N_TENSORS, tensor);
-        kvq_status     status =
-            device_counts_add(m->device, i * m->shape.n_kv_heads, &spec, x[tensor], dx[tensor], &bad, err);
-        if (status != KVQ_OK) return status;
+        if (!device_counts_add(m->device, i * m->shape.n_kv_heads, &spec, x[tensor], dx[tensor]))
+            return count_refused(m, layer, &there, err);
     }
-    return bad ? count_refused(m, layer, &there, err) : KVQ_OK;
+    return KVQ_OK;
 }
 
 static kvq_status see_backward(measure *m, int64_t layer, const kvq_seen *seen, kvq_error *err) {

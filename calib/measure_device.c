@@ -75,18 +75,14 @@ void device_counts_drop(device_counts *c) {
     c->counters = c->scratch = NULL;
 }
 
-// A device that has failed gives an index as well, and must not be taken for one that found something.
-kvq_status device_counts_add(device_counts *c, int first, const kvq_block_spec *spec, const float *x, const float *dx,
-                             bool *bad, kvq_error *err) {
+bool device_counts_add(device_counts *c, int first, const kvq_block_spec *spec, const float *x, const float *dx) {
     kvq_count_rule rule = {.spec = spec,
                            .n_heads = c->shape.n_kv_heads,
                            .n_skip = c->options->sink_tokens,
                            .weightings = c->options->weightings};
-    *bad = kvq_count_check(spec, rule.n_heads, NULL) != KVQ_OK;
-    if (*bad) return KVQ_OK;
-    *bad = c->be->count(c->be, &rule, x, dx, c->shape.seq_len, c->counters + first * head_floats(c->options),
-                        c->scratch) >= 0;
-    return *bad ? c->be->check(c->be, err) : KVQ_OK;
+    return kvq_count_check(spec, rule.n_heads, NULL) == KVQ_OK &&
+           c->be->count(c->be, &rule, x, dx, c->shape.seq_len, c->counters + first * head_floats(c->options),
+                        c->scratch) < 0;
 }
 
 kvq_status device_counts_take(device_counts *c, kvq_histogram *const *histograms, kvq_error *err) {

@@ -287,6 +287,8 @@ START_TEST(ranges_of_tokens_beyond_f16) {
     for (size_t c = 0; c < BAD_D; c += 2) e.x[BAD_ROW * BAD_D + c] = 2e5f; // a half width of 10^5
     e.gradients.assign(e.x.size(), 0);
     expect_first_bad(e, BAD_ROW * BAD_D, 1);
+    for (size_t c = 0; c < BAD_D; c++) e.x[BAD_ROW * BAD_D + c] = 1e5f + (float)c; // only the middle is too large
+    expect_first_bad(e, BAD_ROW * BAD_D, 1);
 }
 END_TEST
 

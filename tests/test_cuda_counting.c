@@ -11,7 +11,7 @@
 #include "limited_memory.h"
 #include "small_model.h"
 
-#include "kvq_calib.h"
+#include "calib_impl.h"
 
 enum { N = 3, S = 20, L = 2, HEADS = 2, DIM = 16, SINKS = 2 };
 
@@ -75,8 +75,8 @@ static void rig_open(device_rig *r) {
 
 static void rig_close(device_rig *r) { small_model_close(&r->ctx, &r->be, &r->checkpoint, &r->model); }
 
-static kvq_status measure(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, device_rig *r,
-                          const kvq_measure_options *o, bool restart, char sha256[KVQ_SHA256_HEX], kvq_error *err) {
+static kvq_status run_measure(const kvq_context *ctx, const kvq_backend *be, kvq_model *model, device_rig *r,
+                              const kvq_measure_options *o, bool restart, char sha256[KVQ_SHA256_HEX], kvq_error *err) {
     kvq_windows       w = {.n_windows = N, .seq_len = S, .ids = r->ids, .source = "test"};
     kvq_sweep_options sweep = {.work_dir = r->folder, .restart = restart, .stride = 1, .n_shards = 1};
     kvq_processes     alone = kvq_processes_single();
@@ -136,7 +136,7 @@ START_TEST(device_and_host_count_the_same_bytes) {
     for (int by_host = 0; by_host < 2; by_host++) {
         if (by_host) r.be->count = NULL;
         spied.n_downloaded = 0;
-        kvq_test_ok(measure(&r.ctx, r.be, r.model, &r, &o, true, hash[by_host], &err), &err);
+        kvq_test_ok(run_measure(&r.ctx, r.be, r.model, &r, &o, true, hash[by_host], &err), &err);
         downloaded[by_host] = spied.n_downloaded;
     }
     ck_assert_str_eq(hash[0], hash[1]);
@@ -163,19 +163,100 @@ START_TEST(a_stopped_run_ends_in_the_same_bytes) {
     kvq_status          status = KVQ_ERR_INTERRUPTED;
     int                 n_stops = 0;
     rig_open(&r);
-    kvq_test_ok(measure(&r.ctx, r.be, r.model, &r, &o, true, whole, &err), &err);
+    kvq_test_ok(run_measure(&r.ctx, r.be, r.model, &r, &o, true, whole, &err), &err);
     (void)snprintf(r.folder, sizeof r.folder, "%s/stopped", kvq_test_folder());
     for (; status != KVQ_OK; n_stops++) {
         kvq_context ctx = r.ctx;
         int         calls_left = 2;
         ctx.stop = stop_now_and_then;
         ctx.user = &calls_left;
-        status = measure(&ctx, r.be, r.model, &r, &o, false, stopped, &err);
+        status = run_measure(&ctx, r.be, r.model, &r, &o, false, stopped, &err);
         ck_assert(status == KVQ_OK || status == KVQ_ERR_INTERRUPTED);
         if (n_stops % 2 == 0) r.be->count = r.be->count == NULL ? spied_count : NULL; // they go on where others stopped
     }
     ck_assert_int_ge(n_stops, 5);
     ck_assert_str_eq(whole, stopped);
+    rig_close(&r);
+}
+END_TEST
+
+// A measurement that is asked for all it has seen after every window, and what it was shown.
+typedef struct asked {
+    kvq_context       *ctx;
+    const kvq_backend *be;
+    kvq_observer       inner;
+    kvq_blob           saved, result;
+    float              k[L][N][S * HEADS * DIM]; // of the forward pass
+} asked;
+
+static kvq_status ask_begin(void *user, kvq_pass pass, int64_t layer, kvq_error *err) {
+    asked *a = user;
+    return a->inner.begin(a->inner.user, pass, layer, err);
+}
+
+// Keys are the same in both passes, on the device and as copied.
+static kvq_status ask_window(void *user, kvq_pass pass, int64_t layer, const kvq_seen *seen, kvq_error *err) {
+    static float there[S * HEADS * DIM];
+    asked       *a = user;
+    float       *k = a->k[layer][seen->window];
+    kvq_status   status = KVQ_OK;
+    a->be->download(a->be, there, seen->there.k, S * HEADS * DIM);
+    if (seen->k != NULL) ck_assert_mem_eq(seen->k, there, sizeof there);
+    if (pass == KVQ_PASS_FORWARD) memcpy(k, there, sizeof there);
+    if (pass == KVQ_PASS_BACKWARD) ck_assert_mem_eq(k, there, sizeof there);
+    KVQ_TRY(a->inner.window(a->inner.user, pass, layer, seen, err));
+    a->saved.bytes = 0;
+    KVQ_TRY(a->inner.save(a->inner.user, pass, layer, &a->saved, err));
+done:
+    return status;
+}
+
+static kvq_status ask_finish(void *user, kvq_pass pass, int64_t layer, kvq_blob *result, kvq_error *err) {
+    asked     *a = user;
+    int64_t    before = result->bytes;
+    kvq_status status = a->inner.finish(a->inner.user, pass, layer, result, err);
+    if (status != KVQ_OK) return status;
+    return kvq_blob_append(a->ctx, &a->result, result->data + before, result->bytes - before, err);
+}
+
+static void sweep_asked(device_rig *r, const kvq_measure_options *o, asked *a) {
+    kvq_windows       w = {.n_windows = N, .seq_len = S, .ids = r->ids, .source = "test"};
+    kvq_sweep_options sweep = {.work_dir = r->folder, .restart = true, .stride = 1, .n_shards = 1};
+    kvq_processes     alone = kvq_processes_single();
+    kvq_error         err = {0};
+    kvq_loss_sum      loss;
+    measure          *m = NULL;
+    measure_shape     shape = measure_shape_of(kvq_model_describe(r->model), S, N);
+    *a = (asked){.ctx = &r->ctx, .be = r->be};
+    kvq_test_ok(measure_create(&r->ctx, r->be, o, shape, NULL, NULL, &m, &err), &err);
+    a->inner = measure_observer(m);
+    kvq_observer o_asked = a->inner;
+    o_asked.user = a;
+    o_asked.begin = ask_begin;
+    o_asked.window = ask_window;
+    o_asked.finish = ask_finish;
+    o_asked.save = NULL; // no run to go on with
+    kvq_test_ok(kvq_sweep(&r->ctx, r->be, r->model, &w, &sweep, &alone, &o_asked, &loss, &err), &err);
+    measure_destroy(&r->ctx, &m);
+}
+
+START_TEST(what_was_seen_can_be_asked_for_at_any_time) {
+    static asked        a[2];
+    device_rig          r;
+    kvq_measure_options o = options_of(&EXAMPLES[_i]);
+    rig_open(&r);
+    for (int by_host = 0; by_host < 2; by_host++) {
+        if (by_host) r.be->count = NULL;
+        sweep_asked(&r, &o, &a[by_host]);
+    }
+    ck_assert_int_eq(a[0].result.bytes, a[1].result.bytes);
+    ck_assert_int_eq(a[0].saved.bytes, a[1].saved.bytes);
+    ck_assert(memcmp(a[0].result.data, a[1].result.data, (size_t)a[0].result.bytes) == 0);
+    ck_assert(memcmp(a[0].saved.data, a[1].saved.data, (size_t)a[0].saved.bytes) == 0);
+    for (int i = 0; i < 2; i++) {
+        kvq_blob_free(&r.ctx, &a[i].saved);
+        kvq_blob_free(&r.ctx, &a[i].result);
+    }
     rig_close(&r);
 }
 END_TEST
@@ -189,12 +270,12 @@ START_TEST(the_host_says_what_the_device_refuses) {
     kvq_measure_options o = options_of(&EXAMPLES[0]);
     rig_open(&r);
     spied.spoil = 1; // V of the first window, layer 1 being passed first
-    kvq_test_failed(measure(&r.ctx, r.be, r.model, &r, &o, true, hash, &err), KVQ_ERR_NUMERICAL, &err,
+    kvq_test_failed(run_measure(&r.ctx, r.be, r.model, &r, &o, true, hash, &err), KVQ_ERR_NUMERICAL, &err,
                     "calibration window 0: layer 1, V, position 3: channel 5 is nan");
     ck_assert_int_eq(spied.n_counts, 2);
     spied.spoil = -1;
     spied.lies = true;
-    kvq_test_failed(measure(&r.ctx, r.be, r.model, &r, &o, true, hash, &err), KVQ_ERR_INTERNAL, &err,
+    kvq_test_failed(run_measure(&r.ctx, r.be, r.model, &r, &o, true, hash, &err), KVQ_ERR_INTERNAL, &err,
                     "layer 1: the device could not count what the host could");
     rig_close(&r);
 }
@@ -222,7 +303,7 @@ START_TEST(every_failure_of_the_device_is_told) {
         err = (kvq_error){KVQ_OK, "", ""};
         status = kvq_backend_open(&ctx, "cuda", KVQ_COMPUTE_F32, &be, &err);
         if (status == KVQ_OK) status = kvq_model_create(&ctx, be, r.checkpoint, false, &model, &err);
-        if (status == KVQ_OK) status = measure(&ctx, be, model, &r, &o, true, hash, &err);
+        if (status == KVQ_OK) status = run_measure(&ctx, be, model, &r, &o, true, hash, &err);
         kvq_model_destroy(&ctx, &model);
         if (be != NULL) be->destroy(&be);
         ck_assert_int_eq(memory.n_live, 0);
@@ -234,9 +315,8 @@ START_TEST(every_failure_of_the_device_is_told) {
 END_TEST
 
 static const kvq_test_case CASES[] = {
-    KVQ_LOOP(device_and_host_count_the_same_bytes, N_EXAMPLES),
-    KVQ_CASE(a_stopped_run_ends_in_the_same_bytes),
-    KVQ_CASE(the_host_says_what_the_device_refuses),
+    KVQ_LOOP(device_and_host_count_the_same_bytes, N_EXAMPLES), KVQ_CASE(a_stopped_run_ends_in_the_same_bytes),
+    KVQ_LOOP(what_was_seen_can_be_asked_for_at_any_time, 2),    KVQ_CASE(the_host_says_what_the_device_refuses),
     KVQ_LOOP(every_failure_of_the_device_is_told, 1),
 };
 KVQ_TEST_MAIN("cuda counting", CASES)
