@@ -138,13 +138,32 @@ kvq_status measure_tiles_save(const tile_measure *tiles, kvq_blob *out, kvq_erro
 kvq_status measure_tiles_merge(tile_measure *tiles, blob_reader *in, kvq_error *err);
 kvq_status measure_tiles_fill(const tile_measure *tiles, int64_t layer, kvq_measured_layer *to, kvq_error *err);
 
+// Histograms that are counted where K and V are (measure_device.c): a part of them is in memory of the backend until it
+// is taken.
+typedef struct device_counts device_counts;
+bool       device_counts_possible(const kvq_backend *be, const kvq_measure_options *options); // be NULL: no
+int64_t    device_counts_bytes(const kvq_backend *be, const kvq_measure_options *options, measure_shape shape);
+kvq_status device_counts_create(const kvq_context *ctx, const kvq_backend *be, const kvq_measure_options *options,
+                                measure_shape shape, device_counts **out, kvq_error *err);
+void       device_counts_destroy(const kvq_context *ctx, device_counts **counts);
+kvq_status device_counts_begin(device_counts *counts, kvq_error *err); // makes empty ones
+void       device_counts_drop(device_counts *counts);                  // frees them
+// Rows of a tensor of one window, x and dx (NULL = no weighting needs it) [S, d] in memory of the backend, into the
+// histograms [n_kv_heads] from `first` on. False: they cannot be counted, and nothing was; kvq_count_rows says why,
+// unless the backend has failed.
+bool device_counts_add(device_counts *counts, int first, const kvq_block_spec *spec, const float *x, const float *dx);
+// Adds all to histograms [n_fractions, 2, n_kv_heads] and begins anew.
+kvq_status device_counts_take(device_counts *counts, kvq_histogram *const *histograms, kvq_error *err);
+
 // One layer at a time: the ends of K and second moments in the forward pass, histograms of K and V in the backward
 // pass. A layer's result is a kvq_measured_layer as bytes.
 typedef struct measure measure;
-// With a fit (NULL = none) a layer is fitted into the artifact when it is complete, also when it was restored. Its
+// What the sweeps show is in memory of `be`, which counts if it can; NULL: all comes from the host. With a fit (NULL =
+// none) a layer is fitted into the artifact when it is complete, also when it was restored. Its
 // moments are not there then: they are results of the forward pass.
-kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
-                          const kvq_fit_options *fit, kvq_artifact *artifact, measure **out, kvq_error *err);
+kvq_status measure_create(const kvq_context *ctx, const kvq_backend *be, const kvq_measure_options *options,
+                          measure_shape shape, const kvq_fit_options *fit, kvq_artifact *artifact, measure **out,
+                          kvq_error *err);
 void       measure_destroy(const kvq_context *ctx, measure **m);
 // In a shard the results are what was seen, to be merged with the other shards' before anything is concluded from it.
 void         measure_keep_raw(measure *m);

@@ -57,8 +57,8 @@ static kvq_status sweep_and_fit(const kvq_context *ctx, const kvq_backend *be, k
     if (status == KVQ_OK) status = calib_create_artifact(ctx, c, options, fit, &a, err);
     if (status == KVQ_OK) status = calib_describe_windows(ctx, windows, a, err);
     if (status == KVQ_OK) {
-        status =
-            measure_create(ctx, options, measure_shape_of(c, windows->seq_len, windows->n_windows), fit, a, &m, err);
+        status = measure_create(ctx, be, options, measure_shape_of(c, windows->seq_len, windows->n_windows), fit, a, &m,
+                                err);
     }
     kvq_status agreed = processes->agree(processes, status == KVQ_OK, &all, status == KVQ_OK ? err : NULL);
     if (status == KVQ_OK) status = agreed;

@@ -129,8 +129,9 @@ kvq_status kvq_calibrate_capture(const kvq_context *ctx, const kvq_capture *capt
     KVQ_TRY(calib_create_artifact(ctx, &shape, &f.measured, &options->fit, &f.artifact, err));
     KVQ_TRY(describe(&f, source_name, err));
     KVQ_TRY(hash_ids(&f, err));
-    KVQ_TRY(measure_create(ctx, &f.measured, measure_shape_of(&shape, info->dataset.seq_len, info->dataset.n_windows),
-                           &options->fit, f.artifact, &f.m, err));
+    KVQ_TRY(measure_create(ctx, NULL, &f.measured,
+                           measure_shape_of(&shape, info->dataset.seq_len, info->dataset.n_windows), &options->fit,
+                           f.artifact, &f.m, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "K of a window", &f.k, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "V of a window", &f.v, err));
     KVQ_TRY(KVQ_NEW(ctx, n, "weights of K", &f.w_k, err));

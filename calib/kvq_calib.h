@@ -48,12 +48,13 @@ void       kvq_processes_finish(kvq_processes *p);
 
 typedef enum kvq_pass { KVQ_PASS_FORWARD, KVQ_PASS_BACKWARD } kvq_pass;
 
-// One window in one layer. Host memory, valid during the call.
+// One window in one layer, valid during the call. Host memory, but for `there`.
 typedef struct kvq_seen {
     int64_t      window;  // index in kvq_windows
     const float *q;       // [S, H * D] pre-RoPE, forward and only when asked for
     const float *k, *v;   // [S, d] pre-RoPE K (or rotated, as the observer wants it), and V
     const float *dk, *dv; // [S, d] gradients of the window's mean loss, backward and only when asked for
+    kvq_kv_view  there;   // k, v, dk and dv in memory of the backend that the sweeps run on
 } kvq_seen;
 
 // A growing array of bytes.
@@ -68,6 +69,7 @@ typedef struct kvq_observer {
     void *user;
     bool  wants_query, wants_second_pass, wants_gradients;
     bool  wants_rotated_keys; // k and dk are those after RoPE
+    bool  wants_no_copies;    // backward: `there` is enough, k, v, dk and dv are NULL
     kvq_status (*begin)(void *user, kvq_pass pass, int64_t layer, kvq_error *err);
     kvq_status (*window)(void *user, kvq_pass pass, int64_t layer, const kvq_seen *seen, kvq_error *err);
     // Appends the result of the layer, once everything of all processes was seen or merged.

@@ -28,6 +28,8 @@ struct measure {
     float                     *w[N_TENSORS]; // [S, d] squared gradients
     float                     *scratch;      // of counting
     float                     *z_and_r;      // [2 d]
+    device_counts             *device;       // NULL: the host counts
+    const kvq_backend         *be;           // whose it is
     tile_measure              *tiles;        // NULL unless options->allocated
 };
 
@@ -68,6 +70,11 @@ static int histogram_count(const kvq_measure_options *o, measure_shape shape) {
     return o->n_fractions * N_TENSORS * shape.n_kv_heads;
 }
 
+// Of counting on the host.
+static int64_t count_scratch_floats(measure_shape shape) {
+    return N_TENSORS * kvq_count_scratch_floats(shape.seq_len, width_of(shape));
+}
+
 static int64_t moment_count(measure_shape shape, int which) {
     return (int64_t)(which == 0 ? shape.n_heads : shape.n_kv_heads) * shape.head_dim * shape.head_dim;
 }
@@ -99,6 +106,7 @@ static kvq_status find_thresholds(measure *m, int64_t layer, kvq_error *err) {
 static void drop_histograms(measure *m) {
     int n = histogram_count(m->options, m->shape);
     for (int i = 0; m->histograms != NULL && i < n; i++) kvq_histogram_destroy(m->ctx, &m->histograms[i]);
+    if (m->device != NULL) device_counts_drop(m->device);
 }
 
 static void drop_forward(measure *m) {
@@ -255,6 +263,7 @@ static kvq_status begin_backward(measure *m, kvq_error *err) {
     drop_forward(m);
     drop_histograms(m);
     for (int i = 0; i < n; i++) KVQ_TRY(kvq_histogram_create(m->ctx, m->options->weightings, &m->histograms[i], err));
+    if (m->device != NULL) KVQ_TRY(device_counts_begin(m->device, err));
     if (m->tiles != NULL) KVQ_TRY(measure_tiles_begin_backward(m->tiles, err));
 done:
     return status;
@@ -305,9 +314,44 @@ static kvq_status count_tiles(measure *m, int64_t layer, const kvq_seen *seen, k
     return status;
 }
 
+// A window that the device could not count, once more on the host, which says why.
+static kvq_status count_refused(measure *m, int64_t layer, const kvq_kv_view *there, kvq_error *err) {
+    const float *from[] = {there->k, there->v, there->dk, there->dv};
+    float       *host[] = {NULL, NULL, NULL, NULL};
+    int64_t      n = m->shape.seq_len * m->d;
+    kvq_status   status = KVQ_OK;
+    for (int i = 0; i < 4 && from[i] != NULL; i++) {
+        KVQ_TRY(KVQ_NEW(m->ctx, n, "K and V of a window", &host[i], err));
+        m->be->download(m->be, host[i], from[i], n);
+        if (i >= N_TENSORS) kvq_fisher_diagonal(host[i], n, host[i]);
+    }
+    KVQ_TRY(m->be->check(m->be, err));
+    if (m->scratch == NULL)
+        KVQ_TRY(KVQ_NEW(m->ctx, count_scratch_floats(m->shape), "normalised elements", &m->scratch, err));
+    KVQ_TRY(measure_count(m, layer, host[0], host[1], host[2], host[3], err));
+    status = kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "layer %lld: the device could not count what the host could",
+                      (long long)layer);
+done:
+    for (int i = 0; i < 4; i++) kvq_free(m->ctx, host[i]);
+    return status;
+}
+
+static kvq_status count_there(measure *m, int64_t layer, kvq_kv_view there, kvq_error *err) {
+    if (!kvq_weightings_need_gradients(m->options->weightings)) there.dk = there.dv = NULL;
+    const float *x[] = {there.k, there.v}, *dx[] = {there.dk, there.dv};
+    for (int i = 0; i < m->options->n_fractions * N_TENSORS; i++) {
+        int            tensor = i % N_TENSORS;
+        kvq_block_spec spec = spec_of(m, layer, i / N_TENSORS, tensor);
+        if (!device_counts_add(m->device, i * m->shape.n_kv_heads, &spec, x[tensor], dx[tensor]))
+            return count_refused(m, layer, &there, err);
+    }
+    return KVQ_OK;
+}
+
 static kvq_status see_backward(measure *m, int64_t layer, const kvq_seen *seen, kvq_error *err) {
     kvq_status status = m->tiles != NULL ? count_tiles(m, layer, seen, err) : KVQ_OK;
     if (status != KVQ_OK) return status;
+    if (m->device != NULL) return count_there(m, layer, seen->there, err);
     if (!kvq_weightings_need_gradients(m->options->weightings))
         return measure_count(m, layer, seen->k, seen->v, NULL, NULL, err);
     kvq_fisher_diagonal(seen->dk, m->shape.seq_len * m->d, m->w[K]);
@@ -315,10 +359,11 @@ static kvq_status see_backward(measure *m, int64_t layer, const kvq_seen *seen, 
     return measure_count(m, layer, seen->k, seen->v, m->w[K], m->w[V], err);
 }
 
-static kvq_status save_backward(const measure *m, kvq_blob *out, kvq_error *err) {
+static kvq_status save_backward(measure *m, kvq_blob *out, kvq_error *err) {
     uint8_t   *at = NULL;
     int        n = histogram_count(m->options, m->shape);
     kvq_status status = KVQ_OK;
+    if (m->device != NULL) KVQ_TRY(device_counts_take(m->device, m->histograms, err));
     for (int i = 0; i < n; i++) {
         KVQ_TRY(blob_append_sized(m->ctx, out, kvq_histogram_packed_bytes(m->histograms[i]), &at, err));
         kvq_histogram_pack(m->histograms[i], at);
@@ -397,6 +442,7 @@ static kvq_status fill_layer(const measure *m, int64_t layer, kvq_measured_layer
 static kvq_status finish_backward(measure *m, int64_t layer, kvq_blob *result, kvq_error *err) {
     kvq_measured_layer *measured = NULL;
     kvq_status          status = KVQ_OK;
+    if (m->device != NULL) KVQ_TRY(device_counts_take(m->device, m->histograms, err));
     KVQ_TRY(create_layer(m->ctx, m->options, m->shape, false, &measured, err));
     KVQ_TRY(fill_layer(m, layer, measured, err));
     KVQ_TRY(append_layer(m->ctx, measured, result, err));
@@ -487,6 +533,7 @@ kvq_observer measure_observer(measure *m) {
                           .wants_second_pass = true,
                           .wants_gradients = measure_needs_gradients(m->options),
                           .wants_rotated_keys = m->options->k_domain == KVQ_KEYS_POST_ROPE,
+                          .wants_no_copies = m->device != NULL && m->tiles == NULL,
                           .begin = begin,
                           .window = window,
                           .finish = finish,
@@ -515,8 +562,9 @@ int64_t measure_bytes(const kvq_measure_options *o, measure_shape shape) {
     return forward > backward ? forward : backward;
 }
 
-kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *options, measure_shape shape,
-                          const kvq_fit_options *fit, kvq_artifact *artifact, measure **out, kvq_error *err) {
+kvq_status measure_create(const kvq_context *ctx, const kvq_backend *be, const kvq_measure_options *options,
+                          measure_shape shape, const kvq_fit_options *fit, kvq_artifact *artifact, measure **out,
+                          kvq_error *err) {
     measure   *m = NULL;
     int64_t    d = width_of(shape), n = shape.seq_len * d;
     kvq_status status = KVQ_OK;
@@ -528,9 +576,14 @@ kvq_status measure_create(const kvq_context *ctx, const kvq_measure_options *opt
     m->artifact = artifact;
     m->d = (int)d;
     m->n_rows = threshold_rows(options, shape);
-    for (int i = 0; i < N_TENSORS && kvq_weightings_need_gradients(options->weightings); i++)
-        KVQ_TRY(KVQ_NEW(ctx, n, "squared gradients", &m->w[i], err));
-    KVQ_TRY(KVQ_NEW(ctx, 2 * kvq_count_scratch_floats(shape.seq_len, d), "normalised elements", &m->scratch, err));
+    m->be = be;
+    if (device_counts_possible(be, options)) {
+        KVQ_TRY(device_counts_create(ctx, be, options, shape, &m->device, err));
+    } else {
+        for (int i = 0; i < N_TENSORS && kvq_weightings_need_gradients(options->weightings); i++)
+            KVQ_TRY(KVQ_NEW(ctx, n, "squared gradients", &m->w[i], err));
+        KVQ_TRY(KVQ_NEW(ctx, count_scratch_floats(shape), "normalised elements", &m->scratch, err));
+    }
     KVQ_TRY(KVQ_NEW(ctx, 2 * d, "offsets and ranges", &m->z_and_r, err));
     KVQ_TRY(KVQ_NEW(ctx, measure_thresholds_count(m), "thresholds", &m->thresholds, err));
     KVQ_TRY(KVQ_NEW(ctx, histogram_count(options, shape), "histograms", &m->histograms, err));
@@ -552,6 +605,7 @@ void measure_destroy(const kvq_context *ctx, measure **measurement) {
     for (int i = 0; i < N_TENSORS; i++) kvq_free(ctx, m->w[i]);
     kvq_free(ctx, m->scratch);
     kvq_free(ctx, m->z_and_r);
+    device_counts_destroy(ctx, &m->device);
     measure_tiles_destroy(ctx, &m->tiles);
     kvq_free(ctx, m);
     *measurement = NULL;

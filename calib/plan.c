@@ -21,31 +21,35 @@ static int64_t backend_weight_bytes(const kvq_model *model, bool prefetch) {
     return larger(layer, head) + (prefetch ? layer : 0);
 }
 
-// Beside the model's own: a hidden state, its gradient, and rotated keys where they are wanted.
+// Beside the model's own: a hidden state, its gradient, and rotated keys and their gradients where they are wanted.
 static int64_t backend_activation_bytes(const kvq_model *model, const kvq_measure_options *options, int64_t seq_len) {
     const kvq_model_config *c = kvq_model_describe(model);
     int64_t                 width = 2 * c->hidden_size;
-    if (options->k_domain == KVQ_KEYS_POST_ROPE) width += (int64_t)c->n_kv_heads * c->head_dim;
-    return 4 * (kvq_workspace_floats(model, seq_len, measure_needs_gradients(options)) + seq_len * width);
+    bool                    gradients = measure_needs_gradients(options);
+    if (options->k_domain == KVQ_KEYS_POST_ROPE) width += (gradients ? 2 : 1) * (int64_t)c->n_kv_heads * c->head_dim;
+    return 4 * (kvq_workspace_floats(model, seq_len, gradients) + seq_len * width);
 }
 
 // A hidden state, and of K and V the values, gradients, squared gradients and normalised elements; queries where they
-// are wanted.
+// are wanted. Where a device counts, there are values, and for tiles gradients.
 static int64_t host_activation_bytes(const kvq_model *model, const kvq_measure_options *options, int64_t seq_len) {
     const kvq_model_config *c = kvq_model_describe(model);
     int64_t                 d = (int64_t)c->n_kv_heads * c->head_dim;
-    int64_t                 width = c->hidden_size + (measure_needs_gradients(options) ? 8 : 4) * d;
+    bool                    counts = !device_counts_possible(kvq_model_backend(model), options);
+    int64_t                 n = counts ? 4 : 2; // of [S, d]
+    if (measure_needs_gradients(options)) n += (counts || options->allocated ? 2 : 0) + (counts ? 2 : 0);
+    int64_t width = c->hidden_size + n * d;
     if (options->moments) width += (int64_t)c->n_heads * c->head_dim;
     return 4 * seq_len * width;
 }
 
-static kvq_status fit_memory(const kvq_model *model, int64_t limit, int64_t backend_activations, kvq_calib_plan *plan,
-                             kvq_error *err) {
+static kvq_status fit_memory(const kvq_model *model, int64_t limit, int64_t backend_activations, int64_t counters,
+                             kvq_calib_plan *plan, kvq_error *err) {
     int64_t device = kvq_model_backend(model)->memory_bytes;
     for (plan->prefetch = true;; plan->prefetch = false) {
         int64_t backend_weights = backend_weight_bytes(model, plan->prefetch);
         plan->weight_bytes = backend_weights + kvq_model_mapped_bytes(model);
-        plan->device_bytes = device > 0 ? backend_weights + backend_activations : 0;
+        plan->device_bytes = device > 0 ? backend_weights + backend_activations + counters : 0;
         plan->memory_bytes = plan->weight_bytes + plan->activation_bytes + plan->statistics_bytes +
                              plan->program_bytes - plan->device_bytes;
         bool fits = limit == 0 || plan->memory_bytes <= limit, fits_device = plan->device_bytes <= device;
@@ -54,10 +58,10 @@ static kvq_status fit_memory(const kvq_model *model, int64_t limit, int64_t back
         if (!fits_device) {
             return kvq_fail(err, KVQ_ERR_MEMORY, "use shorter windows, compute in bf16, or take --device cpu",
                             "%s has %.0f MiB of memory: the least for windows of this length is %.0f MiB (weights of "
-                            "one layer or the head %.0f, activations of one window %.0f)",
+                            "one layer or the head %.0f, activations of one window %.0f, statistics %.0f)",
                             kvq_model_backend(model)->device, floor((double)device / MIB),
                             ceil((double)plan->device_bytes / MIB), (double)backend_weights / MIB,
-                            (double)backend_activations / MIB);
+                            (double)backend_activations / MIB, (double)counters / MIB);
         }
         return kvq_fail(err, KVQ_ERR_MEMORY, "use shorter windows or fewer threads, compute in bf16, or allow more",
                         "a memory limit of %.0f MiB: the least for windows of this length is %.0f MiB (weights of one "
@@ -97,10 +101,13 @@ kvq_status kvq_calib_plan_make(const kvq_context *ctx, const kvq_model *model, c
     step_plan               steps = {.n_layers = c->n_layers, .second_pass = true, .gradients = gradients};
     kvq_calib_plan          plan = {.program_bytes = PROGRAM_BYTES};
     (void)ctx;
-    int64_t backend_activations = backend_activation_bytes(model, options, seq_len);
+    measure_shape shape = measure_shape_of(c, seq_len, n_windows);
+    int64_t       backend_activations = backend_activation_bytes(model, options, seq_len);
+    int64_t       counters = device_counts_bytes(kvq_model_backend(model), options, shape);
     plan.activation_bytes = backend_activations + host_activation_bytes(model, options, seq_len);
-    plan.statistics_bytes = measure_bytes(options, measure_shape_of(c, seq_len, n_windows));
-    kvq_status status = fit_memory(model, limits.memory_bytes, backend_activations, &plan, err);
+    plan.statistics_bytes = measure_bytes(options, shape) + counters;
+    if (counters > 0) plan.statistics_bytes += kvq_counters_bytes(options->weightings); // taken one head at a time
+    kvq_status status = fit_memory(model, limits.memory_bytes, backend_activations, counters, &plan, err);
     if (status == KVQ_OK) status = fit_disk(&steps, 4 * tokens * c->hidden_size, limits.scratch_bytes, &plan, err);
     if (status != KVQ_OK) return status;
     // forward once, and for the gradients a recomputed forward and as much again; what the stride makes again; the head
@@ -156,8 +163,8 @@ static kvq_status see_backward(probe *p, kvq_error *err) {
     kvq_observer o = measure_observer(p->m);
     kvq_kv_view  view = kvq_workspace_kv(p->ws);
     const float *from[4] = {view.k, view.v, view.dk, view.dv};
-    kvq_seen     seen = {.k = p->host[0], .v = p->host[1], .dk = p->host[2], .dv = p->host[3]};
-    for (int i = 0; i < 4; i++) p->be->download(p->be, p->host[i], from[i], kv_floats(p));
+    kvq_seen     seen = {.k = p->host[0], .v = p->host[1], .dk = p->host[2], .dv = p->host[3], .there = view};
+    for (int i = 0; i < 4 && !o.wants_no_copies; i++) p->be->download(p->be, p->host[i], from[i], kv_floats(p));
     return o.window(o.user, KVQ_PASS_BACKWARD, 0, &seen, err);
 }
 
@@ -193,7 +200,7 @@ static kvq_status prepare_probe(probe *p, const kvq_measure_options *options, kv
     const kvq_model_config *c = kvq_model_describe(p->model);
     int64_t                 S = p->seq_len, n = S * c->hidden_size;
     kvq_status              status = KVQ_OK;
-    KVQ_TRY(measure_create(p->ctx, options, measure_shape_of(c, S, 1), NULL, NULL, &p->m, err));
+    KVQ_TRY(measure_create(p->ctx, p->be, options, measure_shape_of(c, S, 1), NULL, NULL, &p->m, err));
     KVQ_TRY(kvq_workspace_create(p->model, S, p->gradients, &p->ws, err));
     KVQ_TRY(p->be->alloc(p->be, n, "hidden state", &p->x, err));
     KVQ_TRY(p->be->alloc(p->be, n, "hidden state", &p->y, err));

@@ -192,8 +192,8 @@ kvq_status kvq_calibrate_shard(const kvq_context *ctx, const kvq_backend *be, kv
     KVQ_TRY(kvq_fit_options_check(&options->fit, err));
     KVQ_TRY(calib_create_artifact(ctx, c, &measured, &options->fit, &artifact, err));
     KVQ_TRY(calib_describe_windows(ctx, windows, artifact, err));
-    KVQ_TRY(
-        measure_create(ctx, &measured, measure_shape_of(c, windows->seq_len, windows->n_windows), NULL, NULL, &m, err));
+    KVQ_TRY(measure_create(ctx, be, &measured, measure_shape_of(c, windows->seq_len, windows->n_windows), NULL, NULL,
+                           &m, err));
     measure_keep_raw(m);
     if (thresholds != NULL) KVQ_TRY(take_thresholds(ctx, thresholds, sweep, artifact, m, err));
     kvq_observer observer = measure_observer(m);
@@ -300,8 +300,8 @@ static kvq_status prepare_merge(merger *g, kvq_error *err) {
         return status;
     }
     g->measured = kvq_measure_for_fit(&g->options);
-    status = measure_create(g->ctx, &g->measured, measure_shape_of_artifact(g->artifact), &g->options.fit, g->artifact,
-                            &g->m, err);
+    status = measure_create(g->ctx, NULL, &g->measured, measure_shape_of_artifact(g->artifact), &g->options.fit,
+                            g->artifact, &g->m, err);
     if (status == KVQ_OK && g->round == KVQ_ROUND_HISTOGRAMS) copy_thresholds(g->m, g->artifact, FROM_ARTIFACT);
     return status;
 }

@@ -29,7 +29,7 @@ typedef struct sweep {
     work_dir                *work;
     kvq_workspace           *ws;
     float                   *x, *dx;              // backend [S, C]
-    float                   *rotated;             // backend [S, d], when the observer wants keys after RoPE
+    float                   *rotated, *d_rotated; // backend [S, d], when the observer wants keys after RoPE
     float                   *host_x;              // [S, C] between backend and work directory
     float                   *q, *k, *v, *dk, *dv; // host copies of one window for the observer
     int64_t                  state_floats, d, q_width;
@@ -72,27 +72,36 @@ static void drop_state(sweep *s, const char *what, int64_t index) {
 
 // ---------------------------------------------------------------- one window of a step
 
-// Keys or their gradients to the host, as the observer wants them.
-static void download_keys(sweep *s, int64_t layer, kvq_rotation rotation, const float *from, float *to) {
+// Keys or their gradients as the observer wants them: rotated into `to`, unless that is NULL.
+static const float *keys_of(sweep *s, int64_t layer, kvq_rotation rotation, const float *from, float *to) {
+    if (to == NULL) return from;
+    s->be->copy(s->be, to, from, s->windows->seq_len * s->d);
+    kvq_rotate_keys(s->model, s->ws, layer, rotation, s->windows->seq_len, to);
+    return to;
+}
+
+static void download_all(sweep *s, const kvq_kv_view *from) {
     int64_t n = s->windows->seq_len * s->d;
-    if (s->rotated != NULL) {
-        s->be->copy(s->be, s->rotated, from, n);
-        kvq_rotate_keys(s->model, s->ws, layer, rotation, s->windows->seq_len, s->rotated);
-        from = s->rotated;
-    }
-    s->be->download(s->be, to, from, n);
+    s->be->download(s->be, s->k, from->k, n);
+    s->be->download(s->be, s->v, from->v, n);
+    if (from->dk != NULL) s->be->download(s->be, s->dk, from->dk, n);
+    if (from->dv != NULL) s->be->download(s->be, s->dv, from->dv, n);
 }
 
 // A forward pass shows what enters attention: in the forward step, and in the backward one when no gradients are
 // wanted.
 static kvq_status observe(sweep *s, kvq_pass pass, int64_t layer, const kvq_qkv *x, int64_t n_tokens, kvq_error *err) {
-    kvq_seen seen = {.window = s->window, .k = s->k, .v = s->v};
+    const float *k = keys_of(s, layer, KVQ_ROTATE_FORWARD, x->k, s->rotated);
+    kvq_seen     seen = {.window = s->window, .there = {.k = k, .v = x->v}};
     if (s->q != NULL && pass == KVQ_PASS_FORWARD) {
         s->be->download(s->be, s->q, x->q, n_tokens * s->q_width);
         seen.q = s->q;
     }
-    download_keys(s, layer, KVQ_ROTATE_FORWARD, x->k, s->k);
-    s->be->download(s->be, s->v, x->v, n_tokens * s->d);
+    if (pass == KVQ_PASS_FORWARD || !s->observer->wants_no_copies) {
+        download_all(s, &seen.there);
+        seen.k = s->k;
+        seen.v = s->v;
+    }
     kvq_status status = s->be->check(s->be, err); // the observer would take what is no number for the model's
     if (status != KVQ_OK) return status;
     return s->observer->window(s->observer->user, pass, layer, &seen, err);
@@ -115,17 +124,18 @@ static kvq_status forward_window(sweep *s, int64_t l, kvq_qkv_hook hook, bool st
 }
 
 static kvq_status backward_window(sweep *s, int64_t l, kvq_error *err) {
-    int64_t    n = s->windows->seq_len * s->d;
-    kvq_seen   seen = {.window = s->window, .k = s->k, .v = s->v, .dk = s->dk, .dv = s->dv};
+    kvq_seen   seen = {.window = s->window};
     kvq_status status = KVQ_OK;
     KVQ_TRY(load_state(s, "x", l, s->x, err));
     KVQ_TRY(load_state(s, "g", l + 1, s->dx, err));
     KVQ_TRY(name_window(s, kvq_layer_backward(s->model, s->layer, s->ws, s->windows->seq_len, s->x, s->dx, err), err));
-    kvq_kv_view view = kvq_workspace_kv(s->ws);
-    download_keys(s, l, KVQ_ROTATE_FORWARD, view.k, s->k);
-    download_keys(s, l, KVQ_ROTATE_GRADIENT, view.dk, s->dk);
-    s->be->download(s->be, s->v, view.v, n);
-    s->be->download(s->be, s->dv, view.dv, n);
+    seen.there = kvq_workspace_kv(s->ws);
+    seen.there.k = keys_of(s, l, KVQ_ROTATE_FORWARD, seen.there.k, s->rotated);
+    seen.there.dk = keys_of(s, l, KVQ_ROTATE_GRADIENT, seen.there.dk, s->d_rotated);
+    if (!s->observer->wants_no_copies) {
+        download_all(s, &seen.there);
+        seen.k = s->k, seen.v = s->v, seen.dk = s->dk, seen.dv = s->dv;
+    }
     KVQ_TRY(s->be->check(s->be, err));
     KVQ_TRY(name_window(s, s->observer->window(s->observer->user, KVQ_PASS_BACKWARD, l, &seen, err), err));
     if (l > 0) KVQ_TRY(store_state(s, "g", l, s->dx, err));
@@ -261,6 +271,16 @@ static kvq_status stopped(const sweep *s, kvq_error *err) {
     return kvq_fail(err, KVQ_ERR_INTERRUPTED, NULL, "everything done so far is saved in %s", s->options->work_dir);
 }
 
+// What became of a window. A backend that has failed gives numbers that are none, and whoever stumbled over them had
+// less to say.
+static kvq_status check_window(const sweep *s, kvq_status status, kvq_error *err) {
+    kvq_error  failure = {KVQ_OK, "", ""};
+    kvq_status checked = s->be->check(s->be, &failure);
+    if (checked == KVQ_OK) return status;
+    if (err != NULL) *err = failure;
+    return checked;
+}
+
 static kvq_status run_windows(sweep *s, int64_t index, kvq_error *err) {
     step       at = step_at(&s->plan, index);
     int64_t    first = 0, stride = s->options->n_shards * s->processes->n_ranks;
@@ -269,8 +289,7 @@ static kvq_status run_windows(sweep *s, int64_t index, kvq_error *err) {
     KVQ_TRY(load_partial(s, index, &first, err));
     for (s->local = first; s->local < s->n_windows; s->local++) {
         s->window = s->local * stride + s->options->shard * s->processes->n_ranks + s->processes->rank;
-        KVQ_TRY(run_window(s, at, err));
-        KVQ_TRY(s->be->check(s->be, err)); // before anything of it is saved
+        KVQ_TRY(check_window(s, run_window(s, at, err), err)); // before anything of it is saved
         report(s, at, s->local + 1);
         bool stop = kvq_stop_requested(s->ctx), last = s->local + 1 == s->n_windows;
         if (last || (!stop && kvq_now_s() < s->saved_at_s + SAVE_INTERVAL_S)) continue;
@@ -411,6 +430,7 @@ done:
 
 static kvq_status allocate(sweep *s, kvq_error *err) {
     int64_t    S = s->windows->seq_len, kv = S * s->d;
+    bool       gradients_copied = s->plan.gradients && !s->observer->wants_no_copies;
     kvq_status status = KVQ_OK;
     KVQ_TRY(kvq_workspace_create(s->model, S, s->plan.gradients, &s->ws, err));
     KVQ_TRY(s->be->alloc(s->be, s->state_floats, "hidden state", &s->x, err));
@@ -419,9 +439,12 @@ static kvq_status allocate(sweep *s, kvq_error *err) {
     KVQ_TRY(KVQ_NEW(s->ctx, S, "losses", &s->nll, err));
     KVQ_TRY(KVQ_NEW(s->ctx, kv, "K of a window", &s->k, err));
     KVQ_TRY(KVQ_NEW(s->ctx, kv, "V of a window", &s->v, err));
-    KVQ_TRY(KVQ_NEW(s->ctx, s->plan.gradients ? kv : 0, "gradient of K", &s->dk, err));
-    KVQ_TRY(KVQ_NEW(s->ctx, s->plan.gradients ? kv : 0, "gradient of V", &s->dv, err));
-    if (s->observer->wants_rotated_keys) KVQ_TRY(s->be->alloc(s->be, kv, "rotated keys", &s->rotated, err));
+    KVQ_TRY(KVQ_NEW(s->ctx, gradients_copied ? kv : 0, "gradient of K", &s->dk, err));
+    KVQ_TRY(KVQ_NEW(s->ctx, gradients_copied ? kv : 0, "gradient of V", &s->dv, err));
+    if (s->observer->wants_rotated_keys) {
+        KVQ_TRY(s->be->alloc(s->be, kv, "rotated keys", &s->rotated, err));
+        KVQ_TRY(s->be->alloc(s->be, s->plan.gradients ? kv : 0, "rotated gradient", &s->d_rotated, err));
+    }
     if (s->observer->wants_query) KVQ_TRY(KVQ_NEW(s->ctx, S * s->q_width, "Q of a window", &s->q, err));
 done:
     return status;
@@ -433,6 +456,7 @@ static void release(sweep *s) {
     s->be->release(s->be, s->x);
     s->be->release(s->be, s->dx);
     s->be->release(s->be, s->rotated);
+    s->be->release(s->be, s->d_rotated);
     float *host[] = {s->host_x, s->q, s->k, s->v, s->dk, s->dv};
     for (size_t i = 0; i < sizeof host / sizeof *host; i++) kvq_free(s->ctx, host[i]);
     kvq_free(s->ctx, s->nll);

@@ -24,7 +24,8 @@ static void print_needs(kvq_cli *cli, const calibration *c) {
     kvq_cli_say(cli, "memory     peak about %s (weights %s%s, activations %s, statistics %s)", total, weights,
                 p->prefetch ? " with the next layer's" : "", activations, statistics);
     kvq_cli_format_bytes((double)p->device_bytes, device, sizeof device);
-    if (p->device_bytes > 0) kvq_cli_say(cli, "           and %s of the device's, for weights and activations", device);
+    if (p->device_bytes > 0)
+        kvq_cli_say(cli, "           and %s of the device's, for weights, activations and counters", device);
     kvq_cli_say(cli, "disk       %s in %s%s", scratch, c->work_dir,
                 p->stride > 1 ? ", with layers recomputed to keep within the limit" : "");
     kvq_cli_compute_text(cli, c->be, compute);

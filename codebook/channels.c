@@ -87,7 +87,7 @@ kvq_status kvq_channel_counts_merge_packed(kvq_channel_counts *into, const uint8
     }
     for (int c = 0; c < into->d; c++) {
         KVQ_TRY(codebook_read(&from, &wxx, (int64_t)sizeof wxx, err));
-        codebook_add_positive(&into->wxx[c], wxx);
+        kvq_fixed_merge_positive(&into->wxx[c], wxx);
     }
     KVQ_TRY(merge_numbers(into->n_points, d, &from, err));
     KVQ_TRY(merge_numbers(into->n_outliers, d, &from, err));
@@ -184,7 +184,7 @@ static double weight_of(const channel_job *job, int64_t row, int c) {
 }
 
 static float position_of(const channel_job *job, int64_t row, int c) {
-    return codebook_quotient(job->x[row * job->spec->d + c], job->spec->z[c], job->spec->r[c]);
+    return kvq_count_quotient(job->x[row * job->spec->d + c], job->spec->z[c], job->spec->r[c]);
 }
 
 static void mark(uint8_t *bits, const uint16_t *channels, int n) {
@@ -266,7 +266,7 @@ static kvq_status check_channels(const channel_job *job, kvq_error *err) {
         return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "counts of %d channels, ranges of %d", job->counts->d,
                         spec->r != NULL ? spec->d : 0);
     }
-    return codebook_check_spec(spec, 1, err);
+    return kvq_count_check(spec, 1, err);
 }
 
 kvq_status kvq_count_channels(const kvq_context *ctx, const kvq_block_spec *spec, const float *x,

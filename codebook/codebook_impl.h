@@ -12,22 +12,6 @@
 #define CODEBOOK_BIN_WIDTH (2.0 / KVQ_HISTOGRAM_BINS)
 static inline double codebook_bin_edge(int64_t bin) { return (double)bin * CODEBOOK_BIN_WIDTH - 1; }
 
-// What sums are in units of, and where squares of weights go.
-#define CODEBOOK_SMALL_WEIGHT      0x1p-27 // squares of smaller ones go to w2_small, scaled ...
-#define CODEBOOK_SMALL_SQUARE_UNIT 0x1p-45 // ... so that 2^40 of them still fit and 2^-60 is resolved to six digits
-#define CODEBOOK_SQUARE_UNIT       0x1p-20 // of r^2 and x^2: keys of some models reach hundreds, and they add up
-static inline double codebook_weight_unit(kvq_weighting w) { return w == KVQ_WEIGHT_RANGE ? CODEBOOK_SQUARE_UNIT : 1; }
-
-// Sums of what cannot be negative: a negative one means that the range was left, for one addition reaches at most the
-// sign bit. It stays negative from then on, whatever is added, and whoever reads it refuses it.
-static inline void codebook_add_positive(kvq_fixed *sum, kvq_fixed x) {
-    if (sum->hi < 0 || x.hi < 0) {
-        sum->hi = INT64_MIN;
-    } else {
-        kvq_fixed_merge(sum, x);
-    }
-}
-
 // sum w (x - nearest level)^2 over n ascending points and k ascending levels.
 double codebook_cost(const kvq_weighted_point *points, int64_t n, const double *levels, int k);
 
@@ -42,7 +26,7 @@ typedef struct codebook_chunk {
     uint64_t w_lo[CODEBOOK_CHUNK], w_hi[CODEBOOK_CHUNK], wx_lo[CODEBOOK_CHUNK], wx_hi[CODEBOOK_CHUNK];
 } codebook_chunk; // lo, hi: the halves of kvq_fixed
 
-// As kvq_fixed_add does it, for n numbers at once; the first form for numbers from 0 up.
+// kvq_fixed_of_positive and kvq_fixed_of for n numbers at once.
 void codebook_to_fixed(const double *x, int n, uint64_t *lo, uint64_t *hi);
 void codebook_to_signed_fixed(const double *x, int n, uint64_t *lo, uint64_t *hi);
 // Adds x [n], n <= CODEBOOK_CHUNK, from 0 up; what is too large by itself makes the sum negative as well.
@@ -92,13 +76,6 @@ static inline void codebook_selection_init(codebook_selection *s) {
 }
 
 kvq_status codebook_check_row(const float *x, int d, kvq_error *err);
-kvq_status codebook_check_spec(const kvq_block_spec *spec, int n_heads, kvq_error *err);
-
-// A quotient beyond f32 is clipped to it: an outlier or beyond its range like any other.
-static inline float codebook_quotient(float x, float z, float r) {
-    float quotient = (x - z) / r;
-    return quotient > FLT_MAX ? FLT_MAX : quotient < -FLT_MAX ? -FLT_MAX : quotient;
-}
 
 // Keeps the lowest item that failed.
 static inline void codebook_note_failure(_Atomic int64_t *first, int64_t item) {
@@ -115,8 +92,7 @@ static inline void codebook_note_failure(_Atomic int64_t *first, int64_t item) {
 #define CODEBOOK_CHANNEL_UNIT   0x1p-10
 #define CODEBOOK_CHANNEL_WEIGHT 0x1p30 // 2^20 in units: 2^11 of them still fit
 static inline double codebook_channel_weight(kvq_weighting weighting, double gradient, double r) {
-    double weight = kvq_weighting_needs_gradients(weighting) ? gradient * gradient : 1;
-    return weighting == KVQ_WEIGHT_FISHER_SCALED || weighting == KVQ_WEIGHT_RANGE ? weight * r * r : weight;
+    return kvq_count_weight(weighting, gradient * gradient, r);
 }
 static inline bool codebook_channel_weight_fits(double w, double x2) {
     return w < CODEBOOK_CHANNEL_WEIGHT && w * x2 < 0x1p31 / CODEBOOK_CHANNEL_UNIT;
@@ -198,11 +174,7 @@ static inline int32_t codebook_affine_table(int width) { return (1 << width) - 1
 kvq_status codebook_fit_affine(const kvq_context *ctx, const kvq_channel_distribution *channels,
                                kvq_weighting weighting, int64_t d, kvq_tensor_quant *k, kvq_error *err);
 
-// What kvq_histogram_add leaves to the one who counts: whether a weight is in the range of the sums, the squares
-// of elements x [n] whatever became of them, and how far beyond the range of half width sqrt(r2) one lies, in
-// units of that.
-bool histogram_weight_fits(kvq_weighting by, double weight);
+// What kvq_histogram_add leaves to the one who counts: the squares of elements x [n] whatever became of them.
 void histogram_add_energy(kvq_histogram *h, const float *x, int64_t n);
-void histogram_add_beyond(kvq_histogram *h, bool above, double beyond, double r2);
 
 #endif

@@ -3,7 +3,6 @@
 // From the rows of a tensor to histograms, by the decoder's own rule. In two steps: rows are normalised and their
 // outliers marked, which concerns all channels of a row together; then each KV head's channels are added to its
 // histogram by one thread. So no histogram exists twice, and the number of threads leaves no trace.
-#include <float.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -13,10 +12,6 @@
 
 #define ROWS_PER_ITEM 64  // normalised by one thread at a time
 #define GATHERED      512 // elements of a head that are added together
-
-// What a normalised element can be besides a finite number; a quotient never looks like one of these.
-#define APART    HUGE_VALF    // an outlier
-#define CONSTANT (-HUGE_VALF) // of a channel or token without a range
 
 typedef struct count_job {
     const kvq_count_tensor *tensors;
@@ -56,12 +51,12 @@ kvq_status codebook_check_row(const float *x, int d, kvq_error *err) {
 
 // step 1: z, r [d] of the channels; 0: one of each for all.
 static void normalise(const float *x, int d, const float *z, const float *r, int step, float *out) {
-    for (int c = 0; c < d; c++) out[c] = r[c * step] > 0 ? codebook_quotient(x[c], z[c * step], r[c * step]) : CONSTANT;
+    for (int c = 0; c < d; c++) out[c] = kvq_count_normalise(x[c], z[c * step], r[c * step]);
 }
 
 static void mark_outliers(const kvq_block_scratch *w, float *out) {
-    for (int i = 0; i < w->n_upper; i++) out[w->upper_channel[i]] = APART;
-    for (int i = 0; i < w->n_lower; i++) out[w->lower_channel[i]] = APART;
+    for (int i = 0; i < w->n_upper; i++) out[w->upper_channel[i]] = KVQ_COUNT_APART;
+    for (int i = 0; i < w->n_lower; i++) out[w->lower_channel[i]] = KVQ_COUNT_APART;
 }
 
 static kvq_status by_extremes(row_work *w, const kvq_block_spec *spec, const float *x, float *out, float *row_r,
@@ -96,7 +91,7 @@ static void by_percentiles(row_work *w, const kvq_block_spec *spec, double fract
     float z = kvq_range_middle(low, high), r = kvq_range_half(low, high);
     normalise(x, spec->d, &z, &r, 0, out);
     for (int c = 0; c < spec->d; c++) {
-        if (out[c] != CONSTANT && fabsf(out[c]) > 1 && fraction > 0) out[c] = APART;
+        if (out[c] != KVQ_COUNT_CONSTANT && fabsf(out[c]) > 1 && fraction > 0) out[c] = KVQ_COUNT_APART;
     }
     *row_r = r;
 }
@@ -151,23 +146,27 @@ static void flush(gathered *g) {
     g->n = g->n_all = 0;
 }
 
-// An element beyond a channel's range loses what lies there. The range of a token is that of the elements themselves,
-// which only its rounding to f16 can put outside.
+static void add_beyond(kvq_histogram *h, float x, double r2) {
+    double beyond = kvq_count_beyond(x);
+    kvq_fixed_add_positive(&h->beyond[x > 0], kvq_count_lost(beyond, r2));
+    kvq_fixed_add_positive(&h->beyond_squared, kvq_count_lost_square(beyond, r2));
+}
+
 static void add_element(gathered *g, float x, double gradient, double r, bool of_channel) {
     g->normalised[g->n] = x;
     g->gradient[g->n] = gradient;
-    g->scaled[g->n] = gradient * r * r;
-    g->r2[g->n] = r * r;
+    g->scaled[g->n] = kvq_count_weight(KVQ_WEIGHT_FISHER_SCALED, gradient, r);
+    g->r2[g->n] = kvq_count_weight(KVQ_WEIGHT_RANGE, gradient, r);
+    if (kvq_count_is_beyond(x)) add_beyond(g->h, x, g->r2[g->n]);
     g->n++;
-    if (fabsf(x) > 1) histogram_add_beyond(g->h, x > 0, fabs((double)x) - 1, r * r);
-    g->h->counts.n_clipped += of_channel && fabsf(x) > KVQ_OUTLIER_EDGE;
+    g->h->counts.n_clipped += of_channel && kvq_count_is_clipped(x);
 }
 
 // Whether all weights of what was gathered last can be added; if not, *bad is one of those that cannot.
 static bool weights_fit(const gathered *g, double *bad) {
     const double weights[] = {1, g->gradient[g->n - 1], g->scaled[g->n - 1], g->r2[g->n - 1]};
     for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
-        if (g->h->by[w].bins == NULL || histogram_weight_fits((kvq_weighting)w, weights[w])) continue;
+        if (g->h->by[w].bins == NULL || kvq_count_weight_fits((kvq_weighting)w, weights[w])) continue;
         *bad = weights[w];
         return false;
     }
@@ -191,12 +190,12 @@ static kvq_status count_row(gathered *g, const float *x, const float *scaled, co
         double gradient = gradients != NULL ? (double)gradients[c] : 0;
         *channel = c;
         *bad = gradient;
-        if (!(gradient >= 0 && gradient <= (double)FLT_MAX)) return KVQ_ERR_NUMERICAL;
+        if (!kvq_count_gradient_fits(gradient)) return KVQ_ERR_NUMERICAL;
         if (g->n_all == GATHERED) flush(g);
         g->all[g->n_all++] = x[c];
-        if (scaled[c] == APART) {
+        if (scaled[c] == KVQ_COUNT_APART) {
             g->h->counts.n_outliers++;
-        } else if (scaled[c] == CONSTANT) {
+        } else if (scaled[c] == KVQ_COUNT_CONSTANT) {
             g->h->counts.n_constant++;
         } else {
             add_element(g, scaled[c], gradient, (double)r[c * step], step == 1);
@@ -238,7 +237,7 @@ static void try_count(void *user, int64_t item, int worker) {
     if (count_head(user, item, NULL) != KVQ_OK) codebook_note_failure(&((count_job *)user)->first_failed, item);
 }
 
-kvq_status codebook_check_spec(const kvq_block_spec *spec, int n_heads, kvq_error *err) {
+kvq_status kvq_count_check(const kvq_block_spec *spec, int n_heads, kvq_error *err) {
     if (spec->d < 1 || spec->d >= (int)KVQ_NO_CHANNEL || spec->n_side < 0 || spec->n_side > KVQ_BLOCK_MAX_SIDE ||
         2 * spec->n_side >= spec->d) {
         return kvq_fail(err, KVQ_ERR_USAGE, "lower the share of outliers",
@@ -265,7 +264,7 @@ kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensor
                         (long long)options.n_skip);
     }
     for (int i = 0; i < n_tensors; i++) {
-        kvq_status status = codebook_check_spec(tensors[i].spec, options.n_heads, err);
+        kvq_status status = kvq_count_check(tensors[i].spec, options.n_heads, err);
         if (status == KVQ_OK) continue;
         kvq_error_prefix(err, "%s: ", tensors[i].name);
         return status;

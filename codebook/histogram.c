@@ -56,21 +56,21 @@ static void merge_counts(kvq_element_counts *into, const kvq_element_counts *fro
 }
 
 static void merge_bin(kvq_bin *into, const kvq_bin *from) {
-    codebook_add_positive(&into->w, from->w);
+    kvq_fixed_merge_positive(&into->w, from->w);
     kvq_fixed_merge(&into->wx, from->wx);
 }
 
 // All but the bins.
 static void merge_sums(kvq_histogram *into, const kvq_histogram *from) {
     for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
-        codebook_add_positive(&into->by[w].wxx, from->by[w].wxx);
-        codebook_add_positive(&into->by[w].w2_large, from->by[w].w2_large);
-        codebook_add_positive(&into->by[w].w2_small, from->by[w].w2_small);
+        kvq_fixed_merge_positive(&into->by[w].wxx, from->by[w].wxx);
+        kvq_fixed_merge_positive(&into->by[w].w2_large, from->by[w].w2_large);
+        kvq_fixed_merge_positive(&into->by[w].w2_small, from->by[w].w2_small);
     }
     merge_counts(&into->counts, &from->counts);
-    codebook_add_positive(&into->energy, from->energy);
-    for (int side = 0; side < 2; side++) codebook_add_positive(&into->beyond[side], from->beyond[side]);
-    codebook_add_positive(&into->beyond_squared, from->beyond_squared);
+    kvq_fixed_merge_positive(&into->energy, from->energy);
+    for (int side = 0; side < 2; side++) kvq_fixed_merge_positive(&into->beyond[side], from->beyond[side]);
+    kvq_fixed_merge_positive(&into->beyond_squared, from->beyond_squared);
 }
 
 void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from) {
@@ -79,6 +79,17 @@ void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from) {
             merge_bin(&into->by[w].bins[i], &from->by[w].bins[i]);
     }
     merge_sums(into, from);
+}
+
+// The histogram at the beginning gets pointers to the bins behind it, in the order of weightings.
+void kvq_histogram_merge_counters(kvq_histogram *into, void *counters) {
+    kvq_histogram *from = counters;
+    uint8_t       *bins = (uint8_t *)(from + 1);
+    for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
+        from->by[w].bins = into->by[w].bins != NULL ? (kvq_bin *)(void *)bins : NULL;
+        if (into->by[w].bins != NULL) bins += KVQ_HISTOGRAM_BINS * sizeof(kvq_bin);
+    }
+    kvq_histogram_merge(into, from);
 }
 
 // ---------------------------------------------------------------- as bytes
@@ -187,7 +198,7 @@ static void take_bins(const kvq_weight_sums *from, double unit, kvq_weighted_bin
         about_means += w > 0 ? wx * (wx / w) : 0;
     }
     *scatter = fmax(kvq_fixed_to_double(from->wxx) - about_means, 0) / unit;
-    *w2 = (kvq_fixed_to_double(from->w2_large) + kvq_fixed_to_double(from->w2_small) * CODEBOOK_SMALL_SQUARE_UNIT) /
+    *w2 = (kvq_fixed_to_double(from->w2_large) + kvq_fixed_to_double(from->w2_small) * KVQ_COUNT_SMALL_SQUARE_UNIT) /
           (unit * unit);
 }
 
@@ -196,13 +207,13 @@ kvq_status kvq_distribution_take(const kvq_histogram *h, kvq_distribution *out, 
     if (status != KVQ_OK) return status;
     for (int w = 0; w < KVQ_N_WEIGHTINGS; w++) {
         if (h->by[w].bins != NULL)
-            take_bins(&h->by[w], codebook_weight_unit((kvq_weighting)w), &out->by[w], &out->sums->scatter[w],
+            take_bins(&h->by[w], kvq_count_unit((kvq_weighting)w), &out->by[w], &out->sums->scatter[w],
                       &out->sums->w2[w]);
     }
     *out->counts = h->counts;
-    out->sums->energy = kvq_fixed_to_double(h->energy) / CODEBOOK_SQUARE_UNIT;
+    out->sums->energy = kvq_fixed_to_double(h->energy) / KVQ_COUNT_SQUARE_UNIT;
     for (int side = 0; side < 2; side++)
-        out->sums->beyond[side] = kvq_fixed_to_double(h->beyond[side]) / CODEBOOK_SQUARE_UNIT;
-    out->sums->beyond_squared = kvq_fixed_to_double(h->beyond_squared) / CODEBOOK_SQUARE_UNIT;
+        out->sums->beyond[side] = kvq_fixed_to_double(h->beyond[side]) / KVQ_COUNT_SQUARE_UNIT;
+    out->sums->beyond_squared = kvq_fixed_to_double(h->beyond_squared) / KVQ_COUNT_SQUARE_UNIT;
     return KVQ_OK;
 }

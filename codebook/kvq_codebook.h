@@ -21,6 +21,7 @@
 
 #include "kvq_block_hd.h"
 #include "kvq_core.h"
+#include "kvq_count_hd.h"
 #include "kvq_tile_hd.h"
 
 #ifdef __cplusplus
@@ -72,63 +73,11 @@ kvq_status kvq_tails_thresholds(const kvq_context *ctx, kvq_tails *tails, double
 static inline float kvq_range_middle(float lower, float upper) { return (upper + lower) / 2.0f; }
 static inline float kvq_range_half(float lower, float upper) { return (upper - lower) / 2.0f; }
 
-// ---------------------------------------------------------------- weights
+// ---------------------------------------------------------------- weights (kvq_count_hd.h)
 
-// Element weights of a fit. Fisher information is the squared gradient g^2; r is the half range of the element's
-// channel or token, and turns an error in normalised units into one in the tensor's.
-typedef enum kvq_weighting {
-    KVQ_WEIGHT_NONE,          // 1
-    KVQ_WEIGHT_FISHER,        // g^2: what the public code of KVQuant does
-    KVQ_WEIGHT_FISHER_SCALED, // g^2 r^2: Eq. 7 of the paper
-    KVQ_WEIGHT_RANGE,         // r^2: plain squared error in the tensor's own units
-    KVQ_N_WEIGHTINGS
-} kvq_weighting;
 extern const char *const kvq_weighting_names[]; // "none", "fisher", "fisher-scaled", "range", NULL at the end
-static inline bool       kvq_weighting_needs_gradients(kvq_weighting w) {
-          return w == KVQ_WEIGHT_FISHER || w == KVQ_WEIGHT_FISHER_SCALED;
-}
 
-// A set of weightings, as bits 1 << weighting. `none` and `range` are always counted: the error reports need them.
-typedef unsigned kvq_weighting_set;
-#define KVQ_WEIGHTINGS_BASIC (1u << KVQ_WEIGHT_NONE | 1u << KVQ_WEIGHT_RANGE)
-#define KVQ_WEIGHTINGS_ALL   ((1u << KVQ_N_WEIGHTINGS) - 1u)
-static inline bool kvq_weightings_have(kvq_weighting_set set, kvq_weighting w) { return (set >> w & 1u) != 0; }
-static inline bool kvq_weightings_need_gradients(kvq_weighting_set set) {
-    return kvq_weightings_have(set, KVQ_WEIGHT_FISHER) || kvq_weightings_have(set, KVQ_WEIGHT_FISHER_SCALED);
-}
-
-// ---------------------------------------------------------------- weighted histogram
-
-#define KVQ_HISTOGRAM_BINS 8192 // over [-1, 1]; what lies outside is clipped to the edges of the end bins
-
-typedef struct kvq_bin {
-    kvq_fixed w, wx; // sum of weights, sum of weight * normalised value
-} kvq_bin;
-
-// The sums of one weighting.
-typedef struct kvq_weight_sums {
-    kvq_bin  *bins;     // [KVQ_HISTOGRAM_BINS], NULL = not counted
-    kvq_fixed wxx;      // sum of weight * normalised value^2
-    kvq_fixed w2_large; // sum of w^2 over weights of 2^-27 and more, and ...
-    kvq_fixed w2_small; // ... of w^2 * 2^45 over smaller ones: Fisher weights span many decades
-} kvq_weight_sums;
-
-// Elements by what became of them, and sums over elements in the tensor's units.
-typedef struct kvq_element_counts {
-    int64_t n_points;   // in the bins
-    int64_t n_outliers; // kept apart
-    int64_t n_constant; // of a constant channel or token, which decode exactly
-    int64_t n_clipped;  // of the points of ranges per channel: outliers for which no slot of their side was left
-} kvq_element_counts;
-
-// The elements of one KV head of one tensor at one outlier fraction.
-typedef struct kvq_histogram {
-    kvq_weight_sums    by[KVQ_N_WEIGHTINGS];
-    kvq_element_counts counts;
-    kvq_fixed          energy;         // sum of x^2 of all elements
-    kvq_fixed          beyond[2];      // sum of r^2 (|x'| - 1) of elements beyond [-1, 1] below and above, and ...
-    kvq_fixed          beyond_squared; // ... of r^2 (|x'| - 1)^2: what clipping adds to squared errors
-} kvq_histogram;
+// ---------------------------------------------------------------- weighted histogram (kvq_count_hd.h)
 
 kvq_status kvq_histogram_create(const kvq_context *ctx, kvq_weighting_set weightings, kvq_histogram **out,
                                 kvq_error *err);
@@ -137,6 +86,8 @@ int64_t    kvq_histogram_bytes(kvq_weighting_set weightings);
 void       kvq_histogram_clear(kvq_histogram *h);
 // Both count the same weightings.
 void kvq_histogram_merge(kvq_histogram *into, const kvq_histogram *from);
+// Adds what a device has counted: a piece of kvq_counters_bytes, of the same weightings; aligned for 64-bit integers.
+void kvq_histogram_merge_counters(kvq_histogram *into, void *counters);
 // Elements x [n], clipped to [-1, 1], with weights[w] [n] of each weighting w that is counted, 0 <= weight < 2^15, or
 // NULL for 1 each.
 void kvq_histogram_add(kvq_histogram *h, const float *x, const double *const weights[KVQ_N_WEIGHTINGS], int64_t n);
@@ -171,7 +122,9 @@ typedef struct kvq_count_options {
 // for a non-finite element, a squared gradient that is negative, not finite, or beyond the range of the sums, or the
 // range of a token beyond f16; the histograms then hold a part of the rows. KVQ_ERR_USAGE when the outliers leave
 // nothing of a row.
-int64_t    kvq_count_scratch_floats(int64_t n_rows, int64_t d);
+int64_t kvq_count_scratch_floats(int64_t n_rows, int64_t d);
+// What is wrong with a spec, whoever counts by it: KVQ_ERR_USAGE, or KVQ_ERR_NUMERICAL for a range of a channel.
+kvq_status kvq_count_check(const kvq_block_spec *spec, int n_heads, kvq_error *err);
 kvq_status kvq_count_rows(const kvq_context *ctx, const kvq_count_tensor *tensors, int n_tensors, int64_t n_rows,
                           kvq_count_options options, float *scratch, kvq_error *err);
 

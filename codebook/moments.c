@@ -24,14 +24,14 @@ int64_t kvq_moments_scratch_doubles(int n_heads, int head_dim) {
 
 void kvq_moments_merge(kvq_fixed *sum, kvq_fixed x, bool diagonal) {
     if (diagonal)
-        codebook_add_positive(sum, x);
+        kvq_fixed_merge_positive(sum, x);
     else
         kvq_fixed_merge(sum, x);
 }
 
 static void add_mean(kvq_fixed *sum, double mean, bool diagonal) {
     kvq_fixed term = {0, 0};
-    double    scaled = mean * CODEBOOK_SQUARE_UNIT;
+    double    scaled = mean * KVQ_COUNT_SQUARE_UNIT;
     if (fabs(scaled) < 0x1p31)
         kvq_fixed_add(&term, scaled);
     else
@@ -76,7 +76,7 @@ kvq_status kvq_moments_finish(const kvq_fixed *sums, int64_t n_windows, int n_he
                                 (long long)i);
             }
             for (int64_t j = 0; j <= i; j++) {
-                double mean = kvq_fixed_to_double(sums[h * D * D + i * D + j]) / CODEBOOK_SQUARE_UNIT;
+                double mean = kvq_fixed_to_double(sums[h * D * D + i * D + j]) / KVQ_COUNT_SQUARE_UNIT;
                 moments[h * D * D + i * D + j] = moments[h * D * D + j * D + i] = mean / (double)n_windows;
             }
         }

@@ -73,7 +73,7 @@ kvq_status codebook_merge_count(int64_t *into, codebook_reader *from, kvq_error 
 }
 
 static void merge_record(kvq_fixed *into, const kvq_fixed *from, int width) {
-    codebook_add_positive(&into[0], from[0]);
+    kvq_fixed_merge_positive(&into[0], from[0]);
     for (int i = 1; i < width; i++) kvq_fixed_merge(&into[i], from[i]);
 }
 

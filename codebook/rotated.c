@@ -74,8 +74,8 @@ kvq_status kvq_value_counts_merge_packed(kvq_value_counts *into, const uint8_t *
     KVQ_TRY(codebook_merge_packed(bins_of(into), &from, err));
     KVQ_TRY(codebook_merge_packed(cells_of(into), &from, err));
     KVQ_TRY(codebook_read_end(&from, err));
-    codebook_add_positive(&into->wxx, squares[0]);
-    codebook_add_positive(&into->pair_wxx, squares[1]);
+    kvq_fixed_merge_positive(&into->wxx, squares[0]);
+    kvq_fixed_merge_positive(&into->pair_wxx, squares[1]);
 done:
     return status;
 }
@@ -253,7 +253,7 @@ static void flush_pairs(pair_chunk *c, kvq_value_counts *counts) {
     for (int i = 0; i < c->n; i++) {
         kvq_cell *cell = &counts->cells[c->cell[i]];
         kvq_fixed wx = {c->lo[1][i], (int64_t)c->hi[1][i]}, wy = {c->lo[2][i], (int64_t)c->hi[2][i]};
-        codebook_add_positive(&cell->w, (kvq_fixed){c->lo[0][i], (int64_t)c->hi[0][i]});
+        kvq_fixed_merge_positive(&cell->w, (kvq_fixed){c->lo[0][i], (int64_t)c->hi[0][i]});
         kvq_fixed_merge(&cell->wx, wx);
         kvq_fixed_merge(&cell->wy, wy);
     }

@@ -16,6 +16,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "kvq_fixed_hd.h"
 #include "kvq_hd.h"
 
 #ifdef __cplusplus
@@ -173,35 +174,7 @@ double   kvq_rng_uniform(uint64_t seed, uint32_t purpose, uint32_t stream, uint6
 uint64_t kvq_rng_below(uint64_t seed, uint32_t purpose, uint32_t stream, uint64_t index,
                        uint64_t bound); // [0, bound), unbiased up to 2^-64
 
-// ---------------------------------------------------------------- order-independent sums
-
-// 128-bit two's complement fixed point in units of 2^-96: addition is exact and associative, so any order, thread
-// count or partition gives the same bits. A summand loses what lies below 2^-96 (truncated) and must be smaller than
-// 2^31 in magnitude; the sum must stay below 2^31 too.
-typedef struct kvq_fixed {
-    uint64_t lo;
-    int64_t  hi;
-} kvq_fixed;
-
-static inline void kvq_fixed_merge(kvq_fixed *sum, kvq_fixed x) {
-    uint64_t lo = sum->lo + x.lo;
-    sum->hi = (int64_t)((uint64_t)sum->hi + (uint64_t)x.hi + (lo < x.lo ? 1u : 0u));
-    sum->lo = lo;
-}
-
-static inline void kvq_fixed_add(kvq_fixed *sum, double x) {
-    double   magnitude = (x < 0 ? -x : x) * 0x1p32;
-    uint64_t hi = (uint64_t)magnitude;
-    uint64_t lo = (uint64_t)((magnitude - (double)hi) * 0x1p64); // the difference is exact and below 1
-    if (x < 0) {
-        lo = ~lo + 1u;
-        hi = ~hi + (lo == 0 ? 1u : 0u);
-    }
-    kvq_fixed term;
-    term.lo = lo;
-    term.hi = (int64_t)hi;
-    kvq_fixed_merge(sum, term);
-}
+// ---------------------------------------------------------------- order-independent sums (kvq_fixed_hd.h)
 
 double kvq_fixed_to_double(kvq_fixed x); // correctly rounded up to one unit in the last place
 

@@ -4,6 +4,8 @@
 // gradients, say) belong beside it.
 #include "kvq_fisher.h"
 
+#include "kvq_count_hd.h"
+
 void kvq_fisher_diagonal(const float *gradient, int64_t n, float *weights) {
-    for (int64_t i = 0; i < n; i++) weights[i] = gradient[i] * gradient[i];
+    for (int64_t i = 0; i < n; i++) weights[i] = kvq_count_squared_gradient(gradient[i]);
 }

@@ -12,6 +12,7 @@
 
 #include "kvq_block_hd.h"
 #include "kvq_core.h"
+#include "kvq_count_hd.h"
 #include "kvq_tile_hd.h"
 
 #ifdef __cplusplus
@@ -66,6 +67,14 @@ typedef struct kvq_position_score {
     double confidence_a; // probability of top_a in a
     int    top5_common;  // how many of a's five largest logits (lower ids on ties) are among b's; all when n_vocab < 5
 } kvq_position_score;
+
+// How the rows of a tensor are counted for a fit, by the decoder's own rule. Host memory.
+typedef struct kvq_count_rule {
+    const kvq_block_spec *spec;    // levels are not used; as kvq_count_rows (codebook/) wants it
+    int                   n_heads; // divides spec->d; each has counters of its own
+    int64_t               n_skip;  // first rows, which are left out: sink tokens
+    kvq_weighting_set     weightings;
+} kvq_count_rule;
 
 typedef struct kvq_backend kvq_backend;
 struct kvq_backend {
@@ -195,6 +204,17 @@ struct kvq_backend {
 
     // Index of the first element of x [n] that is NaN or infinite, or -1.
     int64_t (*find_nonfinite)(const kvq_backend *be, const float *x, int64_t n);
+
+    // ---- counting for a fit; NULL, both, where numbers are in host memory anyway and codebook/count.c counts them
+    // Adds rows [n_skip, m) of x [m, d], with the signed gradients [m, d] of the loss (NULL = none, squares are 0), to
+    // `counters`: for each head a piece of kvq_counters_bytes, one behind the other, all zeros before the first call.
+    // They hold the bytes of the histograms that kvq_count_rows fills from the same rows. scratch:
+    // count_scratch_floats. Returns the index in x of the first element that cannot be counted, nothing of this call
+    // having been added, or -1: one that is not finite, whose squared gradient is not, one of whose weights leaves the
+    // range of the sums, or the first one of a token whose range leaves f16.
+    int64_t (*count_scratch_floats)(const kvq_backend *be, int64_t m, int64_t d);
+    int64_t (*count)(const kvq_backend *be, const kvq_count_rule *rule, const float *x, const float *gradients,
+                     int64_t m, float *counters, float *scratch);
 };
 
 // Number type of the factors of linear layers. With bf16, weights are stored in it (rounded to nearest even; exact for

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The codec entries of the table on a device: tokens are there, specs and codes on the host. A spec's tables travel
-// with each call; they are small beside what is coded.
+// The codec entries of the table on a device, and counting by their rule: tokens are there, specs and codes on the
+// host. A spec's tables travel with each call; they are small beside what is coded.
 #include <limits.h>
 #include <string.h>
 
@@ -150,4 +150,33 @@ int64_t cuda_find_nonfinite(const kvq_backend *be, const float *x, int64_t n) {
     CUDA_RUN(c, kvq_cuda_find_nonfinite, x, n, first.device);
     cuda_fetch(c, &first);
     return first_index(c, &first);
+}
+
+// ---------------------------------------------------------------- counting
+
+int64_t cuda_count_scratch_floats(const kvq_backend *be, int64_t m, int64_t d) {
+    (void)be;
+    return kvq_cuda_count_scratch_floats(m, d);
+}
+
+int64_t cuda_count(const kvq_backend *be, const kvq_count_rule *rule, const float *x, const float *gradients, int64_t m,
+                   float *counters, float *scratch) {
+    enum { FIRST, Z, R, N };
+    cuda_backend  *c = cuda_of(be);
+    kvq_block_spec spec = *rule->spec;
+    kvq_count_rule there = *rule;
+    size_t         ranges = spec.r != NULL ? (size_t)spec.d * sizeof *spec.r : 0;
+    cuda_piece     p[N] = {
+            [FIRST] = {.bytes = sizeof(unsigned long long)}, [Z] = {.bytes = ranges}, [R] = {.bytes = ranges}};
+    if (!cuda_area(c, p, N)) return 0;
+    if (ranges > 0) {
+        cuda_put(c, &p[Z], spec.z);
+        cuda_put(c, &p[R], spec.r);
+        spec.z = p[Z].device;
+        spec.r = p[R].device;
+    }
+    there.spec = &spec;
+    CUDA_RUN(c, kvq_cuda_count, &there, x, gradients, m, counters, scratch, p[FIRST].device);
+    cuda_fetch(c, &p[FIRST]);
+    return first_index(c, &p[FIRST]);
 }

@@ -185,6 +185,12 @@ template <typename Keys> KVQ_DEVICE void choose_outliers(const Keys &keys, int d
     __syncthreads();
 }
 
+// Whether channel c is among the chosen ones; n_side 0: none is, and nothing need have been chosen.
+template <typename Keys> KVQ_DEVICE bool is_chosen(const Keys &keys, int n_side, const Chosen &chosen, int c) {
+    if (n_side == 0) return false;
+    return key_at(keys, UPPER, c) > chosen.limit[UPPER] || key_at(keys, LOWER, c) > chosen.limit[LOWER];
+}
+
 // How many of n keys are larger: the place of a key among the chosen ones.
 KVQ_DEVICE int rank_of_key(KVQ_SHARED_PTR(const select_key) list, int n, select_key key) {
     int rank = 0;

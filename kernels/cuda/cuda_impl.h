@@ -109,5 +109,8 @@ int64_t    cuda_store_halves(const kvq_backend *be, const float *x, int64_t n, u
 void       cuda_load_halves(const kvq_backend *be, const uint16_t *host_from, int64_t n, float *x);
 void       cuda_round_halves(const kvq_backend *be, float *x, int64_t n);
 int64_t    cuda_find_nonfinite(const kvq_backend *be, const float *x, int64_t n); // 0 after a failure
+int64_t    cuda_count_scratch_floats(const kvq_backend *be, int64_t m, int64_t d);
+int64_t cuda_count(const kvq_backend *be, const kvq_count_rule *rule, const float *x, const float *gradients, int64_t m,
+                   float *counters, float *scratch); // 0 after a failure
 
 #endif

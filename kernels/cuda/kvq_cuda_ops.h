@@ -120,6 +120,14 @@ kvq_status kvq_cuda_linear_plain(const float *x, const float *w, const float *bi
 kvq_status kvq_cuda_linear_backward_plain(const float *dy, const float *w, float *dx, int64_t m, int64_t n_out,
                                           int64_t n_in, bool accumulate, void *stream, kvq_error *err);
 
+// ---------------------------------------------------------------- count.cu; always the CPU's bits
+
+// As count of the table; z and r of rule->spec are device memory, rule and spec themselves are not. counters begin at a
+// multiple of 8. *d_first = index of the first element that cannot be counted, or KVQ_CUDA_ALL_FINITE. m < 2^31.
+int64_t    kvq_cuda_count_scratch_floats(int64_t m, int64_t d);
+kvq_status kvq_cuda_count(const kvq_count_rule *rule, const float *x, const float *gradients, int64_t m,
+                          float *counters, float *scratch, unsigned long long *d_first, void *stream, kvq_error *err);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,7 +2,7 @@
 //
 // Rows of kvq_block_hd.h on the device: one thread block codes one token. Arithmetic is the header's own; what is here
 // is who does it, and the selection that the header does one element after the other.
-#include "codec_select.cuh"
+#include "row_ranges.cuh"
 
 enum { ROW_THREADS = 256 };
 
@@ -15,26 +15,6 @@ struct RowSpec {
     KVQ_GLOBAL(const float) r;
     KVQ_GLOBAL(const float) grid_z;
 };
-
-// Of a channel, or of a token.
-struct Range {
-    float z, r;
-};
-
-// What a K row and a V row differ in: where ranges come from, and how outliers rank.
-struct FixedRanges {
-    enum { HAS_LIMITS = 0 };
-    KeyToken keys;
-    KVQ_GLOBAL(const float) grid_z;
-};
-struct TokenRange {
-    enum { HAS_LIMITS = 1 }; // its range ends at the first elements that are no outliers, even if none are
-    ValueToken keys;
-    Range      range;
-};
-
-KVQ_DEVICE Range range_of(const FixedRanges &row, int c) { return {row.grid_z[c], row.keys.r[c]}; }
-KVQ_DEVICE Range range_of(const TokenRange &row, int) { return row.range; }
 
 // The table of channel c in one of the two sets of tables.
 KVQ_DEVICE const float *table_of(const RowSpec &s, KVQ_GLOBAL(const float) tables, int c) {
@@ -56,18 +36,11 @@ KVQ_DEVICE float decoded_of(const RowSpec &s, int code, Range range, int c) {
 // Nothing to find in a K row; returns 1.
 KVQ_DEVICE int find_range(const RowSpec &, FixedRanges *, const Chosen &, KVQ_GLOBAL(uint8_t)) { return 1; }
 
-// Range of what is not an outlier, between the first keys that are none; rounded before anything is coded with it.
-// Returns 0 when it does not fit into f16.
+// Stores the range of a V row in front of its outliers. Returns 0 when it does not fit into f16.
 KVQ_DEVICE int find_range(const RowSpec &s, TokenRange *row, const Chosen &chosen, KVQ_GLOBAL(uint8_t) stored) {
-    float high = row->keys.x[channel_of_key(row->keys, UPPER, chosen.limit[UPPER])];
-    float low = row->keys.x[channel_of_key(row->keys, LOWER, chosen.limit[LOWER])];
-    float middle = (high + low) / 2.0f, half = (high - low) / 2.0f;
-    if (s.clamp_zero != 0) middle = kvq_block_clamped_middle(middle, half, 1 << s.bits);
-    uint16_t z = kvq_half_of_float(middle), r = kvq_half_of_float(half);
-    row->range.z = kvq_float_of_half(z);
-    row->range.r = kvq_float_of_half(r);
-    if (threadIdx.x == 0) kvq_as<uint32_t>(stored)[0] = (uint32_t)z | (uint32_t)r << 16;
-    return (z & 0x7c00u) != 0x7c00u && (r & 0x7c00u) != 0x7c00u;
+    HalfRange range = find_token_range(row, chosen, s.clamp_zero, s.bits);
+    if (threadIdx.x == 0) kvq_as<uint32_t>(stored)[0] = (uint32_t)range.z | (uint32_t)range.r << 16;
+    return fits_halves(range);
 }
 
 // Codes of all channels, 32 of them by a warp at a time.

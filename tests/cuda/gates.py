@@ -25,6 +25,7 @@ ALLOWED = [
     ("loss.cu:", {"double"}),  # log-sum-exp and losses are f64 by definition
     ("row_ops.cu:rmsnorm", {"double"}),  # as is the mean of squares
     ("experts.cu:", {"double"}),  # logits of routers, their softmax and its gradient, dot products of rows
+    ("count.cu:", {"double"}),  # weights and their sums are f64 on the host, whose bits these must have
     ("attention_window.cu:statistics", {"double"}),  # and the product of an output and its gradient
     ("attention_window.cu:", 192),  # tiles of scores, of which one block at a time is enough
 ]
