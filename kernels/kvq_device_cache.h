@@ -47,6 +47,29 @@ typedef enum kvq_cache_part {
     KVQ_N_CACHE_PARTS
 } kvq_cache_part;
 
+// ---------------------------------------------------------------- in the table of a backend
+
+// Packed caches in a backend's memory; all numbers k, v, q, out are the backend's. As the functions of
+// kvq_cuda_cache.h, in the backend's order: one thread at a time, and who downloads a result has waited for it. A
+// failure of the device is told by a later call, or by the backend's check.
+typedef struct kvq_device_cache kvq_device_cache;
+struct kvq_backend;
+typedef struct kvq_cache_functions {
+    kvq_status (*create)(const struct kvq_backend *be, const kvq_cache_layer *layer, kvq_device_cache **out,
+                         kvq_error *err);
+    void (*destroy)(const struct kvq_backend *be, kvq_device_cache **cache); // *cache may be NULL
+    kvq_status (*append)(const struct kvq_backend *be, kvq_device_cache *cache, int sequence, const float *k,
+                         const float *v, int64_t n, kvq_error *err);
+    kvq_status (*reset)(const struct kvq_backend *be, kvq_device_cache *cache, int sequence, kvq_error *err);
+    kvq_status (*attend)(const struct kvq_backend *be, kvq_device_cache *cache, const kvq_cache_query *query,
+                         const float *q, float *out, kvq_error *err);
+    kvq_status (*check)(const struct kvq_backend *be, kvq_device_cache *cache, kvq_error *err); // waits
+    int64_t (*part_bytes)(const kvq_device_cache *cache, int sequence, int tensor, kvq_cache_part part);
+    kvq_status (*read)(const struct kvq_backend *be, kvq_device_cache *cache, int sequence, int tensor,
+                       kvq_cache_part part, void *host, kvq_error *err);
+    int64_t (*held_bytes)(const kvq_device_cache *cache);
+} kvq_cache_functions;
+
 #ifdef __cplusplus
 }
 #endif

@@ -12,6 +12,7 @@
 
 #include "kvq_block_hd.h"
 #include "kvq_core.h"
+#include "kvq_device_cache.h"
 #include "kvq_tile_hd.h"
 
 #ifdef __cplusplus
@@ -195,6 +196,9 @@ struct kvq_backend {
 
     // Index of the first element of x [n] that is NaN or infinite, or -1.
     int64_t (*find_nonfinite)(const kvq_backend *be, const float *x, int64_t n);
+
+    // ---- packed caches that live in its memory; NULL: it has none
+    const kvq_cache_functions *cache;
 };
 
 // Number type of the factors of linear layers. With bf16, weights are stored in it (rounded to nearest even; exact for

@@ -336,6 +336,7 @@ static void fill_table(cuda_backend *c, const kvq_context *ctx) {
         .load_halves = cuda_load_halves,
         .round_halves = cuda_round_halves,
         .find_nonfinite = cuda_find_nonfinite,
+        .cache = &cuda_cache_functions,
     };
 }
 

@@ -110,4 +110,8 @@ void       cuda_load_halves(const kvq_backend *be, const uint16_t *host_from, in
 void       cuda_round_halves(const kvq_backend *be, float *x, int64_t n);
 int64_t    cuda_find_nonfinite(const kvq_backend *be, const float *x, int64_t n); // 0 after a failure
 
+// ---------------------------------------------------------------- packed caches (cache_cuda.c)
+
+extern const kvq_cache_functions cuda_cache_functions;
+
 #endif
