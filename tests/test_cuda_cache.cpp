@@ -47,11 +47,12 @@ static const struct {
 };
 enum { N_LAYERS = sizeof LAYERS / sizeof *LAYERS, N_SEQS = 3, CAPACITY = 570 };
 
-// What one sequence after the other gets. Sequence 0 ends at 431, sequence 1 at 563, sequence 2 at 302 tokens.
+// What one sequence after the other gets. Sequence 0 ends at 431, sequence 1 at 563, sequence 2 at 401 tokens; its
+// first piece is more than passes through f16 to the codec at a time.
 static const struct {
     int     sequence;
     int64_t n;
-} PIECES[] = {{0, 1},   {1, 260}, {0, 2},   {2, 301}, {0, 3},   {0, 40}, {1, 1},
+} PIECES[] = {{0, 1},   {1, 260}, {0, 2},   {2, 400}, {0, 3},   {0, 40}, {1, 1},
               {0, 127}, {1, 301}, {0, 128}, {2, 1},   {0, 129}, {0, 1},  {1, 1}};
 
 static Query query_of(const attention_setup &with, int group, bool before_rope) {
@@ -265,7 +266,7 @@ START_TEST(tokens_are_decoded_without_waiting) {
     const attention_setup &with = LAYERS[_i].with;
     kvq_error              err = {};
     bool                   is_staged = with.tiled || with.recent > 0;
-    expect_ok(decode_within(is_staged ? 1 + (with.tiled && with.n_slots > 0) + with.tiled : 0, with, &err), err);
+    expect_ok(decode_within(is_staged ? 1 + with.tiled : 0, with, &err), err);
 }
 END_TEST
 

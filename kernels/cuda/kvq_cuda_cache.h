@@ -23,7 +23,8 @@
 //
 // All sizes are known on the host. An append of n tokens to rows without a recent window is, for each piece of pages
 // that lies together (one, as a rule), two launches of the codec and a small one: nothing is copied, allocated or
-// waited for, also not when pages are taken.
+// waited for, also not when pages are taken. Positions are arguments of launches, so a graph that captures a step is
+// good for that step alone.
 //
 // Numbers that f16 cannot hold (of sinks, recent tokens, tokens of tiles; residuals and ranges of rows) are noticed on
 // the device and remembered there. From that token on the sequence's bytes and outputs are unusable, until it is reset;
