@@ -297,6 +297,8 @@ START_TEST(numbers_beyond_f16_are_named) {
                         &err, text);
         if (bad.sequence != 1 || bad.tensor != tensor || bad.position != at) ck_abort_msg("%s", text);
         expect_ok(kvq_cuda_cache_reset(twin.cache->cache, 1, twin.device.stream, &err), err);
+        twin.append(2, 260); // the codec has forgotten it, too
+        expect_sequence(twin.cache, 2, twin.rig, twin.host[2]);
         twin.check();
     }
 }
