@@ -102,8 +102,6 @@ static kvq_status observe(sweep *s, kvq_pass pass, int64_t layer, const kvq_qkv 
         seen.k = s->k;
         seen.v = s->v;
     }
-    kvq_status status = s->be->check(s->be, err); // the observer would take what is no number for the model's
-    if (status != KVQ_OK) return status;
     return s->observer->window(s->observer->user, pass, layer, &seen, err);
 }
 
@@ -136,7 +134,6 @@ static kvq_status backward_window(sweep *s, int64_t l, kvq_error *err) {
         download_all(s, &seen.there);
         seen.k = s->k, seen.v = s->v, seen.dk = s->dk, seen.dv = s->dv;
     }
-    KVQ_TRY(s->be->check(s->be, err));
     KVQ_TRY(name_window(s, s->observer->window(s->observer->user, KVQ_PASS_BACKWARD, l, &seen, err), err));
     if (l > 0) KVQ_TRY(store_state(s, "g", l, s->dx, err));
 done:

@@ -10,10 +10,11 @@
 
 typedef struct bench_options {
     kvq_cli_common common;
-    kvq_cli_list   cases, shapes;
+    kvq_cli_engine engine;
+    kvq_cli_list   cases, shapes, contexts;
     const char    *model, *text, *points;
     int64_t        repeats, seq_len, windows, layers, bits; // seq_len, layers, bits: 0 = not given
-    int            compute;                                 // kvq_compute
+    int64_t        tokens, kv_heads, head_dim;              // of codec
     bool           csv, json;
 } bench_options;
 
@@ -63,6 +64,7 @@ kvq_status bench_sweep(bench_report *report, kvq_error *err);
 kvq_status bench_fit(bench_report *report, kvq_error *err);
 kvq_status bench_points(bench_report *report, kvq_error *err); // fit, with --points
 kvq_status bench_tokenizer(bench_report *report, kvq_error *err);
+kvq_status bench_codec(bench_report *report, kvq_error *err);
 
 // The linear layer that this machine is fastest at, with all threads, among large square ones: "best" in fractions.
 typedef struct bench_reference {

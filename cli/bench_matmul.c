@@ -222,7 +222,7 @@ kvq_status bench_matmul(bench_report *r, kvq_error *err) {
     for (int i = 0; i < r->options->shapes.count; i++) KVQ_TRY(parse_shape(r->options->shapes.items[i], 1, &p, err));
     bool has_bf16 = kvq_backend_cpu(&r->cli->ctx, KVQ_COMPUTE_BF16, &be, &why) == KVQ_OK;
     if (be != NULL) be->destroy(&be);
-    if (!has_bf16 && r->options->compute == KVQ_COMPUTE_BF16) {
+    if (!has_bf16 && r->options->engine.compute == KVQ_COMPUTE_BF16) {
         *err = why;
         return why.status;
     }

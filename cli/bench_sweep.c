@@ -327,7 +327,7 @@ static kvq_status report_stages(sweep *s, double peak_bytes, kvq_error *err) {
     KVQ_TRY(bench_add(s->report, &total, "s", err, "total"));
     KVQ_TRY(add_rates(s, &total, all_flops, "total", err));
     KVQ_TRY(bench_add(s->report, &best, "GFLOP/s", err, "best product of this machine, %s",
-                      kvq_compute_names[s->report->options->compute]));
+                      kvq_compute_names[s->report->options->engine.compute]));
     bench_series peak = {.values = {peak_bytes / 0x1p20}, .n = 1};
     if (peak_bytes >= 0) KVQ_TRY(bench_add(s->report, &peak, "MiB", err, "peak memory of the process until then"));
 
@@ -344,7 +344,7 @@ static kvq_status open_model(sweep *s, kvq_error *err) {
     s->config = kvq_checkpoint_config(s->checkpoint);
     s->report->cli->n_layers = s->config->n_layers;
     KVQ_TRY(kvq_cli_seq_len(s->report->cli, s->config, o->seq_len, USUAL_SEQ_LEN, &s->S, err));
-    KVQ_TRY(kvq_backend_cpu(s->ctx, (kvq_compute)o->compute, &s->be, err));
+    KVQ_TRY(kvq_backend_cpu(s->ctx, (kvq_compute)o->engine.compute, &s->be, err));
     KVQ_TRY(kvq_model_create(s->ctx, s->be, s->checkpoint, false, &s->model, err));
     KVQ_TRY(kvq_workspace_create(s->model, s->S, true, &s->ws, err));
     s->n_windows = o->windows;

@@ -8,7 +8,7 @@
 
 #define AT(field) offsetof(bench_options, field)
 static const kvq_cli_option OPTIONS[] = {
-    {"CASE...", 0, CLI_OPERANDS, AT(cases), NULL, .help = "what to measure: matmul, sweep, fit, tokenizer"},
+    {"CASE...", 0, CLI_OPERANDS, AT(cases), NULL, .help = "what to measure: matmul, sweep, fit, tokenizer, codec"},
     {"model", 0, CLI_TEXT, AT(model), "PATH", .help = "for sweep and tokenizer: HF directory or one GGUF file"},
     {"text", 0, CLI_TEXT, AT(text), "FILE", .help = "for tokenizer: a text"},
     {"points", 0, CLI_TEXT, AT(points), "FILE",
@@ -22,7 +22,16 @@ static const kvq_cli_option OPTIONS[] = {
      .max = CLI_MAX_TOKENS},
     {"layers", 0, CLI_COUNT, AT(layers), "N", .help = "only the first N layers in sweep (all)", .min = 1,
      .max = KVQ_MAX_LAYERS},
-    {"compute", 0, CLI_CHOICE, AT(compute), "TYPE", .help = "f32 (default) or bf16: linear layers in sweep",
+    {"tokens", 0, CLI_COUNT, AT(tokens), "N",
+     .help = "for codec: tokens of a prompt (2048), rounded up to tiles of 128", .min = 1, .max = CLI_MAX_TOKENS},
+    {"kv-heads", 0, CLI_COUNT, AT(kv_heads), "N", .help = "for codec: KV heads of a layer (8)", .min = 1, .max = 1024},
+    {"head-dim", 0, CLI_COUNT, AT(head_dim), "D", .help = "for codec: channels of a head, even (128)", .min = 8,
+     .max = 256},
+    {"context", 0, CLI_LIST, AT(contexts), "N",
+     .help = "for codec on a device: tokens that are attended to; repeatable (4096, 16384, 65536)"},
+    {"device", 0, CLI_TEXT, AT(engine.device), "DEV",
+     .help = "for codec: cpu, cuda, cuda:N, or auto (default): a GPU beside the CPU when there is one"},
+    {"compute", 0, CLI_CHOICE, AT(engine.compute), "TYPE", .help = "f32 (default) or bf16: linear layers in sweep",
      .choices = kvq_compute_names},
     {"repeats", 0, CLI_COUNT, AT(repeats), "N", .help = "measurements of each quantity (5)", .min = 1,
      .max = BENCH_MAX_REPEATS},
@@ -39,7 +48,8 @@ static const struct {
 } CASES[] = {{"matmul", bench_matmul, false, false},
              {"sweep", bench_sweep, true, false},
              {"fit", bench_fit, false, false},
-             {"tokenizer", bench_tokenizer, true, true}};
+             {"tokenizer", bench_tokenizer, true, true},
+             {"codec", bench_codec, false, false}};
 
 // Index of a case.
 static kvq_status find_case(const char *word, int *index, kvq_error *err) {
@@ -61,12 +71,15 @@ static kvq_status check_options(const bench_options *o, kvq_error *err) {
     int index = 0;
     if (o->csv && o->json) return kvq_fail(err, KVQ_ERR_USAGE, "give one of them", "--csv and --json contradict");
     if (o->cases.count == 0) {
-        return kvq_fail(err, KVQ_ERR_USAGE, "name one or more of matmul, sweep, fit, tokenizer",
+        return kvq_fail(err, KVQ_ERR_USAGE, "name one or more of matmul, sweep, fit, tokenizer, codec",
                         "the case to measure is missing");
     }
     for (int i = 0; i < o->cases.count; i++) {
         kvq_status status = find_case(o->cases.items[i], &index, err);
         if (status != KVQ_OK) return status;
+        if (o->engine.device != NULL && CASES[index].run != bench_codec)
+            return kvq_fail(err, KVQ_ERR_USAGE, "measure codec by itself", "%s: --device is for codec alone",
+                            CASES[index].name);
         bool lacks_model = CASES[index].needs_model && o->model == NULL;
         if (lacks_model || (CASES[index].needs_text && o->text == NULL)) {
             return kvq_fail(err, KVQ_ERR_USAGE, NULL, "%s: %s is missing", CASES[index].name,
@@ -103,18 +116,23 @@ static const kvq_cli_program PROGRAM = {
     .synopsis = "CASE... [--model PATH] [--text FILE] [--repeats N] [--csv | --json]\n",
     .options = OPTIONS,
     .n_options = CLI_COUNT_OF(OPTIONS),
-    .notes = "cases:\n"
-             "  matmul     large products in f32 and bf16; the fastest is \"best\" wherever a fraction of it is given\n"
-             "  sweep      the stages of a calibration of --model: time, share, rate of products, peak memory\n"
-             "  fit        counting into histograms; exact codebooks against Lloyd's iteration\n"
-             "  tokenizer  --text through the tokenizer of --model\n\n"
-             "examples:\n"
-             "  kvq-bench matmul --shape 4096x4096 --shape 11008x4096\n"
-             "  kvq-bench sweep --model model.gguf --seq-len 2048 --repeats 3 --json > sweep.json\n",
+    .notes =
+        "cases:\n"
+        "  matmul     large products in f32 and bf16; the fastest is \"best\" wherever a fraction of it is given\n"
+        "  sweep      the stages of a calibration of --model: time, share, rate of products, peak memory\n"
+        "  fit        counting into histograms; exact codebooks against Lloyd's iteration\n"
+        "  tokenizer  --text through the tokenizer of --model\n"
+        "  codec      K and V of a layer into packed rows and tiles and back, checked byte for byte; on a device also\n"
+        "             packing of a prompt, append of a token, attention. GB/s f16: bytes of the f16 cache that is\n"
+        "             replaced; GB/s packed: bytes that are stored, or read\n\n"
+        "examples:\n"
+        "  kvq-bench matmul --shape 4096x4096 --shape 11008x4096\n"
+        "  kvq-bench codec --kv-heads 8 --head-dim 128 --tokens 4096\n"
+        "  kvq-bench sweep --model model.gguf --seq-len 2048 --repeats 3 --json > sweep.json\n",
     .run = run,
 };
 
 int main(int argc, char **argv) {
-    bench_options options = {.repeats = 5, .windows = 1};
+    bench_options options = {.repeats = 5, .windows = 1, .tokens = 2048, .kv_heads = 8, .head_dim = 128};
     return kvq_cli_main(&PROGRAM, argc, argv, &options);
 }

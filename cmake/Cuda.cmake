@@ -7,10 +7,11 @@ if(NOT KVQ_CUDA)
   return()
 endif()
 
-set(KVQ_BACKEND_CUDA cuda/backend_cuda.c cuda/codec_cuda.c cuda/transfer.c)
+set(KVQ_BACKEND_CUDA cuda/backend_cuda.c cuda/cache.c cuda/cache_cuda.c cuda/cache_memory.c cuda/codec_cuda.c
+  cuda/transfer.c)
 set(kvq_cuda_sources
-  attention.cu attention_launch.cu attention_step.cu attention_window.cu count.cu experts.cu linear.cu loss.cu probe.cu rope.cu
-  row_ops.cu rows.cu tile_outliers.cu tiles.cu codec_spec.cpp runtime.cpp)
+  attention.cu attention_launch.cu attention_step.cu attention_window.cu cache_steps.cu count.cu experts.cu linear.cu
+  loss.cu probe.cu rope.cu row_ops.cu rows.cu tile_outliers.cu tiles.cu codec_spec.cpp runtime.cpp)
 set(kvq_cuda_oldest 12.4)
 
 # The compiler that a person names comes first, then the one of the PATH.

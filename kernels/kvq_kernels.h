@@ -13,6 +13,7 @@
 #include "kvq_block_hd.h"
 #include "kvq_core.h"
 #include "kvq_count_hd.h"
+#include "kvq_device_cache.h"
 #include "kvq_tile_hd.h"
 
 #ifdef __cplusplus
@@ -215,6 +216,9 @@ struct kvq_backend {
     int64_t (*count_scratch_floats)(const kvq_backend *be, int64_t m, int64_t d);
     int64_t (*count)(const kvq_backend *be, const kvq_count_rule *rule, const float *x, const float *gradients,
                      int64_t m, float *counters, float *scratch);
+
+    // ---- packed caches that live in its memory; NULL: it has none
+    const kvq_cache_functions *cache;
 };
 
 // Number type of the factors of linear layers. With bf16, weights are stored in it (rounded to nearest even; exact for

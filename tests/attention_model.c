@@ -64,9 +64,18 @@ static void step(const kvq_backend *be, const kvq_attention_shape *shape, int64_
         l->full_step(be, shape, n_seqs, n_past, capacity, q, k_cache, v_cache, out, scratch);
         return;
     }
-    kvq_test_ok(kvq_packed_layer_append(be, l->caches[layer], k, v_cache + n_past * D_MODEL, 1, &err), &err);
+    const float *v = v_cache + n_past * D_MODEL;
+    kvq_test_ok(kvq_packed_layer_append(be, l->caches[layer], k, v, 1, &err), &err);
     attention_sequence_of(&l->layers[layer], be, l->caches[layer], &sequence);
-    attention_step now = {&l->layers[layer], &sequence, l->frequency, shape->n_heads, shape->scale, q};
+    attention_step now = {.rig = &l->layers[layer],
+                          .sequence = &sequence,
+                          .frequency = l->frequency,
+                          .layer = (int)layer,
+                          .n_heads = shape->n_heads,
+                          .scale = shape->scale,
+                          .q = q,
+                          .k = k,
+                          .v = v};
     l->attend(l->user, &now, out);
     attention_sequence_close(&sequence);
 }

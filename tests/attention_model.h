@@ -17,9 +17,11 @@ typedef struct attention_step {
     const attention_rig      *rig;
     const attention_sequence *sequence;
     const double             *frequency;
+    int                       layer; // all of a token, in order
     int                       n_heads;
     float                     scale;
     const float              *q;
+    const float              *k, *v; // [d] of the token, k before RoPE: what was appended to the CPU's cache
 } attention_step;
 typedef void (*attention_attend)(void *user, const attention_step *step, float *out);
 

@@ -80,6 +80,18 @@ void attention_rig_close(attention_rig *r) {
     free(o);
 }
 
+kvq_packed_layer *attention_rig_cache(const attention_rig *r, int64_t capacity) {
+    return new_cache(&((const owned *)r->owner)->rig, 0, capacity);
+}
+
+const kvq_backend *attention_rig_backend(const attention_rig *r) { return ((const owned *)r->owner)->rig.be; }
+
+float *attention_rig_numbers(const attention_rig *r, int64_t n, uint32_t stream) {
+    float *x = randoms(n, stream);
+    for (int64_t i = 0; i < n; i++) x[i] *= r->with.spread;
+    return x;
+}
+
 static int64_t number_at(const uint8_t *saved, int index) {
     uint64_t x = 0;
     for (int i = 0; i < 8; i++) x |= (uint64_t)saved[8 + 8 * index + i] << 8 * i;
@@ -118,8 +130,8 @@ void attention_sequence_open(const attention_rig *r, int64_t n, uint32_t stream,
     const rig        *own = &((const owned *)r->owner)->rig;
     kvq_error         err = {0};
     kvq_packed_layer *cache = new_cache(own, 0, n);
-    float            *x[2] = {randoms(n * own->d + 1, 2 * stream), randoms(n * own->d + 1, 2 * stream + 1)};
-    for (int64_t i = 0; i < n * own->d; i++) x[0][i] *= r->with.spread, x[1][i] *= r->with.spread;
+    float            *x[2] = {attention_rig_numbers(r, n * own->d + 1, 2 * stream),
+                              attention_rig_numbers(r, n * own->d + 1, 2 * stream + 1)};
     append(own, cache, x, 0, n / 3);
     append(own, cache, x, n / 3, n / 2);
     if (r->with.flush && stream % 2 == 0) kvq_test_ok(kvq_packed_layer_flush(own->be, cache, &err), &err);

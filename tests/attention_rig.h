@@ -41,6 +41,11 @@ void attention_rig_open(const attention_setup *with, attention_rig *out);
 void attention_rig_describe(const kvq_artifact *artifact, const attention_setup *with, int64_t layer,
                             attention_rig *out);
 void attention_rig_close(attention_rig *rig);
+// An empty cache of an artifact of our own (kvq_packed_layer_destroy), and who appends to it.
+kvq_packed_layer  *attention_rig_cache(const attention_rig *rig, int64_t capacity);
+const kvq_backend *attention_rig_backend(const attention_rig *rig);
+// n numbers in [-spread, spread] or so, the same for the same stream; release with free
+float *attention_rig_numbers(const attention_rig *rig, int64_t n, uint32_t stream);
 
 typedef struct attention_sequence {
     int64_t  length, coded;

@@ -338,6 +338,7 @@ static void fill_table(cuda_backend *c, const kvq_context *ctx) {
         .find_nonfinite = cuda_find_nonfinite,
         .count_scratch_floats = cuda_count_scratch_floats,
         .count = cuda_count,
+        .cache = &cuda_cache_functions,
     };
 }
 

@@ -113,4 +113,8 @@ int64_t    cuda_count_scratch_floats(const kvq_backend *be, int64_t m, int64_t d
 int64_t cuda_count(const kvq_backend *be, const kvq_count_rule *rule, const float *x, const float *gradients, int64_t m,
                    float *counters, float *scratch); // 0 after a failure
 
+// ---------------------------------------------------------------- packed caches (cache_cuda.c)
+
+extern const kvq_cache_functions cuda_cache_functions;
+
 #endif

@@ -94,6 +94,46 @@ numbers_are_sane() {
   contains "$output" "encode, $(wc -c <text.txt) bytes\",MB/s"
 }
 
+@test "codec measures both formats, K and V, there and back" {
+  succeeds kvq-bench codec --device cpu --tokens 130 --kv-heads 2 --head-dim 16 --repeats 2 --threads 2 --csv
+  numbers_are_sane
+  for format in nuq4 nuq3 nuq2 alloc3; do
+    for way in "K encode" "K decode" "V encode" "V decode"; do
+      contains "$output" "codec,\"$format $way\",GB/s f16," "codec,\"$format $way\",GB/s packed,"
+    done
+  done
+  # 32 codes of 4 bits and two outliers of 32 bits; values have two halves more
+  contains "$output" 'codec,"nuq4 K, of an element",bits,6,6,6,1' 'codec,"nuq4 V, of an element",bits,7,7,7,1'
+  # the two rates are in the proportion of 6 bits to 16
+  grep '^codec,"nuq4 K decode"' <<<"$output" | cut -d, -f4 | awk '
+    { rate[NR] = $1 }
+    END { exit !(NR == 2 && rate[2] / rate[1] > 0.3749 && rate[2] / rate[1] < 0.3751) }'
+}
+
+@test "codec on a device: prompt, token, attention, with the bytes of the CPU" {
+  kvq_bench_on_device() {
+    "$KVQ_BUILD/emulated/kvq-bench" codec --tokens 100 --kv-heads 1 --head-dim 16 --repeats 1 --threads 1 --csv "$@"
+  }
+  succeeds kvq_bench_on_device --context 128 --context 200
+  numbers_are_sane
+  contains "$stderr" "also on cuda:0, emulated device" "its times mean nothing"
+  for format in nuq4 nuq3 nuq2 alloc3; do
+    contains "$output" "codec,\"$format on device, prompt of 128\",GB/s f16," \
+      "codec,\"$format on device, append of a token\",us," "codec,\"$format on device, attention over 128\",us," \
+      "codec,\"$format on device, attention over 256\",GB/s packed,"
+  done
+  KVQ_SIMT_MEMORY=3000000 succeeds kvq_bench_on_device --context 1000000 --context 128
+  contains "$stderr" "nuq4: 1000064 tokens do not fit into the device's memory"
+  contains "$output" "nuq4 on device, attention over 128"
+  [[ $output != *1000064* ]]
+  KVQ_SIMT_CALLS=150 run --separate-stderr kvq_bench_on_device --context 128
+  show
+  [ "$status" -eq 70 ]
+  contains "$stderr" "it stopped working"
+  succeeds kvq_bench_on_device --device cpu
+  [[ $output != *"on device"* ]]
+}
+
 @test "the table, CSV and JSON tell the same" {
   make_model
   succeeds kvq-bench fit sweep $MODEL --seq-len 16 --json
@@ -111,7 +151,7 @@ numbers_are_sane() {
 
 @test "what is missing or wrong is named" {
   fails 2 kvq-bench
-  contains "$stderr" "the case to measure is missing" "matmul, sweep, fit, tokenizer"
+  contains "$stderr" "the case to measure is missing" "matmul, sweep, fit, tokenizer, codec"
   fails 2 kvq-bench fiit
   contains "$stderr" "unknown case 'fiit'" "did you mean fit?"
   fails 2 kvq-bench fit nonsense
@@ -121,6 +161,17 @@ numbers_are_sane() {
   fails 2 kvq-bench tokenizer --model m
   contains "$stderr" "tokenizer: --text is missing"
   fails 2 kvq-bench fit --csv --json
+  fails 2 kvq-bench fit --device cpu
+  contains "$stderr" "fit: --device is for codec alone"
+  fails 2 kvq-bench codec --device gpu
+  fails 2 kvq-bench codec --head-dim 17
+  contains "$stderr" "--head-dim 17 is odd"
+  fails 2 kvq-bench codec --kv-heads 600 --head-dim 128
+  contains "$stderr" "more than 65534 channels"
+  for context in 0 -1 4k 99999999999; do
+    fails 2 kvq-bench codec --context "$context"
+    contains "$stderr" "--context: '$context' is not a number of tokens"
+  done
   for shape in 4096 4096x x4096 0x5 5x0 5x5x5x5 5x5x 5y5 -5x5 99999999x2 99999999999999999999x2; do
     fails 2 kvq-bench matmul --shape "$shape"
     contains "$stderr" "--shape: '$shape' is not OUTxIN or OUTxINxROWS"
