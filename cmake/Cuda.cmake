@@ -34,7 +34,11 @@ if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS kvq_cuda_oldest)
   message(FATAL_ERROR "KVQ_CUDA=ON, but ${CMAKE_CUDA_COMPILER} is of CUDA ${CMAKE_CUDA_COMPILER_VERSION}: install the "
     "CUDA Toolkit, ${kvq_cuda_oldest} or later, and name its compiler with -DCMAKE_CUDA_COMPILER=.../bin/nvcc")
 endif()
+# To a project that requires it, CMake 3.25 says that nvToolsExt is deprecated, and fails where it is gone (CUDA 12.9).
+set(kvq_required ${CMAKE_MINIMUM_REQUIRED_VERSION})
+set(CMAKE_MINIMUM_REQUIRED_VERSION 3.24)
 find_package(CUDAToolkit ${kvq_cuda_oldest} REQUIRED)
+set(CMAKE_MINIMUM_REQUIRED_VERSION ${kvq_required})
 find_path(KVQ_CUBLAS_INCLUDE cublas_v2.h PATHS ${CUDAToolkit_INCLUDE_DIRS} NO_DEFAULT_PATH)
 if(NOT TARGET CUDA::cublas OR NOT KVQ_CUBLAS_INCLUDE)
   message(FATAL_ERROR "KVQ_CUDA=ON, but cuBLAS was not found in ${CUDAToolkit_LIBRARY_DIR} and "
