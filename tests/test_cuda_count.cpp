@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Counting on the emulated device: histograms byte for byte those of the host, for every order of threads, and the
 // first element that cannot be counted.
+#include <algorithm>
+
 #include "cuda_codec_rig.h"
 #include "kvq_codebook.h"
 #include "kvq_cuda_ops.h"

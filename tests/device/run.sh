@@ -22,6 +22,7 @@ suites='
 test_cuda_attention         attention.cu attention_launch.cu rope.cu
 test_cuda_attention_window  attention_window.cu
 test_cuda_attention_step    attention_step.cu -DKVQ_CUDA_MAX_BLOCKS=3
+test_cuda_count             count.cu
 test_cuda_experts           experts.cu -DKVQ_CUDA_MAX_BLOCKS=3
 test_cuda_ops               row_ops.cu loss.cu linear.cu -DKVQ_CUDA_MAX_BLOCKS=3
 test_cuda_rows              rows.cu codec_spec.cpp
@@ -30,8 +31,8 @@ test_device_memory
 '
 # What they are compared with, and what they share. Nothing of it needs a library; the linker takes what a suite uses.
 reference='core/context.c core/finite.c core/fixed.c core/parallel.c core/rng.c core/status.c
-  kernels/*_cpu.c kernels/backend.c kernels/backend_no_cuda.c codebook/artifact.c codebook/histogram.c codebook/measured.c codebook/packed.c
-  codebook/rotation.c decoder/packed_*.c
+  kernels/*_cpu.c kernels/backend.c kernels/backend_no_cuda.c codebook/accumulate.c codebook/artifact.c codebook/count.c
+  codebook/histogram.c codebook/measured.c codebook/packed.c codebook/rotation.c codebook/tails.c decoder/packed_*.c
   tests/kvq_test.c tests/attention_rig.c tests/device/libraries.c tests/device/check.cpp tests/device/simt.cpp'
 
 # The folder of stand-ins comes first: theirs are <check.h>, "simt.h" and <lapacke.h>.
