@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The CUDA backend on the emulated device, beside the model that runs on it (test_cuda_model): packed caches byte for
-// byte those of the CPU, memory, weights that arrive while something else is computed, factors in bf16, and every call
-// of the device's runtime failing once.
+// byte those of the CPU, memory, weights that arrive while something else is computed, factors in bf16, and calls of
+// the device's runtime that fail.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -284,8 +284,8 @@ done:
     return status;
 }
 
-// The device stops to work after n calls of its runtime, for every n: each time the run ends with that error, releases
-// all it has, and gives no number that was not computed.
+// The device stops to work after n calls of its runtime, for each n at first and then in growing steps: each time the
+// run ends with that error, releases all it has, and gives no number that was not computed.
 START_TEST(every_failure_of_the_device_is_told) {
     rig              r;
     limited_memory   memory = {.inner = kvq_test_context(), .left = INT64_MAX};
