@@ -138,6 +138,13 @@ kvq_status measure_tiles_save(const tile_measure *tiles, kvq_blob *out, kvq_erro
 kvq_status measure_tiles_merge(tile_measure *tiles, blob_reader *in, kvq_error *err);
 kvq_status measure_tiles_fill(const tile_measure *tiles, int64_t layer, kvq_measured_layer *to, kvq_error *err);
 
+// Channels of K, or of V.
+static inline int64_t measure_width(measure_shape shape) { return (int64_t)shape.n_kv_heads * shape.head_dim; }
+// Histograms of a layer: [n_fractions, K and V, n_kv_heads].
+static inline int measure_histograms(const kvq_measure_options *o, measure_shape shape) {
+    return o->n_fractions * 2 * shape.n_kv_heads;
+}
+
 // Histograms that are counted where K and V are (measure_device.c): a part of them is in memory of the backend until it
 // is taken.
 typedef struct device_counts device_counts;

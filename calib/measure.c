@@ -42,15 +42,13 @@ measure_shape measure_shape_of_artifact(const kvq_artifact *a) {
                            (int)a->model.n_heads, (int)a->model.n_kv_heads, (int)a->model.head_dim};
 }
 
-static int64_t width_of(measure_shape shape) { return (int64_t)shape.n_kv_heads * shape.head_dim; }
-
 // Rows that thresholds are taken over.
 static int64_t threshold_rows(const kvq_measure_options *o, measure_shape shape) {
     return shape.n_windows * (shape.seq_len - (o->count_sinks ? 0 : o->sink_tokens));
 }
 
 static int64_t kept_ends(const kvq_measure_options *o, measure_shape shape) {
-    return kvq_tails_needed(o->fractions[o->n_fractions - 1], o->threshold_scope, width_of(shape),
+    return kvq_tails_needed(o->fractions[o->n_fractions - 1], o->threshold_scope, measure_width(shape),
                             threshold_rows(o, shape));
 }
 
@@ -63,16 +61,12 @@ static bool has_thresholds(const kvq_measure_options *o) { return o->k_axis == K
 
 // Of one layer, all fractions.
 static int64_t threshold_count(const kvq_measure_options *o, measure_shape shape) {
-    return has_thresholds(o) ? o->n_fractions * 2 * width_of(shape) : 0;
-}
-
-static int histogram_count(const kvq_measure_options *o, measure_shape shape) {
-    return o->n_fractions * N_TENSORS * shape.n_kv_heads;
+    return has_thresholds(o) ? o->n_fractions * 2 * measure_width(shape) : 0;
 }
 
 // Of counting on the host.
 static int64_t count_scratch_floats(measure_shape shape) {
-    return N_TENSORS * kvq_count_scratch_floats(shape.seq_len, width_of(shape));
+    return N_TENSORS * kvq_count_scratch_floats(shape.seq_len, measure_width(shape));
 }
 
 static int64_t moment_count(measure_shape shape, int which) {
@@ -104,7 +98,7 @@ static kvq_status find_thresholds(measure *m, int64_t layer, kvq_error *err) {
 // ---------------------------------------------------------------- forward
 
 static void drop_histograms(measure *m) {
-    int n = histogram_count(m->options, m->shape);
+    int n = measure_histograms(m->options, m->shape);
     for (int i = 0; m->histograms != NULL && i < n; i++) kvq_histogram_destroy(m->ctx, &m->histograms[i]);
     if (m->device != NULL) device_counts_drop(m->device);
 }
@@ -258,7 +252,7 @@ static kvq_histogram **heads_of(const measure *m, int fraction, int tensor) {
 }
 
 static kvq_status begin_backward(measure *m, kvq_error *err) {
-    int        n = histogram_count(m->options, m->shape);
+    int        n = measure_histograms(m->options, m->shape);
     kvq_status status = KVQ_OK;
     drop_forward(m);
     drop_histograms(m);
@@ -361,7 +355,7 @@ static kvq_status see_backward(measure *m, int64_t layer, const kvq_seen *seen, 
 
 static kvq_status save_backward(measure *m, kvq_blob *out, kvq_error *err) {
     uint8_t   *at = NULL;
-    int        n = histogram_count(m->options, m->shape);
+    int        n = measure_histograms(m->options, m->shape);
     kvq_status status = KVQ_OK;
     if (m->device != NULL) KVQ_TRY(device_counts_take(m->device, m->histograms, err));
     for (int i = 0; i < n; i++) {
@@ -376,7 +370,7 @@ done:
 static kvq_status merge_backward(measure *m, blob_reader *in, kvq_error *err) {
     const uint8_t *at = NULL;
     int64_t        bytes = 0;
-    int            n = histogram_count(m->options, m->shape);
+    int            n = measure_histograms(m->options, m->shape);
     kvq_status     status = KVQ_OK;
     for (int i = 0; i < n; i++) {
         KVQ_TRY(blob_take_sized(in, &at, &bytes, err));
@@ -551,9 +545,9 @@ static int64_t while_saving(int64_t seen, int64_t bytes) { return seen + bytes *
 // Forward: what is kept of K, saved as its packed ends (finding thresholds packs and sorts them, which is less), and
 // moments. Backward: histograms and what tiles need, as bytes with an index for each bin.
 int64_t measure_bytes(const kvq_measure_options *o, measure_shape shape) {
-    int64_t d = width_of(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0, moments = 0;
+    int64_t d = measure_width(shape), n_ends = has_thresholds(o) ? 2 * d * kept_ends(o, shape) : 0, moments = 0;
     int64_t tails = has_thresholds(o) ? kvq_tails_bytes(d, kept_ends(o, shape)) : 0;
-    int64_t counts = histogram_count(o, shape) * kvq_histogram_bytes(o->weightings);
+    int64_t counts = measure_histograms(o, shape) * kvq_histogram_bytes(o->weightings);
     if (o->allocated) counts += measure_tiles_bytes(o, shape);
     for (int i = 0; i < 3 && o->moments; i++) moments += moment_count(shape, i) * (int64_t)sizeof(kvq_fixed);
     int64_t forward = while_saving(tails + moments, n_ends * (int64_t)sizeof(float) + moments);
@@ -566,7 +560,7 @@ kvq_status measure_create(const kvq_context *ctx, const kvq_backend *be, const k
                           measure_shape shape, const kvq_fit_options *fit, kvq_artifact *artifact, measure **out,
                           kvq_error *err) {
     measure   *m = NULL;
-    int64_t    d = width_of(shape), n = shape.seq_len * d;
+    int64_t    d = measure_width(shape), n = shape.seq_len * d;
     kvq_status status = KVQ_OK;
     KVQ_TRY(KVQ_NEW(ctx, 1, "measurement", &m, err));
     m->ctx = ctx;
@@ -586,7 +580,7 @@ kvq_status measure_create(const kvq_context *ctx, const kvq_backend *be, const k
     }
     KVQ_TRY(KVQ_NEW(ctx, 2 * d, "offsets and ranges", &m->z_and_r, err));
     KVQ_TRY(KVQ_NEW(ctx, measure_thresholds_count(m), "thresholds", &m->thresholds, err));
-    KVQ_TRY(KVQ_NEW(ctx, histogram_count(options, shape), "histograms", &m->histograms, err));
+    KVQ_TRY(KVQ_NEW(ctx, measure_histograms(options, shape), "histograms", &m->histograms, err));
     if (options->allocated) KVQ_TRY(measure_tiles_create(ctx, options, shape, &m->tiles, err));
     *out = m;
     m = NULL;

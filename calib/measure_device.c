@@ -9,16 +9,10 @@ struct device_counts {
     const kvq_backend         *be;
     const kvq_measure_options *options;
     measure_shape              shape;
-    float                     *counters; // backend: of n_histograms heads
+    float                     *counters; // backend: of all histograms
     float                     *scratch;  // backend
     float                     *head;     // host: counters of one head
 };
-
-static int64_t width_of(measure_shape shape) { return (int64_t)shape.n_kv_heads * shape.head_dim; }
-
-static int64_t n_histograms(const kvq_measure_options *o, measure_shape shape) {
-    return (int64_t)o->n_fractions * 2 * shape.n_kv_heads;
-}
 
 static int64_t head_floats(const kvq_measure_options *o) {
     return kvq_counters_bytes(o->weightings) / (int64_t)sizeof(float);
@@ -31,8 +25,8 @@ bool device_counts_possible(const kvq_backend *be, const kvq_measure_options *op
 
 int64_t device_counts_bytes(const kvq_backend *be, const kvq_measure_options *options, measure_shape shape) {
     if (!device_counts_possible(be, options)) return 0;
-    int64_t scratch = be->count_scratch_floats(be, shape.seq_len, width_of(shape));
-    return (n_histograms(options, shape) * head_floats(options) + scratch) * (int64_t)sizeof(float);
+    int64_t scratch = be->count_scratch_floats(be, shape.seq_len, measure_width(shape));
+    return (measure_histograms(options, shape) * head_floats(options) + scratch) * (int64_t)sizeof(float);
 }
 
 kvq_status device_counts_create(const kvq_context *ctx, const kvq_backend *be, const kvq_measure_options *options,
@@ -59,8 +53,8 @@ void device_counts_destroy(const kvq_context *ctx, device_counts **counts) {
 }
 
 kvq_status device_counts_begin(device_counts *c, kvq_error *err) {
-    int64_t    counters = n_histograms(c->options, c->shape) * head_floats(c->options);
-    int64_t    scratch = c->be->count_scratch_floats(c->be, c->shape.seq_len, width_of(c->shape));
+    int64_t    counters = measure_histograms(c->options, c->shape) * head_floats(c->options);
+    int64_t    scratch = c->be->count_scratch_floats(c->be, c->shape.seq_len, measure_width(c->shape));
     kvq_status status = KVQ_OK;
     device_counts_drop(c);
     KVQ_TRY(c->be->alloc(c->be, counters, "counters", &c->counters, err));
@@ -86,7 +80,7 @@ bool device_counts_add(device_counts *c, int first, const kvq_block_spec *spec, 
 }
 
 kvq_status device_counts_take(device_counts *c, kvq_histogram *const *histograms, kvq_error *err) {
-    int64_t n = n_histograms(c->options, c->shape), floats = head_floats(c->options);
+    int64_t n = measure_histograms(c->options, c->shape), floats = head_floats(c->options);
     for (int64_t i = 0; i < n; i++) {
         c->be->download(c->be, c->head, c->counters + i * floats, floats);
         kvq_status status = c->be->check(c->be, err);

@@ -51,6 +51,9 @@ KVQ_HD float kvq_float_of_half(uint16_t h) {
     return (sign != 0) ? -tiny : tiny;
 }
 
+// Neither infinite nor NaN: what a number has become that f16 can hold.
+KVQ_HD int kvq_half_is_finite(uint16_t h) { return (h & 0x7c00u) != 0x7c00u; }
+
 // f32 -> IEEE binary16, round to nearest, ties to even; magnitudes of 65520 and more become infinite, NaN stays NaN.
 KVQ_HD uint16_t kvq_half_of_float(float x) {
     uint32_t u = kvq_bits_of_float(x);

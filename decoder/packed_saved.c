@@ -191,7 +191,7 @@ static kvq_status get_token(const kvq_packed_layer *cache, int tensor, int64_t p
                             uint16_t *to, kvq_error *err) {
     for (int c = 0; c < cache->d; c++) {
         to[c] = kvq_block_load_half(from + 2 * c);
-        if ((to[c] & 0x7c00u) != 0x7c00u) continue;
+        if (kvq_half_is_finite(to[c])) continue;
         return kvq_fail(err, KVQ_ERR_INTEGRITY, NULL,
                         "layer %lld, %s, position %lld: the saved cache has a number that is not finite",
                         (long long)cache->layer, tensor == 0 ? "K" : "V", (long long)position);

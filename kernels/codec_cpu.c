@@ -137,14 +137,11 @@ void kvq_decode_tiles_cpu(const kvq_backend *be, const kvq_tile_spec *spec, cons
 
 // ---------------------------------------------------------------- halves
 
-// An exponent of all ones: infinite, or NaN.
-static bool is_beyond_f16(uint16_t half) { return (half & 0x7c00u) == 0x7c00u; }
-
 int64_t kvq_store_halves_cpu(const kvq_backend *be, const float *x, int64_t n, uint16_t *to) {
     (void)be;
     for (int64_t i = 0; i < n; i++) {
         uint16_t half = kvq_half_of_float(x[i]);
-        if (is_beyond_f16(half)) return i;
+        if (!kvq_half_is_finite(half)) return i;
         if (to != NULL) to[i] = half;
     }
     return -1;

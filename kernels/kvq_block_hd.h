@@ -297,7 +297,7 @@ KVQ_HD int kvq_block_store_side(const kvq_block_spec *s, const float *x, const u
             channel = channels[i];
             const float *table = kvq_block_decode_levels(s) + (channel / width) * (1 << s->bits);
             residual = kvq_half_of_float(x[channel] - kvq_block_decode_dense(s, row, table, channel, ranges));
-            if ((residual & 0x7c00u) == 0x7c00u) finite = 0;
+            if (!kvq_half_is_finite(residual)) finite = 0;
         }
         kvq_block_store_half(slots + 4 * i, channel);
         kvq_block_store_half(slots + 4 * i + 2, residual);
@@ -318,7 +318,7 @@ KVQ_HD int kvq_block_encode(const kvq_block_spec *s, const float *x, kvq_block_s
         kvq_block_select_v(s, x, w, &half_z, &half_r);
         kvq_block_store_half(slots - 4, half_z);
         kvq_block_store_half(slots - 2, half_r);
-        finite = (half_z & 0x7c00u) != 0x7c00u && (half_r & 0x7c00u) != 0x7c00u;
+        finite = kvq_half_is_finite(half_z) && kvq_half_is_finite(half_r);
     }
     (void)kvq_block_find_ranges(s, row, &ranges);
     kvq_block_encode_dense(s, x, &ranges, row);

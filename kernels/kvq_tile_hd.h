@@ -376,7 +376,7 @@ KVQ_HD int kvq_tile_store_outliers(const kvq_tile_spec *s, const float *x, int n
         int      row = (int)places[i] / s->head_dim, head = row / KVQ_TILE_TOKENS, t = row % KVQ_TILE_TOKENS;
         int      within = (int)places[i] % s->head_dim, channel = head * s->head_dim + within;
         uint16_t residual = kvq_half_of_float(x[t * s->d + channel] - kvq_tile_decode_key(s, tile, t, channel));
-        if ((residual & 0x7c00u) == 0x7c00u && t < bad) bad = t;
+        if (!kvq_half_is_finite(residual) && t < bad) bad = t;
         kvq_block_store_half(counts + 2 * head, (uint16_t)(kvq_block_load_half(counts + 2 * head) + 1));
         kvq_block_store_half(entry, (uint16_t)(t << 9 | within));
         kvq_block_store_half(entry + 2, residual);

@@ -103,15 +103,19 @@ static void same_route(const routed &value, const routed &expected, const route_
 
 // ---------------------------------------------------------------- router
 
+static void same_in_every_order(const route_case &c, bool normalize, const Floats &x, const Floats &w) {
+    routed expected = routed_by_cpu(c, normalize, x, w);
+    for (uint64_t seed = 0; seed < RIG_SEEDS; seed++)
+        same_route(routed_by_device(c, normalize, x, w, seed), expected, c);
+}
+
 // _i: without and with normalisation
 START_TEST(routes_have_the_bits_of_the_cpu) {
     route_case c = ROUTES[_i / 2];
     bool       normalize = _i % 2 == 1;
     rig_open();
     Floats x = router_inputs(c.m, c.n, 60), w = router_weights(c, 62);
-    routed expected = routed_by_cpu(c, normalize, x, w);
-    for (uint64_t seed = 0; seed < RIG_SEEDS; seed++)
-        same_route(routed_by_device(c, normalize, x, w, seed), expected, c);
+    same_in_every_order(c, normalize, x, w);
     rig_close();
 }
 END_TEST
@@ -164,11 +168,7 @@ START_TEST(extreme_tokens_are_routed_as_on_the_cpu) {
         x[48 + i] *= 1e-38f;
     }
     x[5 * 16 + 3] = NAN, x[6 * 16 + 7] = INFINITY;
-    for (int normalize = 0; normalize < 2; normalize++) {
-        routed expected = routed_by_cpu(c, normalize, x, w);
-        for (uint64_t seed = 0; seed < RIG_SEEDS; seed++)
-            same_route(routed_by_device(c, normalize, x, w, seed), expected, c);
-    }
+    for (int normalize = 0; normalize < 2; normalize++) same_in_every_order(c, normalize, x, w);
     rig_close();
 }
 END_TEST

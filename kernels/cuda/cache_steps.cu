@@ -9,7 +9,7 @@
 // The half of x, or 0 when f16 cannot hold it, which is noted.
 KVQ_DEVICE uint16_t checked_half(float x, int64_t position, KVQ_GLOBAL_ALIASED(int) bad) {
     uint16_t half = kvq_half_of_float(x);
-    if ((half & 0x7c00u) != 0x7c00u) return half;
+    if (kvq_half_is_finite(half)) return half;
     atomicMin(bad, (int)position);
     return 0;
 }

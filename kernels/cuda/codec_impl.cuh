@@ -4,7 +4,7 @@
 #ifndef KVQ_CODEC_IMPL_CUH
 #define KVQ_CODEC_IMPL_CUH
 
-#include "device.cuh"
+#include "launch.cuh"
 
 #include "kvq_cuda_codec.h"
 
@@ -28,14 +28,5 @@ KVQ_DEVICE uint8_t byte_of(unsigned long long bytes, int i) { return (uint8_t)(b
 // ---------------------------------------------------------------- host
 
 static inline unsigned round_up(int n, int step) { return (unsigned)((n + step - 1) / step * step); }
-
-static inline kvq_stream stream_of(void *stream) { return static_cast<kvq_stream>(stream); }
-
-// Whether the device took the launch.
-static inline kvq_status launched(kvq_error *err) {
-    const char *error = kvq_launch_error();
-    if (error != NULL) return kvq_fail(err, KVQ_ERR_INTERNAL, NULL, "CUDA refused a kernel of the codec: %s", error);
-    return KVQ_OK;
-}
 
 #endif

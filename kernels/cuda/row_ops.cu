@@ -171,7 +171,7 @@ KVQ_KERNEL KVQ_BOUNDS(OP_THREADS) store_halves(KVQ_GLOBAL(const float) x, int64_
     for (int64_t i = op_first(); i < n; i += op_stride()) {
         uint16_t half = kvq_half_of_float(x[i]);
         if (stores) to[i] = half;
-        if (reported || (half & 0x7c00u) != 0x7c00u) continue;
+        if (reported || kvq_half_is_finite(half)) continue;
         atomicMin(first, (unsigned long long)i);
         reported = true;
     }

@@ -43,6 +43,6 @@ KVQ_DEVICE HalfRange find_token_range(TokenRange *row, const Chosen &chosen, int
     return range;
 }
 
-KVQ_DEVICE int fits_halves(HalfRange range) { return (range.z & 0x7c00u) != 0x7c00u && (range.r & 0x7c00u) != 0x7c00u; }
+KVQ_DEVICE int fits_halves(HalfRange range) { return kvq_half_is_finite(range.z) && kvq_half_is_finite(range.r); }
 
 #endif

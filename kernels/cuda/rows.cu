@@ -68,7 +68,7 @@ KVQ_DEVICE int store_outliers(const RowSpec &s, const Row &row, const Chosen &ch
             float      x = row.keys.x[c];
             channel = (uint32_t)c;
             residual = kvq_half_of_float(x - decoded_of(s, code_of(s, x, range, c), range, c));
-            if ((residual & 0x7c00u) == 0x7c00u) finite = 0;
+            if (!kvq_half_is_finite((uint16_t)residual)) finite = 0;
             at = first + rank_of_key(chosen.list + first, n, key);
         }
         kvq_as<uint32_t>(slots)[at] = channel | residual << 16;
@@ -174,10 +174,10 @@ kvq_status kvq_cuda_encode_rows(const kvq_block_spec *spec, const float *x, int6
     unsigned grid = (unsigned)m, block = threads_of_row(s.d);
     size_t   list = 2 * (size_t)s.n_side * sizeof(select_key);
     if (spec->r != NULL)
-        KVQ_LAUNCH(encode_key_rows, grid, block, list, stream_of(stream), s, x, rows, first_bad);
+        KVQ_LAUNCH(encode_key_rows, grid, block, list, op_stream(stream), s, x, rows, first_bad);
     else
-        KVQ_LAUNCH(encode_value_rows, grid, block, list, stream_of(stream), s, x, rows, first_bad);
-    return launched(err);
+        KVQ_LAUNCH(encode_value_rows, grid, block, list, op_stream(stream), s, x, rows, first_bad);
+    return op_launched("a kernel of the codec", err);
 }
 
 kvq_status kvq_cuda_decode_rows(const kvq_block_spec *spec, const uint8_t *rows, int64_t m, float *x, void *stream,
@@ -187,8 +187,8 @@ kvq_status kvq_cuda_decode_rows(const kvq_block_spec *spec, const uint8_t *rows,
     RowSpec  s = row_spec(spec);
     unsigned grid = (unsigned)m, block = threads_of_row(s.d);
     if (spec->r != NULL)
-        KVQ_LAUNCH(decode_key_rows, grid, block, 0, stream_of(stream), s, rows, x);
+        KVQ_LAUNCH(decode_key_rows, grid, block, 0, op_stream(stream), s, rows, x);
     else
-        KVQ_LAUNCH(decode_value_rows, grid, block, 0, stream_of(stream), s, rows, x);
-    return launched(err);
+        KVQ_LAUNCH(decode_value_rows, grid, block, 0, op_stream(stream), s, rows, x);
+    return op_launched("a kernel of the codec", err);
 }

@@ -104,7 +104,7 @@ KVQ_DEVICE int store_entry(const TileSpec &s, KVQ_GLOBAL(const float) x, int64_t
     uint32_t t = (uint32_t)(token % KVQ_TILE_TOKENS);
     uint32_t residual = kvq_half_of_float(value - decoded_key(s, code_of_key(s, value, c), c));
     kvq_as<uint32_t>(entries)[rank] = t << 9 | (uint32_t)within | residual << 16;
-    return (residual & 0x7c00u) != 0x7c00u;
+    return kvq_half_is_finite((uint16_t)residual);
 }
 
 // Thread i has entry i and count i of its tile: it finds the rank of the one and adds up the other. What is not used is
@@ -170,5 +170,5 @@ kvq_status kvq_cuda_encode_outliers(const kvq_tile_spec *spec, const TileSpec &s
     KVQ_LAUNCH(cut_candidates, n_tiles, TILE_THREADS, 0, stream, s, scratch);
     KVQ_LAUNCH(store_outliers, dim3(n_tiles, ((unsigned)n_items + slot_block - 1) / slot_block), slot_block, 0, stream,
                s, scratch, x, tiles, first_bad);
-    return launched(err);
+    return op_launched("a kernel of the codec", err);
 }

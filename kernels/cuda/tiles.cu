@@ -316,13 +316,13 @@ kvq_status kvq_cuda_encode_tiles(const kvq_cuda_tiles *spec, const float *x, int
     unsigned n_tiles = (unsigned)((n_tokens + KVQ_TILE_TOKENS - 1) / KVQ_TILE_TOKENS);
     if (spec->spec.r == NULL) {
         KVQ_LAUNCH(encode_values, grid_of_values(s, n_tiles), round_up(s.head_dim, 32), shared_of_values(s),
-                   stream_of(stream), s, tokens, x, tiles, first_bad);
-        return launched(err);
+                   op_stream(stream), s, tokens, x, tiles, first_bad);
+        return op_launched("a kernel of the codec", err);
     }
-    KVQ_LAUNCH(encode_keys, grid_of_keys(s, n_tiles), KVQ_TILE_TOKENS, 0, stream_of(stream), s, tokens, x, tiles);
-    status = launched(err);
+    KVQ_LAUNCH(encode_keys, grid_of_keys(s, n_tiles), KVQ_TILE_TOKENS, 0, op_stream(stream), s, tokens, x, tiles);
+    status = op_launched("a kernel of the codec", err);
     if (status != KVQ_OK || s.n_slots == 0) return status;
-    return kvq_cuda_encode_outliers(&spec->spec, s, tokens, x, tiles, scratch, first_bad, stream_of(stream), err);
+    return kvq_cuda_encode_outliers(&spec->spec, s, tokens, x, tiles, scratch, first_bad, op_stream(stream), err);
 }
 
 kvq_status kvq_cuda_decode_tiles(const kvq_cuda_tiles *spec, const uint8_t *tiles, int64_t first, int64_t n_tokens,
@@ -333,9 +333,9 @@ kvq_status kvq_cuda_decode_tiles(const kvq_cuda_tiles *spec, const uint8_t *tile
     Tokens   tokens = {first, n_tokens};
     unsigned n_tiles = (unsigned)((n_tokens + KVQ_TILE_TOKENS - 1) / KVQ_TILE_TOKENS);
     if (spec->spec.r != NULL)
-        KVQ_LAUNCH(decode_keys, grid_of_keys(s, n_tiles), KVQ_TILE_TOKENS, 0, stream_of(stream), s, tokens, tiles, x);
+        KVQ_LAUNCH(decode_keys, grid_of_keys(s, n_tiles), KVQ_TILE_TOKENS, 0, op_stream(stream), s, tokens, tiles, x);
     else
         KVQ_LAUNCH(decode_values, grid_of_values(s, n_tiles), round_up(s.head_dim, 32), shared_of_values(s),
-                   stream_of(stream), s, tokens, tiles, x);
-    return launched(err);
+                   op_stream(stream), s, tokens, tiles, x);
+    return op_launched("a kernel of the codec", err);
 }

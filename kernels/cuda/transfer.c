@@ -263,8 +263,7 @@ void cuda_upload_weights(const kvq_backend *be, float *w, int64_t n_in, int64_t 
 
 static bool grow_area(cuda_backend *c, size_t bytes) {
     kvq_error err = {KVQ_OK, "", ""};
-    size_t    held = c->area.bytes;
-    if (held >= bytes) return true;
+    if (c->area.bytes >= bytes) return true;
     if (!cuda_grow(c, &c->area.device, &c->area.bytes, bytes, "arguments and results")) return false;
     kvq_cuda_free_pinned(c->device, c->area.host);
     c->area.host = NULL;

@@ -63,15 +63,19 @@ void protect(int rights) {
     }
 }
 
+void enter() {
+    world.lock.lock();
+    if (world.depth++ == 0) protect(PROT_READ | PROT_WRITE);
+}
+
+void leave() {
+    if (--world.depth == 0) protect(PROT_NONE);
+    world.lock.unlock();
+}
+
 struct Operation {
-    Operation() {
-        world.lock.lock();
-        if (world.depth++ == 0) protect(PROT_READ | PROT_WRITE);
-    }
-    ~Operation() {
-        if (--world.depth == 0) protect(PROT_NONE);
-        world.lock.unlock();
-    }
+    Operation() { enter(); }
+    ~Operation() { leave(); }
     Operation(const Operation &) = delete;
     Operation &operator=(const Operation &) = delete;
 };
@@ -94,15 +98,9 @@ void ask(void *stream, std::function<void()> what) {
 
 // A launch runs at once, behind what waits in its stream.
 void before_launch(void *stream) {
-    world.lock.lock();
-    if (world.depth++ == 0) protect(PROT_READ | PROT_WRITE);
+    enter();
     auto found = world.streams.find(stream);
     if (found != world.streams.end()) reach(&found->second, found->second.n_asked);
-}
-
-void after_launch() {
-    if (--world.depth == 0) protect(PROT_NONE);
-    world.lock.unlock();
 }
 
 // ---------------------------------------------------------------- checks
@@ -175,7 +173,7 @@ kvq_status kvq_cuda_open(const kvq_context *ctx, int index, kvq_cuda_device **ou
     options.preempt_every = 1u << 20; // the order of threads is the subject of the suites of kernels
     options.max_traced_bytes = 0;
     simt::begin(options);
-    simt::hooks = {before_launch, after_launch};
+    simt::hooks = {before_launch, leave};
     *out = device;
     return KVQ_OK;
 }
